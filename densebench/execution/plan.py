@@ -1,0 +1,100 @@
+"""What one run of a stage needs besides differentiable tensors: what each norm does, where parameters stand.
+
+A strategy that computes a stage in one autograd function gets its parameters as one flat list; a unit knows
+its place in it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from torch import Tensor, nn
+
+from densebench.execution.batch_norm import NormCall, call_norm
+from densebench.models.layers import DenseLayer
+from densebench.models.stage import Stage
+
+Flat = Sequence[Any]  # a stage's parameters, or what stands for each: Tensor or None
+
+
+@dataclass(frozen=True)
+class NormUnit:
+    """norm-ReLU; the norm's weight and bias stand at `first` and `first + 1` of the flat list."""
+
+    call: NormCall
+    first: int
+
+    @property
+    def eps(self) -> float:
+        return self.call.norm.eps
+
+    def affine(self, flat: Flat) -> tuple[Any, Any]:
+        """What stands for the norm's weight and bias."""
+        return flat[self.first], flat[self.first + 1]
+
+
+@dataclass(frozen=True)
+class ConvUnit(NormUnit):
+    """norm-ReLU-convolution; the convolution's weight stands at `first + 2`."""
+
+    conv: nn.Conv2d
+
+    def weight(self, flat: Flat) -> Any:
+        """What stands for the convolution's weight."""
+        return flat[self.first + 2]
+
+
+@dataclass(frozen=True)
+class LayerPlan:
+    """A dense layer: its units, the channels before it, those it adds, and its dropout in this run."""
+
+    units: tuple[ConvUnit, ...]
+    start: int
+    width: int
+    drop_rate: float
+
+    @property
+    def new(self) -> slice:
+        """Its channels in the block's feature buffer."""
+        return slice(self.start, self.start + self.width)
+
+    @property
+    def parameters(self) -> slice:
+        """Its parameters in the flat list."""
+        return slice(self.units[0].first, self.units[-1].first + 3)
+
+
+class BlockPlan:
+    """The layers of a dense block for one run, and the flat list of their parameters.
+
+    Attributes:
+        layers: in the order of the forward.
+        channels: width of the block's output.
+        parameters: of every unit in turn (see `ConvUnit`).
+    """
+
+    def __init__(self, stage: Stage) -> None:
+        self.parameters: list[Tensor | None] = []
+        self.layers = [self._layer(layer) for layer in stage.layers]
+        self.channels = stage.block.out_channels
+
+    def calls(self) -> list[NormCall]:
+        return [unit.call for layer in self.layers for unit in layer.units]
+
+    def _layer(self, layer: DenseLayer) -> LayerPlan:
+        units = tuple(self._conv_unit(norm, conv) for norm, conv in _norms_and_convs(layer))
+        drop_rate = layer.drop_rate if layer.training else 0.0
+        return LayerPlan(units, layer.in_channels, layer.growth_rate, drop_rate)
+
+    def _conv_unit(self, norm: nn.BatchNorm2d, conv: nn.Conv2d) -> ConvUnit:
+        unit = ConvUnit(call_norm(norm), len(self.parameters), conv)
+        self.parameters += [norm.weight, norm.bias, conv.weight]
+        return unit
+
+
+def _norms_and_convs(layer: DenseLayer) -> Iterator[tuple[nn.BatchNorm2d, nn.Conv2d]]:
+    yield layer.norm1, layer.conv1
+    if layer.bottleneck:
+        yield layer.norm2, layer.conv2

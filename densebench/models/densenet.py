@@ -1,0 +1,218 @@
+"""DenseNet (Huang et al. 2017): one set of modules and parameters, run by whichever strategy is set."""
+
+from __future__ import annotations
+
+from collections import OrderedDict
+from typing import Any, TypeVar
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from densebench.models.config import DenseNetConfig
+from densebench.models.layers import DenseBlock, ReLU, Transition
+from densebench.models.stage import Stage, stages_of
+from densebench.registry import get_strategy
+
+_M = TypeVar("_M", bound=nn.Module)
+
+
+class Features(nn.Sequential):
+    """The network up to the last norm and ReLU; each stage is run by the strategy named in `strategy`.
+
+    [N, in_channels, H, W] -> [N, C, H / stride, W / stride].
+    """
+
+    strategy = "naive"
+
+    def stages(self) -> list[Stage]:
+        return [step for step in stages_of(self) if isinstance(step, Stage)]
+
+    def forward(self, input: Tensor) -> Tensor:
+        # Popping hands the only reference to the callee: a map that a stage no longer needs can be freed
+        # inside it. A local variable here would keep each stage's input alive until the stage returns.
+        maps = [input]
+        del input
+        # An empty batch costs nothing, and its result is whatever the plain modules make of it.
+        strategy = get_strategy(self.strategy if maps[0].numel() else "naive")
+        for step in stages_of(self):
+            if not isinstance(step, Stage):
+                maps.append(step(maps.pop()))
+            else:
+                if not torch.compiler.is_compiling():
+                    step.check(strategy)
+                maps.append(strategy.function(step, maps.pop()))
+        return maps.pop()
+
+    def __getitem__(self, index: Any) -> Any:
+        part = super().__getitem__(index)
+        if isinstance(part, Features):
+            part.strategy = self.strategy
+        return part
+
+
+class DenseNet(nn.Module):
+    """A densely connected network for images.
+
+    Args:
+        config: the architecture.
+        strategy: how its stages are run; see `densebench.list_strategies()`. It changes memory and time,
+            never a value, and can be changed later with `densebench.set_strategy`.
+
+    `state_dict` names and initialization are torchvision's.
+    """
+
+    def __init__(self, config: DenseNetConfig | None = None, strategy: str = "naive") -> None:
+        super().__init__()
+        self.config = config = config or DenseNetConfig()
+        self.features = Features(_features(config))
+        if config.num_classes is not None:
+            self.classifier = nn.Linear(config.stage_channels()[-1], config.num_classes)
+        _initialize(self)
+        set_strategy(self, strategy)
+
+    @property
+    def strategy(self) -> str:
+        return self.features.strategy
+
+    def forward(self, input: Tensor) -> Tensor:
+        """Predictions for a batch of images.
+
+        Args:
+            input: [N, in_channels, H, W].
+
+        Returns:
+            [N, num_classes]; without global pooling [N, num_classes, H / stride, W / stride]; with
+            `num_classes=None` the features instead of predictions.
+
+        Raises:
+            ValueError: if the input has the wrong rank, channels or size.
+            TypeError: if its dtype or device is not the parameters'.
+        """
+        self._check_input(input)
+        return self._predict(self.features(input))
+
+    def end_points(self, input: Tensor) -> dict[str, Tensor]:
+        """Every intermediate map by name (as in TF-Slim); the last, "output", is `forward`'s result.
+
+        Names are those of the modules: a dense block's map stands under the block, its transition's under the
+        transition; a norm and what follows it stand under the last module of the run.
+        """
+        self._check_input(input)
+        strategy = get_strategy(self.strategy)
+        points: dict[str, Tensor] = {}
+        x = input
+        names = {module: name for name, module in self.features.named_children()}
+        for step in stages_of(self.features):
+            if isinstance(step, Stage):
+                block_only = Stage(step.block, step.head, None, step.children)
+                points[step.name] = x = block_only.run(strategy, x)
+                x = step.run_tail(x)
+                points[step.children[-1][0]] = x
+            else:
+                points[names[step]] = x = step(x)
+        points["output"] = self._predict(x)
+        return points
+
+    def _predict(self, features: Tensor) -> Tensor:
+        config = self.config
+        if config.global_pool:
+            features = F.adaptive_avg_pool2d(features, 1)
+        if config.num_classes is not None:
+            # One linear map a pixel; a pooled map has one pixel.
+            features = self.classifier(features.movedim(1, -1)).movedim(-1, 1)
+        return features.flatten(1) if config.global_pool and config.spatial_squeeze else features
+
+    def _check_input(self, input: Tensor) -> None:
+        config = self.config
+        if torch.compiler.is_compiling():
+            return
+        if input.dim() != 4:
+            raise ValueError(f"input must be [N, {config.in_channels}, H, W], got shape {list(input.shape)}")
+        if input.shape[1] != config.in_channels:
+            raise ValueError(
+                f"input has {input.shape[1]} channels, the network takes in_channels={config.in_channels}"
+            )
+        smallest = config.smallest_input()
+        if min(input.shape[2:]) < smallest:
+            raise ValueError(
+                f"input {input.shape[2]}x{input.shape[3]} is too small for a network of stride "
+                f"{config.stage_strides()[-1]}: each side needs at least {smallest} pixels"
+            )
+        _check_dtype_and_device(self, input)
+
+    def extra_repr(self) -> str:
+        return f"strategy={self.strategy!r}"
+
+
+def set_strategy(model: _M, name: str) -> _M:
+    """Run every densebench DenseNet in `model` by the strategy `name`; parameters stay as they are.
+
+    Args:
+        model: a `DenseNet`, or any module that contains some.
+        name: see `densebench.list_strategies()`.
+
+    Returns:
+        The same model.
+
+    Raises:
+        ValueError: if the strategy is unknown, or the model contains no densebench DenseNet.
+        UnsupportedError: if the strategy cannot run it here; nothing is changed then.
+    """
+    strategy = get_strategy(name)
+    networks = [module for module in model.modules() if isinstance(module, Features)]
+    if not networks:
+        raise ValueError(f"{type(model).__name__} contains no densebench DenseNet to run by a strategy")
+    for network in networks:
+        for stage in network.stages():
+            stage.check(strategy)
+    for network in networks:
+        network.strategy = name
+    return model
+
+
+def _features(config: DenseNetConfig) -> OrderedDict[str, nn.Module]:
+    first, *rest = config.stage_channels()
+    parts: OrderedDict[str, nn.Module] = OrderedDict()
+    if config.stem == "imagenet":
+        parts["conv0"] = nn.Conv2d(config.in_channels, first, kernel_size=7, stride=2, padding=3, bias=False)
+        parts["norm0"] = nn.BatchNorm2d(first)
+        parts["relu0"] = ReLU()
+        if config.initial_output_stride == 4:
+            parts["pool0"] = nn.MaxPool2d(kernel_size=3, stride=2, padding=1)
+    else:
+        parts["conv0"] = nn.Conv2d(config.in_channels, first, kernel_size=3, padding=1, bias=False)
+    strides = config.stage_strides()
+    widths = [first, *rest]
+    dilation = 1
+    for number, layers in enumerate(config.block_config, 1):
+        block = DenseBlock(
+            layers, widths[number - 1], config.growth_rate, config.bn_size, config.drop_rate, dilation
+        )
+        parts[f"denseblock{number}"] = block
+        if number < len(config.block_config):
+            pool = strides[number] > strides[number - 1]
+            parts[f"transition{number}"] = Transition(block.out_channels, config.compression, pool)
+            dilation *= 1 if pool else 2
+    parts["norm5"] = nn.BatchNorm2d(widths[-1])
+    parts["relu5"] = ReLU()
+    return parts
+
+
+def _initialize(network: nn.Module) -> None:
+    """As torchvision: Kaiming normal convolutions, unit norms, zero classifier bias."""
+    for module in network.modules():
+        if isinstance(module, nn.Conv2d):
+            nn.init.kaiming_normal_(module.weight)
+        elif isinstance(module, nn.Linear):
+            nn.init.zeros_(module.bias)
+
+
+def _check_dtype_and_device(network: DenseNet, input: Tensor) -> None:
+    weight = network.features[0].weight
+    if input.device != weight.device:
+        raise TypeError(f"input is on {input.device}, the network on {weight.device}; move one with .to()")
+    if input.dtype != weight.dtype and not torch.is_autocast_enabled(input.device.type):
+        raise TypeError(
+            f"input is {input.dtype}, the network {weight.dtype}; cast one, or use torch.autocast"
+        )

@@ -1,0 +1,160 @@
+"""A stage: what a strategy runs. A dense block with what stands around it.
+
+Before the first block stands the stem's norm-ReLU-pool (the head), after each block its transition or the
+final norm-ReLU (the tail). Both read the block's channels, so a strategy may take them over; one that does
+not calls `run_head` and `run_tail`. A stage is a view: modules and parameters stay the network's.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+from torch import Tensor, nn
+
+from densebench.models.layers import DenseBlock, DenseLayer, Transition
+from densebench.registry import Part, Strategy, UnsupportedError
+
+_HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
+
+
+@dataclass(frozen=True)
+class Head:
+    """The stem's norm, ReLU and max-pool (None where the stem has no pool)."""
+
+    norm: nn.BatchNorm2d
+    relu: nn.Module
+    pool: nn.MaxPool2d | None
+
+    def __call__(self, x: Tensor) -> Tensor:
+        x = self.relu(self.norm(x))
+        return x if self.pool is None else self.pool(x)
+
+
+@dataclass(frozen=True)
+class FinalNorm:
+    """The norm and ReLU after the last block."""
+
+    norm: nn.BatchNorm2d
+    relu: nn.Module
+
+    def __call__(self, x: Tensor) -> Tensor:
+        return self.relu(self.norm(x))
+
+
+@dataclass(frozen=True)
+class Stage:
+    """A dense block, and its head and tail where it has them.
+
+    Attributes:
+        block: the dense block; `stage.layers` are its layers.
+        head: the stem's norm-ReLU-pool before the first block, or None.
+        tail: the transition or final norm after the block, or None.
+        children: (name in the network, module) of all that the stage is made of, for messages.
+    """
+
+    block: DenseBlock
+    head: Head | None = None
+    tail: Transition | FinalNorm | None = None
+    children: tuple[tuple[str, nn.Module], ...] = ()
+
+    @property
+    def layers(self) -> list[DenseLayer]:
+        return self.block.layers
+
+    @property
+    def name(self) -> str:
+        return next((name for name, child in self.children if child is self.block), "block")
+
+    def run_head(self, x: Tensor) -> Tensor:
+        """The head as plain modules; x itself where there is none."""
+        return x if self.head is None else self.head(x)
+
+    def run_tail(self, x: Tensor) -> Tensor:
+        """The tail as plain modules; x itself where there is none."""
+        return x if self.tail is None else self.tail(x)
+
+    def run(self, strategy: Strategy, x: Tensor) -> Tensor:
+        """Check the stage and let a strategy run it: [N, C, H, W] in, the tail's output (or the block's) out.
+
+        Raises:
+            UnsupportedError: see `check`.
+        """
+        self.check(strategy)
+        return strategy.function(self, x)
+
+    def named_modules(self, part: Part) -> Iterator[tuple[str, nn.Module]]:
+        """All modules of a part of the stage ("nothing", "block", "stage"), by name in the network."""
+        if part != "nothing":
+            for name, child in self.children or ((self.name, self.block),):
+                if part == "stage" or child is self.block:
+                    yield from child.named_modules(prefix=name)
+
+    def check(self, strategy: Strategy) -> None:
+        """Refuse what the strategy would silently run around, or cannot run.
+
+        Raises:
+            UnsupportedError: one sentence that names the module or the lack, and the remedy.
+        """
+        for name, module in self.named_modules(strategy.bypasses):
+            reason = _why_not_bypass(module)
+            if reason:
+                raise UnsupportedError(
+                    f"strategy {strategy.name!r} does not call {name}, which has {reason}; "
+                    "remove it, or use strategy 'naive', which calls every module"
+                )
+        objection = strategy.missing() or strategy.objection(self)
+        if objection:
+            raise UnsupportedError(f"strategy {strategy.name!r} cannot run {self.name}: {objection}")
+
+
+def _why_not_bypass(module: nn.Module) -> str | None:
+    """What makes running around this module's `forward` wrong, or None where nothing does."""
+    state = module.__dict__
+    for hooks in _HOOKS:
+        if state[hooks]:
+            return "a hook (pruning and weight norm are hooks too)"
+    if "forward" in state:
+        return "a replaced forward"
+    if "parametrizations" in state["_modules"]:
+        return "a parametrization"
+    return None
+
+
+_STAGE = re.compile("(?P<head>NRP?)?(?P<block>B)(?P<tail>T|NR)?")
+
+
+def stages_of(network: nn.Sequential) -> list[Stage | nn.Module]:
+    """The children of a feature network in order, each dense block with its head and tail made one stage.
+
+    What belongs to no stage (the stem convolution, a user's own module) stays a plain module.
+    """
+    children = list(network.named_children())
+    steps: list[Stage | nn.Module] = []
+    done = 0
+    for match in _STAGE.finditer("".join(_letter(module) for _, module in children)):
+        steps += [module for _, module in children[done : match.start()]]
+        steps.append(_stage(match, children))
+        done = match.end()
+    return steps + [module for _, module in children[done:]]
+
+
+def _letter(module: nn.Module) -> str:
+    kinds = {"B": DenseBlock, "T": Transition, "N": nn.BatchNorm2d, "R": nn.ReLU, "P": nn.MaxPool2d}
+    return next((letter for letter, kind in kinds.items() if isinstance(module, kind)), "-")
+
+
+def _stage(match: re.Match[str], children: list[tuple[str, nn.Module]]) -> Stage:
+    def part(group: str) -> list[Any]:
+        start, end = match.span(group)
+        return [module for _, module in children[max(start, 0) : max(end, 0)]]
+
+    head, (block,), tail = part("head"), part("block"), part("tail")
+    return Stage(
+        block=block,
+        head=Head(head[0], head[1], head[2] if len(head) == 3 else None) if head else None,
+        tail=(FinalNorm(*tail) if len(tail) == 2 else tail[0]) if tail else None,
+        children=tuple(children[match.start() : match.end()]),
+    )

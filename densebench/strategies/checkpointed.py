@@ -1,0 +1,60 @@
+"""Recompute each layer's concatenation, norm, ReLU and first convolution in backward.
+
+What torchvision calls `memory_efficient` (Pleiss et al. 2017, arXiv 1707.06990), with one difference: a batch
+norm that is recomputed does not move its running statistics a second time (pytorch/pytorch#96136).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.utils.checkpoint import checkpoint
+
+from densebench.execution.batch_norm import call_norm, commit
+from densebench.execution.structure import irregularity
+from densebench.models.layers import DenseLayer
+from densebench.models.stage import Stage
+from densebench.registry import strategy
+
+
+@strategy(
+    "checkpointed",
+    summary="recompute concatenation, norm, ReLU and 1x1 in backward",
+    bypasses="block",
+    objection=lambda stage: irregularity(stage, "block"),
+)
+def checkpointed(stage: Stage, x: Tensor) -> Tensor:
+    """Keep each feature once and each bottleneck output; recompute what is quadratic in depth."""
+    features = [stage.run_head(x)]
+    del x
+    for layer in stage.layers:
+        new = checkpoint(_first_half(layer), *features, use_reentrant=False, preserve_rng_state=False)
+        if layer.bottleneck:
+            new = layer.conv2(layer.relu2(layer.norm2(new)))
+        features.append(layer.dropout(new))
+    return stage.run_tail(torch.cat(features, 1))
+
+
+def _first_half(layer: DenseLayer) -> Callable[..., Tensor]:
+    """cat-norm1-relu1-conv1 as a function that moves running statistics the first time only.
+
+    What the norm does is settled now: neither its mode nor its running statistics at the time of backward
+    may change what is recomputed.
+    """
+    norm, call = layer.norm1, call_norm(layer.norm1)
+    recomputing = False
+
+    def run(*features: Tensor) -> Tensor:
+        nonlocal recomputing
+        x = torch.cat(features, 1)
+        # `call.running` are copies: recomputing may move them again, the module's own are stored once.
+        x = F.batch_norm(x, *call.running, norm.weight, norm.bias, call.by_batch, call.momentum, norm.eps)
+        if not recomputing:
+            commit([call])
+        recomputing = True
+        return layer.conv1(F.relu(x))
+
+    return run
