@@ -7,7 +7,6 @@ not calls `run_head` and `run_tail`. A stage is a view: modules and parameters s
 
 from __future__ import annotations
 
-import re
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -20,7 +19,7 @@ from densebench.registry import Part, Strategy, UnsupportedError
 _HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Head:
     """The stem's norm, ReLU and max-pool (None where the stem has no pool)."""
 
@@ -33,7 +32,7 @@ class Head:
         return x if self.pool is None else self.pool(x)
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class FinalNorm:
     """The norm and ReLU after the last block."""
 
@@ -44,7 +43,7 @@ class FinalNorm:
         return self.relu(self.norm(x))
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Stage:
     """A dense block, and its head and tail where it has them.
 
@@ -123,7 +122,8 @@ def _why_not_bypass(module: nn.Module) -> str | None:
     return None
 
 
-_STAGE = re.compile("(?P<head>NRP?)?(?P<block>B)(?P<tail>T|NR)?")
+_HEADS = ((nn.BatchNorm2d, nn.ReLU, nn.MaxPool2d), (nn.BatchNorm2d, nn.ReLU), ())
+_TAILS = ((Transition,), (nn.BatchNorm2d, nn.ReLU), ())
 
 
 def stages_of(network: nn.Sequential) -> list[Stage | nn.Module]:
@@ -133,28 +133,35 @@ def stages_of(network: nn.Sequential) -> list[Stage | nn.Module]:
     """
     children = list(network.named_children())
     steps: list[Stage | nn.Module] = []
-    done = 0
-    for match in _STAGE.finditer("".join(_letter(module) for _, module in children)):
-        steps += [module for _, module in children[done : match.start()]]
-        steps.append(_stage(match, children))
-        done = match.end()
-    return steps + [module for _, module in children[done:]]
+    while children:
+        head = _leading(children, _HEADS, then=DenseBlock)
+        if head is None:
+            steps.append(children.pop(0)[1])
+            continue
+        tail = _leading(children[head + 1 :], _TAILS) or 0
+        steps.append(_stage(children[: head + 1 + tail], head))
+        children = children[head + 1 + tail :]
+    return steps
 
 
-def _letter(module: nn.Module) -> str:
-    kinds = {"B": DenseBlock, "T": Transition, "N": nn.BatchNorm2d, "R": nn.ReLU, "P": nn.MaxPool2d}
-    return next((letter for letter, kind in kinds.items() if isinstance(module, kind)), "-")
+def _leading(
+    children: list[tuple[str, nn.Module]], patterns: Any, then: type[nn.Module] | None = None
+) -> int | None:
+    """The length of the first pattern of module types that the children begin with; None if of none."""
+    for pattern in patterns:
+        kinds = pattern if then is None else (*pattern, then)
+        modules = [module for _, module in children[: len(kinds)]]
+        if len(modules) == len(kinds) and all(isinstance(m, k) for m, k in zip(modules, kinds, strict=True)):
+            return len(pattern)
+    return None
 
 
-def _stage(match: re.Match[str], children: list[tuple[str, nn.Module]]) -> Stage:
-    def part(group: str) -> list[Any]:
-        start, end = match.span(group)
-        return [module for _, module in children[max(start, 0) : max(end, 0)]]
-
-    head, (block,), tail = part("head"), part("block"), part("tail")
+def _stage(children: list[tuple[str, nn.Module]], head_length: int) -> Stage:
+    modules: list[Any] = [module for _, module in children]
+    head, block, tail = modules[:head_length], modules[head_length], modules[head_length + 1 :]
     return Stage(
         block=block,
         head=Head(head[0], head[1], head[2] if len(head) == 3 else None) if head else None,
         tail=(FinalNorm(*tail) if len(tail) == 2 else tail[0]) if tail else None,
-        children=tuple(children[match.start() : match.end()]),
+        children=tuple(children),
     )

@@ -169,23 +169,22 @@ class _Gradients:
                 needs_prefix = needs_x or any(self.needs[: layer.parameters.start])
                 if not needs_prefix and not any(self.needs[layer.parameters]):
                     break
-                prefix = self._through_layer(layer, grad[:, layer.new], stack, needs_prefix)
-                if prefix is not None:
-                    grad[:, : layer.start] += prefix
+                self._through_layer(layer, grad, stack, needs_prefix)
         return maps.empty(layers[0].start, grad).copy_(grad[:, : layers[0].start]) if needs_x else None
 
-    def _through_layer(
-        self, layer: LayerPlan, grad: Tensor, stack: list[Tensor], needs_prefix: bool
-    ) -> Tensor | None:
-        """Backward through one layer, from its new channels to its prefix."""
-        new: Tensor | None = grad * stack.pop() if layer.drop_rate > 0 else grad
+    def _through_layer(self, layer: LayerPlan, grad: Tensor, stack: list[Tensor], needs_prefix: bool) -> None:
+        """Backward through one layer: from its channels of the gradient buffer, into those before them."""
+        new: Tensor | None = grad[:, layer.new].contiguous(memory_format=self.run.maps.memory_format)
+        if new is not None and layer.drop_rate > 0:
+            new *= stack.pop()
         for index in reversed(range(len(layer.units))):
             unit = layer.units[index]
             x = stack.pop() if index > 0 else self.scratch.gather(self.features[:, : layer.start])
             needs_x = needs_prefix or any(self.needs[layer.parameters.start : unit.first])
             if new is not None:
                 new = self._through_unit(unit, new, x, needs_x)
-        return new
+        if new is not None and needs_prefix:
+            grad[:, : layer.start] += new
 
     def _through_unit(self, unit: ConvUnit, grad: Tensor, x: Tensor, needs_x: bool) -> Tensor | None:
         """Backward through norm-ReLU-convolution, from the convolution's output to the norm's input x."""

@@ -1,0 +1,109 @@
+"""Where a number was measured: hardware, versions, switches, and the project's own commit."""
+
+from __future__ import annotations
+
+import functools
+import os
+import platform
+import subprocess
+import sys
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+import psutil
+import torch
+
+from densebench.measure.nvml import Nvml
+
+_PACKAGES = ("densebench", "torch", "triton", "numpy", "torchvision", "timm", "monai", "pytest-benchmark")
+
+
+@functools.cache
+def environment(device_type: str) -> dict[str, Any]:
+    """Everything that a reader needs to judge or repeat a measurement on this machine; JSON types only."""
+    device = torch.device(device_type)
+    facts: dict[str, Any] = {
+        "device": device_name(device),
+        "python": platform.python_version(),
+        "os": platform.platform(),
+        "cpu": _cpu_model(),
+        "cores": psutil.cpu_count(logical=False),
+        "threads": torch.get_num_threads(),
+        "memory_bytes": psutil.virtual_memory().total,
+        "packages": {name: version for name in _PACKAGES if (version := _version(name))},
+        "torch_git": torch.version.git_version,
+        "cuda": torch.version.cuda,
+        "flags": _flags(),
+        "allocator": {k: v for k, v in os.environ.items() if "ALLOC_CONF" in k or k.startswith("MALLOC_")},
+        "commit": _git("rev-parse", "HEAD"),
+        "dirty": bool(_git("status", "--porcelain", "--untracked-files=no")),
+        "argv": sys.argv,
+    }
+    if device.type == "cuda":
+        properties = torch.cuda.get_device_properties(device)
+        facts["gpu"] = {
+            "name": properties.name,
+            "uuid": str(properties.uuid),
+            "memory_bytes": properties.total_memory,
+            "multiprocessors": properties.multi_processor_count,
+            "capability": f"{properties.major}.{properties.minor}",
+            "cudnn": torch.backends.cudnn.version(),
+            **Nvml(device).describe(),
+        }
+    return facts
+
+
+def identity(facts: dict[str, Any]) -> tuple[Any, ...]:
+    """What must agree for two records to count as measured in the same place, on the same code."""
+    return (
+        facts.get("commit"),
+        facts.get("device"),
+        facts.get("threads"),
+        tuple(sorted(facts.get("packages", {}).items())),
+        tuple(sorted(facts.get("flags", {}).items())),
+    )
+
+
+def device_name(device: torch.device) -> str:
+    """The name to show: that of the GPU, or of the processor and its threads in use."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_name(device)
+    return f"{_cpu_model()} ({torch.get_num_threads()} threads)"
+
+
+def _flags() -> dict[str, Any]:
+    return {
+        "cudnn_benchmark": torch.backends.cudnn.benchmark,
+        "cudnn_deterministic": torch.backends.cudnn.deterministic,
+        "cudnn_allow_tf32": torch.backends.cudnn.allow_tf32,
+        "matmul_precision": torch.get_float32_matmul_precision(),
+        "deterministic_algorithms": torch.are_deterministic_algorithms_enabled(),
+    }
+
+
+def _cpu_model() -> str:
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+    except OSError:
+        return platform.processor() or platform.machine()
+    return next(
+        (line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")), "unknown CPU"
+    )
+
+
+def _version(package: str) -> str | None:
+    try:
+        return metadata.version(package)
+    except metadata.PackageNotFoundError:
+        return None
+
+
+def _git(*arguments: str) -> str | None:
+    """What git says of the folder this package lies in; None outside a checkout or without git."""
+    folder = Path(__file__).resolve().parents[2]
+    try:
+        done = subprocess.run(["git", "-C", folder, *arguments], capture_output=True, text=True, timeout=10)
+    except (OSError, subprocess.TimeoutExpired):
+        return None
+    return done.stdout.strip() if done.returncode == 0 else None

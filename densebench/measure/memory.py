@@ -1,0 +1,191 @@
+"""Peak memory of a step, as the allocator saw it.
+
+On CUDA the allocator keeps the figures itself. On a CPU PyTorch keeps none, but its profiler records every
+allocation and release (also those inside an operator, which no dispatch-level tracker sees); the peak is the
+highest point of their running sum. Memory that a library takes for itself, past PyTorch's allocator, is not
+in either figure: oneDNN's and MKL's own buffers on a CPU.
+"""
+
+from __future__ import annotations
+
+import gc
+import json
+import tempfile
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Protocol
+
+import torch
+from torch.profiler import ProfilerActivity, profile, record_function
+
+REPEATS = 3
+_MARK = "densebench.measured_step"
+
+
+class Measurable(Protocol):
+    """What can be measured: a step, and what it needs to exist besides its activations."""
+
+    def step(self) -> object:
+        """One step; gradients accumulate."""
+
+    def clear_gradients(self) -> None:
+        """Release all gradients."""
+
+    def constant_bytes(self) -> int:
+        """Parameters, gradients, buffers, input and upstream gradient, computed from their shapes."""
+
+
+@dataclass(frozen=True)
+class Peak:
+    """Peaks of one workload, in bytes; the names are those of `densebench.results.Record`.
+
+    `repeats` are the allocated peaks of repeated steps: identical on CUDA, within 1 % on a CPU, or the
+    figure is not to be trusted.
+    """
+
+    baseline_allocated_bytes: int
+    peak_allocated_bytes: int
+    plain_peak_bytes: int
+    workspace_bytes: int
+    repeats: tuple[int, ...]
+    peak_reserved_bytes: int | None
+    host_peak_rss_bytes: int | None
+
+    @property
+    def peak_delta_bytes(self) -> int:
+        """Activation bytes: the peak beyond what is constant, library workspaces apart."""
+        return self.peak_allocated_bytes - self.baseline_allocated_bytes - self.workspace_bytes
+
+    @property
+    def steady(self) -> bool:
+        return max(self.repeats) <= 1.01 * min(self.repeats)
+
+
+def measure_peak(build: Callable[[], Measurable], device: torch.device) -> Peak:
+    """Build a workload and measure the peak of its steps; everything it allocates is charged to it.
+
+    One step warms up; then one starts without gradients (its peak is `plain_peak_bytes`) and three with the
+    gradients in place.
+    """
+    gc.collect()
+    _reset_host_peak()
+    peak = _cuda_peak(build) if device.type == "cuda" else _cpu_peak(build)
+    gc.collect()
+    return peak
+
+
+def _cpu_peak(build: Callable[[], Measurable]) -> Peak:
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
+        work = build()
+        work.step()
+        work.clear_gradients()
+        for _ in range(1 + REPEATS):
+            with record_function(_MARK):
+                work.step()
+        constant = work.constant_bytes()
+        del work
+    plain, *repeats = _peaks_within_marks(_events(profiler))
+    return Peak(constant, max(repeats), plain, 0, tuple(repeats), None, _host_peak())
+
+
+def _peaks_within_marks(events: list[tuple[str, int, int]]) -> list[int]:
+    """The highest running sum of allocated bytes within each marked span.
+
+    Args:
+        events: (name, time in ns, bytes or duration in ns) of allocations and marks, in any order.
+    """
+    marks = sorted((start, start + size) for name, start, size in events if name == _MARK)
+    changes = sorted((time, size) for name, time, size in events if name == "[memory]")
+    peaks = []
+    live = index = 0
+    for start, end in marks:
+        while index < len(changes) and changes[index][0] < start:
+            live += changes[index][1]
+            index += 1
+        peak = live
+        while index < len(changes) and changes[index][0] <= end:
+            live += changes[index][1]
+            peak = max(peak, live)
+            index += 1
+        peaks.append(peak)
+    return peaks
+
+
+def _events(profiler: profile) -> list[tuple[str, int, int]]:
+    """Allocations and marks that a profiler saw: (name, time in ns, bytes or duration in ns)."""
+    try:
+        raw: Any = profiler.profiler.kineto_results.events()  # type: ignore[union-attr]
+        return [
+            (
+                event.name(),
+                event.start_ns(),
+                event.nbytes() if event.name() == "[memory]" else event.duration_ns(),
+            )
+            for event in raw
+            if event.name() in ("[memory]", _MARK)
+        ]
+    except AttributeError:  # not public; the trace file is, but costs seconds for a large network
+        return _events_of_trace(profiler)
+
+
+def _events_of_trace(profiler: profile) -> list[tuple[str, int, int]]:
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "trace.json"
+        profiler.export_chrome_trace(str(path))
+        trace = json.loads(path.read_text())["traceEvents"]
+    events = []
+    for event in trace:
+        if event.get("name") == "[memory]":
+            events.append(("[memory]", round(event["ts"] * 1000), int(event["args"]["Bytes"])))
+        elif event.get("name") == _MARK and event.get("ph") == "X":
+            events.append((_MARK, round(event["ts"] * 1000), round(event["dur"] * 1000)))
+    return events
+
+
+def _cuda_peak(build: Callable[[], Measurable]) -> Peak:
+    torch.cuda.synchronize()
+    torch.cuda.empty_cache()
+    _release_cublas_workspaces()
+    before = torch.cuda.memory_allocated()
+    work = build()
+    work.step()
+    work.clear_gradients()
+    peaks = []
+    for _ in range(1 + REPEATS):
+        torch.cuda.synchronize()
+        torch.cuda.reset_peak_memory_stats()
+        work.step()
+        torch.cuda.synchronize()
+        peaks.append(torch.cuda.max_memory_allocated() - before)
+    reserved = torch.cuda.max_memory_reserved()
+    constant = work.constant_bytes()
+    workspace = _release_cublas_workspaces()
+    del work
+    plain, *repeats = peaks
+    return Peak(constant, max(repeats), plain, workspace, tuple(repeats), reserved, _host_peak())
+
+
+def _release_cublas_workspaces() -> int:
+    """Give back what cuBLAS keeps between calls (2 x 32 MiB on Hopper); returns its bytes."""
+    before = torch.cuda.memory_allocated()
+    torch._C._cuda_clearCublasWorkspaces()
+    return before - torch.cuda.memory_allocated()
+
+
+def _reset_host_peak() -> None:
+    """Start the kernel's own record of this process's peak anew, where it lets us."""
+    try:
+        Path("/proc/self/clear_refs").write_text("5")
+    except OSError:
+        return
+
+
+def _host_peak() -> int | None:
+    try:
+        status = Path("/proc/self/status").read_text()
+    except OSError:
+        return None
+    return next(
+        (int(line.split()[1]) * 1024 for line in status.splitlines() if line.startswith("VmHWM")), None
+    )

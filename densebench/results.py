@@ -1,0 +1,284 @@
+"""The record of one measured case, and the store of records: one JSON line each, appended as it is measured.
+
+The dataclasses here are the schema. Units stand in the names, bytes are integers, and what is unknown is
+None, never 0 or NaN.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import json
+import os
+import sys
+import types
+import typing
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, field
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal, get_args, get_type_hints
+
+if TYPE_CHECKING:
+    import pandas as pd
+
+SCHEMA = 1
+Status = Literal[
+    "ok", "oom", "error", "timeout", "crash", "incorrect", "noisy", "skipped", "unsupported"
+]  # fmt: skip
+STATUSES: tuple[str, ...] = get_args(Status)
+
+
+class RecordError(ValueError):
+    """A record or a file of records cannot be read; the message says which and why."""
+
+
+@dataclass(frozen=True)
+class Case:
+    """What was run: the key of a record.
+
+    Attributes:
+        kind: "step" (a whole network), "depth" (one block of a chosen depth), "timeline" or "kernel".
+        model: a name of `densebench.list_models()`, or of an operator for kernels.
+        strategy: a strategy's name, or that of another contender.
+        mode: "train" (forward and backward), "forward" (with graph) or "infer" (without).
+        batch: images; `input_shape` is that of one image, [C, H, W].
+        dtype: of parameters and input; `autocast` the dtype of autocast, or None.
+        source: "measured" on `device`, or "predicted" for it without running.
+        options: whatever else makes the case, e.g. {"depth": 48}.
+    """
+
+    kind: str
+    model: str
+    strategy: str
+    mode: str
+    batch: int
+    input_shape: tuple[int, ...]
+    dtype: str = "float32"
+    autocast: str | None = None
+    memory_format: str = "contiguous"
+    compiled: str | None = None
+    cuda_graph: bool = False
+    device: str = "cpu"
+    source: str = "measured"
+    options: dict[str, Any] = field(default_factory=dict)
+
+    def key(self) -> str:
+        """A short name that is the same for the same case and different for any other."""
+        text = json.dumps(dataclasses.asdict(self), sort_keys=True)
+        return hashlib.sha256(text.encode()).hexdigest()[:16]
+
+    def label(self) -> str:
+        """The case in words, for progress lines."""
+        size = "x".join(map(str, (self.batch, *self.input_shape)))
+        precision = self.autocast or self.dtype
+        return f"{self.model} {self.strategy} {self.mode} {size} {precision} {self.memory_format}"
+
+
+@dataclass(frozen=True)
+class Timing:
+    """Seconds a repetition, and every sample in the order taken."""
+
+    median: float
+    q1: float
+    q3: float
+    min: float
+    n: int
+    samples: tuple[float, ...]
+
+
+@dataclass(frozen=True)
+class Timeline:
+    """Live bytes over one step: `bytes[category][i]` after event `events[i]`."""
+
+    events: tuple[int, ...]
+    bytes: dict[str, tuple[int, ...]]
+    forward_end: int  # the event with which forward ended
+
+
+@dataclass(frozen=True)
+class Record:
+    """One case and what was found; see `Case`.
+
+    Memory, in bytes. `baseline_allocated_bytes` is computed: parameters, gradients, buffers, input and
+    optimizer state. `peak_allocated_bytes` is the highest the allocator went in a step whose gradients exist
+    already; `peak_delta_bytes` is the difference, the activation bytes, library workspaces apart
+    (`workspace_bytes`). `plain_peak_bytes` is the peak of a step that starts without gradients.
+    `process_device_bytes` is NVML's figure for the process.
+
+    Work: `flops_model` counts 2 x multiply-adds without recomputation, `flops_executed` with it.
+    `group` names the cases that were timed in turns, so that their samples pair up.
+    """
+
+    case: Case
+    status: Status
+    reason: str | None = None
+    baseline_allocated_bytes: int | None = None
+    peak_allocated_bytes: int | None = None
+    peak_delta_bytes: int | None = None
+    plain_peak_bytes: int | None = None
+    workspace_bytes: int | None = None
+    peak_reserved_bytes: int | None = None
+    process_device_bytes: int | None = None
+    host_peak_rss_bytes: int | None = None
+    predicted_peak_bytes: int | None = None
+    time_s: Timing | None = None
+    group: str | None = None
+    throughput_img_s: float | None = None
+    compile_s: float | None = None
+    host_time_s: float | None = None
+    flops_model: int | None = None
+    flops_executed: int | None = None
+    tflops_s: float | None = None
+    bytes_moved: int | None = None
+    energy_j: float | None = None
+    sm_clock_mhz: float | None = None
+    clock_event_reasons: tuple[str, ...] | None = None
+    throttled: bool | None = None
+    shared_gpu: bool | None = None
+    max_error_vs_reference: float | None = None
+    seed: int = 0
+    timeline: Timeline | None = None
+    unavailable: dict[str, str] = field(default_factory=dict)
+    environment: dict[str, Any] = field(default_factory=dict)
+    run: str = ""
+    created: str = ""
+    schema: int = SCHEMA
+
+    def to_json(self) -> str:
+        """One line of JSON.
+
+        Raises:
+            ValueError: for NaN or infinity, which JSON does not have.
+        """
+        return json.dumps(dataclasses.asdict(self), allow_nan=False, sort_keys=True)
+
+    @classmethod
+    def from_json(cls, line: str) -> Record:
+        """Read one line.
+
+        Raises:
+            RecordError: if it is not a record of this schema or an older one.
+        """
+        try:
+            data = json.loads(line)
+        except json.JSONDecodeError as error:
+            raise RecordError(f"not JSON ({error.msg})") from None
+        if not isinstance(data, dict) or "case" not in data:
+            raise RecordError("not a record: it has no case")
+        if not isinstance(data.get("schema"), int) or data["schema"] > SCHEMA:
+            raise RecordError(
+                f"schema {data.get('schema')!r} is newer than {SCHEMA}; update densebench to read it"
+            )
+        record: Record = _build(cls, data, "record")
+        if record.status not in STATUSES:
+            raise RecordError(f"unknown status {record.status!r}")
+        return record
+
+
+def _build(kind: Any, value: Any, where: str) -> Any:
+    """`value`, as parsed from JSON, as the type `kind`; unknown fields of an older schema are dropped."""
+    origin = typing.get_origin(kind)
+    if origin is types.UnionType:
+        if value is None:
+            return None
+        kind = next(option for option in get_args(kind) if option is not types.NoneType)
+        return _build(kind, value, where)
+    if dataclasses.is_dataclass(kind) and isinstance(kind, type):
+        if not isinstance(value, dict):
+            raise RecordError(f"{where} is not an object")
+        hints = get_type_hints(kind)
+        known = {name: _build(hints[name], value[name], name) for name in hints if name in value}
+        try:
+            return kind(**known)
+        except TypeError:
+            missing = [f.name for f in dataclasses.fields(kind) if f.name not in known and _required(f)]
+            raise RecordError(f"{where} lacks {', '.join(missing)}") from None
+    if origin is tuple:
+        return tuple(_build(get_args(kind)[0], item, where) for item in value)
+    if origin is dict and get_args(kind)[1] is not Any:
+        return {key: _build(get_args(kind)[1], item, where) for key, item in value.items()}
+    return value
+
+
+def _required(f: dataclasses.Field[Any]) -> bool:
+    return f.default is dataclasses.MISSING and f.default_factory is dataclasses.MISSING
+
+
+class RunStore:
+    """The folder of one run; records are appended to its `cases.jsonl`, each flushed to the disk at once.
+
+    Args:
+        folder: created if missing, and tried before anything is measured.
+
+    Raises:
+        OSError: if the folder cannot be created or written, naming it and the remedy.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self.path = folder / "cases.jsonl"
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+            with self.path.open("a", encoding="utf-8"):
+                pass
+            _end_torn_line(self.path)
+        except OSError as error:
+            raise OSError(
+                f"cannot write results to {folder} ({error.strerror}); choose another with --densebench-out"
+            ) from None
+
+    def append(self, record: Record) -> Record:
+        """Store one record, stamped with the run and the time; returns it as stored."""
+        created = datetime.now(UTC).isoformat(timespec="seconds")
+        record = dataclasses.replace(record, run=self.folder.name, created=created)
+        with self.path.open("a", encoding="utf-8") as file:
+            file.write(record.to_json() + "\n")
+            file.flush()
+            os.fsync(file.fileno())
+        return record
+
+    def read(self) -> list[Record]:
+        return read_records([self.path])
+
+
+def _end_torn_line(path: Path) -> None:
+    """End a line that a killed process left unfinished, so that the next record starts a new one."""
+    with path.open("rb+") as file:
+        if file.seek(0, os.SEEK_END) and (file.seek(-1, os.SEEK_END), file.read(1))[1] != b"\n":
+            file.write(b"\n")
+
+
+def read_records(paths: Iterable[Path]) -> list[Record]:
+    """All readable records of some files; what cannot be read is reported on stderr, a line a file."""
+    records: list[Record] = []
+    for path in paths:
+        problems = []
+        for number, line in _lines(path):
+            try:
+                records.append(Record.from_json(line))
+            except RecordError as error:
+                problems.append(f"line {number}: {error}")
+        if problems:
+            more = f" (and {len(problems) - 1} more lines)" if len(problems) > 1 else ""
+            print(f"densebench: {path}: left out {problems[0]}{more}", file=sys.stderr)
+    return records
+
+
+def _lines(path: Path) -> Iterator[tuple[int, str]]:
+    with path.open(encoding="utf-8", errors="replace") as file:
+        for number, line in enumerate(file, 1):
+            if line.strip():
+                yield number, line
+
+
+def latest(records: Iterable[Record]) -> list[Record]:
+    """The last record of each case and run: a case that was measured again replaces its older self."""
+    return list({(record.run, record.case.key()): record for record in records}.values())
+
+
+def to_frame(records: Iterable[Record]) -> pd.DataFrame:
+    """One row a record, one column a field; nested fields as `case.model`, `time_s.median`."""
+    import pandas as pd
+
+    return pd.json_normalize([dataclasses.asdict(record) for record in records], max_level=1)

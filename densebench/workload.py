@@ -1,0 +1,163 @@
+"""A case made runnable: the network, its input, and one step of training or inference.
+
+A training step is a forward and a backward from a fixed random upstream gradient (no loss function, no
+optimizer): what differs between contenders, and nothing that does not. Gradients accumulate.
+"""
+
+from __future__ import annotations
+
+import copy
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensorMode
+
+from densebench.contenders import get_contender
+from densebench.results import Case
+
+MODES = ("train", "forward", "infer")
+
+
+class Workload:
+    """One contender with its input, ready to step.
+
+    Args:
+        model: the network; it is put in training or evaluation mode as `mode` says.
+        input: [N, C, H, W].
+        mode: "train" (forward and backward), "forward" (with graph, no backward) or "infer" (without graph).
+        autocast: dtype of autocast, or None.
+
+    Raises:
+        ValueError: for an unknown mode.
+    """
+
+    def __init__(
+        self, model: nn.Module, input: Tensor, mode: str = "train", autocast: torch.dtype | None = None
+    ) -> None:
+        if mode not in MODES:
+            raise ValueError(f"unknown mode {mode!r}; known: {', '.join(MODES)}")
+        self.model = model.train(mode != "infer")
+        self.input = input
+        self.mode = mode
+        self.autocast = autocast
+        self.upstream: Tensor | None = None
+
+    def step(self) -> Tensor:
+        """One step; returns the output."""
+        output = self.forward()
+        if self.mode == "train":
+            self.backward(output)
+        return output.detach()
+
+    def forward(self) -> Tensor:
+        with torch.set_grad_enabled(self.mode != "infer"), self._autocast():
+            output: Tensor = self.model(self.input)
+        return output
+
+    def backward(self, output: Tensor) -> None:
+        output.backward(self._upstream_for(output))
+
+    def allocate_gradients(self) -> None:
+        """Give every trained parameter a gradient, as after a first step."""
+        if self.mode == "train":
+            for parameter in self.model.parameters():
+                parameter.grad = torch.zeros_like(parameter) if parameter.requires_grad else None
+
+    def clear_gradients(self) -> None:
+        self.model.zero_grad(set_to_none=True)
+
+    def constant_bytes(self) -> int:
+        """Parameters, gradients, buffers, input and upstream gradient, computed from their shapes."""
+        return sum(self.constants().values())
+
+    def constants(self) -> dict[str, int]:
+        """Bytes of what exists at every moment of a step, by category."""
+        trained = [p for p in self.model.parameters() if p.requires_grad] if self.mode == "train" else []
+        upstream = [] if self.upstream is None else [self.upstream]
+        return {
+            "parameters": _bytes(self.model.parameters()),
+            "gradients": _bytes(trained),
+            "buffers": _bytes(self.model.buffers()),
+            "input": _bytes([self.input, *upstream]),
+        }
+
+    def _upstream_for(self, output: Tensor) -> Tensor:
+        """A random gradient that stays the same: that of a mean loss would be tiny, that of a sum constant."""
+        if self.upstream is None:
+            with torch.random.fork_rng(devices=[output.device] if output.is_cuda else []):
+                torch.manual_seed(1)
+                self.upstream = torch.randn_like(output)
+        return self.upstream
+
+    def _autocast(self) -> AbstractContextManager[Any]:
+        if self.autocast is None:
+            return nullcontext()
+        return torch.autocast(self.input.device.type, self.autocast)
+
+
+def build_workload(case: Case, state: dict[str, Tensor] | None = None, seed: int = 0) -> Workload:
+    """The workload of a case on its device.
+
+    Args:
+        case: what to run; its options go to the model.
+        state: weights to load; random ones if None.
+        seed: of the weights and the input.
+    """
+    torch.manual_seed(seed)
+    model = get_contender(case.strategy).build(case.model, **model_options(case))
+    if state is not None:
+        plain(model).load_state_dict(state)
+    dtype, memory_format = getattr(torch, case.dtype), _memory_format(case)
+    model = model.to(case.device, dtype).to(memory_format=memory_format)
+    input = torch.randn(case.batch, *case.input_shape, device=case.device, dtype=dtype)
+    autocast = getattr(torch, case.autocast) if case.autocast else None
+    return Workload(model, input.to(memory_format=memory_format), case.mode, autocast)
+
+
+def fake_workload(case: Case) -> tuple[FakeTensorMode, Workload]:
+    """The workload of a case as shapes without data, and the mode to step it in.
+
+    The parameters lie on a fake CPU whatever the case's device: a torch built without CUDA cannot fake one.
+    """
+    with torch.device("meta"):
+        model = get_contender(case.strategy).build(case.model, **model_options(case))
+        model = model.to(getattr(torch, case.dtype)).to(memory_format=_memory_format(case))
+    autocast = getattr(torch, case.autocast) if case.autocast else None
+    mode = FakeTensorMode()
+    with mode:
+        input = torch.empty(case.batch, *case.input_shape, dtype=getattr(torch, case.dtype))
+        input = input.to(memory_format=_memory_format(case))
+        return mode, Workload(fake_model(model), input, case.mode, autocast)
+
+
+def fake_model(model: nn.Module) -> nn.Module:
+    """A copy whose parameters and buffers are shapes without data; call inside a FakeTensorMode."""
+    tensors = {id(t): t for t in (*model.parameters(), *model.buffers())}
+    return copy.deepcopy(model, {key: _fake(tensor) for key, tensor in tensors.items()})
+
+
+def plain(model: nn.Module) -> nn.Module:
+    """The network inside whatever a contender wraps around it."""
+    for wrapper in ("_orig_mod", "network"):
+        model = getattr(model, wrapper, model)
+    return model
+
+
+def model_options(case: Case) -> dict[str, Any]:
+    """The case's options that go to the model's function."""
+    return {key: tuple(v) if isinstance(v, list) else v for key, v in case.options.items()}
+
+
+def _fake(tensor: Tensor) -> Tensor:
+    empty = torch.empty_strided(tensor.shape, tensor.stride(), dtype=tensor.dtype, device="cpu")
+    return nn.Parameter(empty, tensor.requires_grad) if isinstance(tensor, nn.Parameter) else empty
+
+
+def _memory_format(case: Case) -> torch.memory_format:
+    return torch.channels_last if case.memory_format == "channels_last" else torch.contiguous_format
+
+
+def _bytes(tensors: Any) -> int:
+    return sum(tensor.numel() * tensor.element_size() for tensor in tensors)
