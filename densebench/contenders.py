@@ -109,7 +109,9 @@ def _timm(model: str, **options: Any) -> nn.Module:
 
 @contender("compiled", summary="torch.compile of naive", compiles=True)
 def _compiled(model: str, **options: Any) -> nn.Module:
-    return torch.compile(build_model(model, strategy="naive", **options))
+    network = build_model(model, strategy="naive", **options)
+    network.compile()
+    return network
 
 
 @contender("offloaded", summary="naive, what backward needs kept in host memory")

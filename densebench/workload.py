@@ -84,7 +84,7 @@ class Workload:
         }
 
     def _upstream_for(self, output: Tensor) -> Tensor:
-        """A random gradient that stays the same: that of a mean loss would be tiny, that of a sum constant."""
+        """A random gradient, always the same: that of a mean loss is tiny, that of a sum constant."""
         if self.upstream is None:
             with torch.random.fork_rng(devices=[output.device] if output.is_cuda else []):
                 torch.manual_seed(1)
@@ -109,11 +109,9 @@ def build_workload(case: Case, state: dict[str, Tensor] | None = None, seed: int
     model = get_contender(case.strategy).build(case.model, **model_options(case))
     if state is not None:
         plain(model).load_state_dict(state)
-    dtype, memory_format = getattr(torch, case.dtype), _memory_format(case)
-    model = model.to(case.device, dtype).to(memory_format=memory_format)
-    input = torch.randn(case.batch, *case.input_shape, device=case.device, dtype=dtype)
-    autocast = getattr(torch, case.autocast) if case.autocast else None
-    return Workload(model, input.to(memory_format=memory_format), case.mode, autocast)
+    input = torch.randn(case.batch, *case.input_shape, device=case.device, dtype=_dtype(case.dtype))
+    input = input.to(memory_format=_memory_format(case))
+    return Workload(_placed(model, case, case.device), input, case.mode, _dtype(case.autocast))
 
 
 def fake_workload(case: Case) -> tuple[FakeTensorMode, Workload]:
@@ -123,13 +121,12 @@ def fake_workload(case: Case) -> tuple[FakeTensorMode, Workload]:
     """
     with torch.device("meta"):
         model = get_contender(case.strategy).build(case.model, **model_options(case))
-        model = model.to(getattr(torch, case.dtype)).to(memory_format=_memory_format(case))
-    autocast = getattr(torch, case.autocast) if case.autocast else None
+        model = _placed(model, case, "meta")
     mode = FakeTensorMode()
     with mode:
-        input = torch.empty(case.batch, *case.input_shape, dtype=getattr(torch, case.dtype))
+        input = torch.empty(case.batch, *case.input_shape, dtype=_dtype(case.dtype))
         input = input.to(memory_format=_memory_format(case))
-        return mode, Workload(fake_model(model), input, case.mode, autocast)
+        return mode, Workload(fake_model(model), input, case.mode, _dtype(case.autocast))
 
 
 def fake_model(model: nn.Module) -> nn.Module:
@@ -139,10 +136,8 @@ def fake_model(model: nn.Module) -> nn.Module:
 
 
 def plain(model: nn.Module) -> nn.Module:
-    """The network inside whatever a contender wraps around it."""
-    for wrapper in ("_orig_mod", "network"):
-        model = getattr(model, wrapper, model)
-    return model
+    """The network inside whatever a contender wraps around it (as its `network`)."""
+    return getattr(model, "network", model)
 
 
 def model_options(case: Case) -> dict[str, Any]:
@@ -153,6 +148,16 @@ def model_options(case: Case) -> dict[str, Any]:
 def _fake(tensor: Tensor) -> Tensor:
     empty = torch.empty_strided(tensor.shape, tensor.stride(), dtype=tensor.dtype, device="cpu")
     return nn.Parameter(empty, tensor.requires_grad) if isinstance(tensor, nn.Parameter) else empty
+
+
+def _placed(model: nn.Module, case: Case, device: str) -> nn.Module:
+    return model.to(  # type: ignore[call-overload]
+        device=device, dtype=_dtype(case.dtype), memory_format=_memory_format(case)
+    )
+
+
+def _dtype(name: str | None) -> torch.dtype | None:
+    return None if name is None else getattr(torch, name)
 
 
 def _memory_format(case: Case) -> torch.memory_format:

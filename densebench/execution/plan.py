@@ -6,9 +6,9 @@ its place in it.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Protocol
 
 from torch import Tensor, nn
 
@@ -16,7 +16,11 @@ from densebench.execution.batch_norm import NormCall, call_norm
 from densebench.models.layers import DenseLayer
 from densebench.models.stage import Stage
 
-Flat = Sequence[Any]  # a stage's parameters, or what stands for each: Tensor or None
+
+class Flat(Protocol):
+    """The flat list of a stage's parameters, or of what stands for each."""
+
+    def __getitem__(self, index: int) -> Any: ...
 
 
 @dataclass(frozen=True)
@@ -45,6 +49,10 @@ class ConvUnit(NormUnit):
         """What stands for the convolution's weight."""
         return flat[self.first + 2]
 
+    def trained(self, needs: Flat) -> bool:
+        """Whether any of its parameters needs a gradient."""
+        return any(needs[self.first + place] for place in range(3))
+
 
 @dataclass(frozen=True)
 class LayerPlan:
@@ -66,22 +74,22 @@ class LayerPlan:
         return slice(self.units[0].first, self.units[-1].first + 3)
 
 
-class BlockPlan:
-    """The layers of a dense block for one run, and the flat list of their parameters.
+class StagePlan:
+    """The dense block of a stage for one run, and the flat list of its parameters.
 
     Attributes:
         layers: in the order of the forward.
-        channels: width of the block's output.
+        start, channels: width of the block's input and output.
         parameters: of every unit in turn (see `ConvUnit`).
+        calls: of every norm in turn.
     """
 
     def __init__(self, stage: Stage) -> None:
         self.parameters: list[Tensor | None] = []
+        self.calls: list[NormCall] = []
         self.layers = [self._layer(layer) for layer in stage.layers]
+        self.start = stage.block.in_channels
         self.channels = stage.block.out_channels
-
-    def calls(self) -> list[NormCall]:
-        return [unit.call for layer in self.layers for unit in layer.units]
 
     def _layer(self, layer: DenseLayer) -> LayerPlan:
         units = tuple(self._conv_unit(norm, conv) for norm, conv in _norms_and_convs(layer))
@@ -90,6 +98,7 @@ class BlockPlan:
 
     def _conv_unit(self, norm: nn.BatchNorm2d, conv: nn.Conv2d) -> ConvUnit:
         unit = ConvUnit(call_norm(norm), len(self.parameters), conv)
+        self.calls.append(unit.call)
         self.parameters += [norm.weight, norm.bias, conv.weight]
         return unit
 

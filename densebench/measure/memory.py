@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import gc
 import json
+import os
 import tempfile
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -19,7 +20,7 @@ from typing import Any, Protocol
 import torch
 from torch.profiler import ProfilerActivity, profile, record_function
 
-REPEATS = 3
+os.environ.setdefault("KINETO_LOG_LEVEL", "9")  # else each use of the profiler writes two lines to stderr
 _MARK = "densebench.measured_step"
 
 
@@ -62,25 +63,25 @@ class Peak:
         return max(self.repeats) <= 1.01 * min(self.repeats)
 
 
-def measure_peak(build: Callable[[], Measurable], device: torch.device) -> Peak:
+def measure_peak(build: Callable[[], Measurable], device: torch.device, repeats: int = 3) -> Peak:
     """Build a workload and measure the peak of its steps; everything it allocates is charged to it.
 
-    One step warms up; then one starts without gradients (its peak is `plain_peak_bytes`) and three with the
-    gradients in place.
+    One step warms up; then one starts without gradients (its peak is `plain_peak_bytes`) and `repeats` with
+    the gradients in place.
     """
     gc.collect()
     _reset_host_peak()
-    peak = _cuda_peak(build) if device.type == "cuda" else _cpu_peak(build)
+    peak = (_cuda_peak if device.type == "cuda" else _cpu_peak)(build, repeats)
     gc.collect()
     return peak
 
 
-def _cpu_peak(build: Callable[[], Measurable]) -> Peak:
+def _cpu_peak(build: Callable[[], Measurable], count: int) -> Peak:
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
         work = build()
         work.step()
         work.clear_gradients()
-        for _ in range(1 + REPEATS):
+        for _ in range(1 + count):
             with record_function(_MARK):
                 work.step()
         constant = work.constant_bytes()
@@ -116,14 +117,11 @@ def _events(profiler: profile) -> list[tuple[str, int, int]]:
     """Allocations and marks that a profiler saw: (name, time in ns, bytes or duration in ns)."""
     try:
         raw: Any = profiler.profiler.kineto_results.events()  # type: ignore[union-attr]
+        named = ((event.name(), event) for event in raw)
         return [
-            (
-                event.name(),
-                event.start_ns(),
-                event.nbytes() if event.name() == "[memory]" else event.duration_ns(),
-            )
-            for event in raw
-            if event.name() in ("[memory]", _MARK)
+            (name, event.start_ns(), event.nbytes() if name == "[memory]" else event.duration_ns())
+            for name, event in named
+            if name in ("[memory]", _MARK)
         ]
     except AttributeError:  # not public; the trace file is, but costs seconds for a large network
         return _events_of_trace(profiler)
@@ -143,7 +141,7 @@ def _events_of_trace(profiler: profile) -> list[tuple[str, int, int]]:
     return events
 
 
-def _cuda_peak(build: Callable[[], Measurable]) -> Peak:
+def _cuda_peak(build: Callable[[], Measurable], count: int) -> Peak:
     torch.cuda.synchronize()
     torch.cuda.empty_cache()
     _release_cublas_workspaces()
@@ -152,7 +150,7 @@ def _cuda_peak(build: Callable[[], Measurable]) -> Peak:
     work.step()
     work.clear_gradients()
     peaks = []
-    for _ in range(1 + REPEATS):
+    for _ in range(1 + count):
         torch.cuda.synchronize()
         torch.cuda.reset_peak_memory_stats()
         work.step()

@@ -1,4 +1,6 @@
-"""What only the driver knows of a GPU: other processes, clocks, throttling, energy. None and a reason without it.
+"""What only the driver knows of a GPU: other processes, clocks, throttling, energy.
+
+Without a driver everything is None, and there is a reason why.
 
 NVML numbers devices by itself, ignoring CUDA_VISIBLE_DEVICES, so the device is found by its UUID.
 """

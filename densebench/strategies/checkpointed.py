@@ -55,6 +55,6 @@ def _first_half(layer: DenseLayer) -> Callable[..., Tensor]:
         if not recomputing:
             commit([call])
         recomputing = True
-        return layer.conv1(F.relu(x))
+        return layer.conv1(F.relu(x, inplace=not torch.is_grad_enabled()))
 
     return run

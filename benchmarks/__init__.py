@@ -1,0 +1,1 @@
+"""What is measured. How it is measured is `densebench.measure`."""

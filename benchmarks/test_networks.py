@@ -1,0 +1,22 @@
+"""Training step and inference of whole networks: every strategy, and what people use instead."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+
+from benchmarks.cases import Group
+from benchmarks.conftest import end
+from benchmarks.suite import Suite, clock
+from densebench.results import Case
+
+
+@pytest.mark.benchmark(timer=clock)
+def test_step(benchmark: Any, suite: Suite, timed: tuple[Group, Case]) -> None:
+    group, case = timed
+    record = suite.record(group, case)
+    benchmark.group = group.name
+    if record.time_s is not None:
+        clock.replay(benchmark, record)
+    end(record, benchmark)
