@@ -1,0 +1,249 @@
+"""What equal means: the one definition, used by the tests and by anyone with a strategy of their own.
+
+Two runs are equal if outputs, loss, input gradient, every parameter gradient by name, every buffer and, after
+optimizer steps, every parameter agree. In float64 the gate is absolute, because correct code that only orders
+its sums differently agrees to 1e-13 there and wrong code does not. In lower precision a strategy may err
+twice as much as its reference does, both against the reference in float64 (FlashAttention's rule).
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from densebench.models import set_strategy
+
+# Norm of the difference over norm of the reference. Buffers are plain averages of what the forward computed.
+GATE_FLOAT64 = 1e-11
+GATE_BUFFERS_FLOAT64 = 1e-13
+# Where sums of rounding errors are compared (a norm's bias before another norm has gradient zero), an error
+# counts only beyond what the reference itself shows when the images of its batch change places.
+NOISE_FACTOR = 3.0
+# A strategy's error against float64 over its reference's, and the error that needs no excuse.
+ERROR_FACTOR = 2.0
+FLOORS = {torch.float32: 1e-6, torch.float16: 1e-3, torch.bfloat16: 8e-3}
+
+Quantities = dict[str, Tensor | None]
+
+
+@dataclass(frozen=True)
+class Difference:
+    """How one quantity of two runs differs: |difference| / |reference| (norms), and the gate for it."""
+
+    name: str
+    error: float
+    gate: float
+
+    @property
+    def within(self) -> bool:
+        return self.error <= self.gate  # false for NaN
+
+
+def assert_equivalent(
+    model: nn.Module,
+    strategy: str,
+    inputs: Tensor | Sequence[Tensor],
+    reference: str = "naive",
+    *,
+    autocast: torch.dtype | None = None,
+    input_gradient: bool = True,
+    learning_rate: float = 0.0,
+    seed: int = 0,
+) -> list[Difference]:
+    """Run a model by two strategies from the same weights on the same inputs and compare everything.
+
+    Args:
+        model: contains at least one densebench DenseNet; it is copied and left as it is, mode included.
+        strategy, reference: names of strategies.
+        inputs: [N, C, H, W], or several for as many steps.
+        autocast: dtype to run both under, or None.
+        input_gradient: whether the inputs need a gradient.
+        learning_rate: of plain SGD with momentum 0.9 after each step; 0 leaves the parameters alone.
+        seed: of dropout and of the gradient of the output.
+
+    Returns:
+        Every quantity compared, with its error and gate: what was measured, for reports.
+
+    Raises:
+        AssertionError: naming the worst quantity, its index, both values, its error and its gate.
+        ValueError, UnsupportedError: as `densebench.set_strategy`.
+    """
+    steps = [inputs] if isinstance(inputs, Tensor) else list(inputs)
+    run = _Run(model, steps, autocast, input_gradient, learning_rate, seed)
+    expected, actual = run.by(reference), run.by(strategy)
+    _assert_comparable(expected, actual)
+    exact = steps[0].dtype == torch.float64
+    differences = _compare_exactly(run, reference, expected, actual) if exact else None
+    if differences is None:
+        differences = _compare_errors(run, reference, expected, actual)
+    wrong = [difference for difference in differences if not difference.within]
+    if wrong:
+        worst = max(wrong, key=lambda d: d.error / d.gate if d.error == d.error else float("inf"))
+        more = f" ({len(wrong) - 1} more quantities differ)" if len(wrong) > 1 else ""
+        where = _first_difference(expected[worst.name], actual[worst.name])
+        raise AssertionError(
+            f"strategy {strategy!r} differs from {reference!r} in {worst.name}: relative error "
+            f"{worst.error:.2e} against a gate of {worst.gate:.2e}; {where}{more}"
+        )
+    return differences
+
+
+@dataclass(frozen=True)
+class _Run:
+    """What both strategies are given."""
+
+    model: nn.Module
+    inputs: list[Tensor]
+    autocast: torch.dtype | None
+    input_gradient: bool
+    learning_rate: float
+    seed: int
+
+    def by(self, strategy: str, order: Tensor | None = None, double: bool = False) -> Quantities:
+        """Every quantity of a run by a strategy.
+
+        Args:
+            strategy: its name.
+            order: a permutation of the images; results come back in the original order.
+            double: run in float64 and without autocast, from the same weights and inputs.
+        """
+        torch.manual_seed(self.seed)
+        model = set_strategy(copy.deepcopy(self.model), strategy)
+        model = model.double() if double else model
+        optimizer = torch.optim.SGD(
+            [p for p in model.parameters() if p.requires_grad] or [torch.zeros(1)],
+            self.learning_rate,
+            momentum=0.9,
+        )
+        quantities: Quantities = {}
+        for number, original in enumerate(self.inputs, 1):
+            prefix = f"step {number}: " if len(self.inputs) > 1 else ""
+            optimizer.zero_grad()
+            step = self._step(model, original, order, double, number)
+            quantities |= {prefix + name: value for name, value in step.items()}
+            optimizer.step()
+        if self.learning_rate:
+            quantities |= {f"parameter {n}": p.detach() for n, p in model.named_parameters()}
+        return quantities
+
+    def _step(
+        self, model: nn.Module, original: Tensor, order: Tensor | None, double: bool, number: int
+    ) -> Quantities:
+        order = torch.arange(len(original), device=original.device) if order is None else order
+        input = original.detach()[order].to(memory_format=_memory_format(original))
+        input = input.double() if double else input
+        input.requires_grad_(self.input_gradient)
+        with torch.autocast(
+            input.device.type, self.autocast, enabled=self.autocast is not None and not double
+        ):
+            output = model(input)
+        upstream = _upstream(output, self.seed + number)[order]
+        loss = (output * upstream).sum()
+        if loss.requires_grad:
+            output.backward(upstream)
+        back = torch.argsort(order)
+        return {
+            "output": output.detach()[back],
+            "loss": loss.detach(),
+            "input gradient": None if input.grad is None else input.grad[back],
+            **{f"gradient {n}": p.grad for n, p in model.named_parameters()},
+            **{f"buffer {n}": b.detach().clone() for n, b in model.named_buffers()},
+        }
+
+
+def _compare_exactly(run: _Run, reference: str, expected: Quantities, actual: Quantities) -> list[Difference]:
+    """The float64 gates; self-noise widens them only for quantities that are rounding errors themselves."""
+    differences = []
+    noise: Quantities | None = None
+    for name, value in expected.items():
+        other = actual[name]
+        if value is None or other is None:
+            continue
+        gate = GATE_BUFFERS_FLOAT64 if "buffer" in name else GATE_FLOAT64
+        error = _relative(other, value)
+        if not error <= gate and not _draws_dropout(run.model):
+            noise = run.by(reference, order=torch.randperm(len(run.inputs[0]))) if noise is None else noise
+            other_order = noise[name]
+            assert other_order is not None
+            gate = max(gate, NOISE_FACTOR * _relative(other_order, value))
+        differences.append(Difference(name, error, gate))
+    return differences
+
+
+def _compare_errors(run: _Run, reference: str, expected: Quantities, actual: Quantities) -> list[Difference]:
+    """Errors against the reference in float64, at most twice the reference's own."""
+    exact = run.by(reference, double=True)
+    dtype = run.autocast or run.inputs[0].dtype
+    differences = []
+    for name, truth in exact.items():
+        value, other = expected[name], actual[name]
+        if truth is None or value is None or other is None:
+            continue
+        floor = FLOORS[torch.float32] if "buffer" in name and value.dtype == torch.float32 else FLOORS[dtype]
+        gate = max(ERROR_FACTOR * _relative(value, truth), floor)
+        differences.append(Difference(name, _relative(other, truth), gate))
+    return differences
+
+
+def _assert_comparable(expected: Quantities, actual: Quantities) -> None:
+    """Both runs have the same quantities, dtypes and Nones, and share no memory."""
+    assert expected.keys() == actual.keys(), f"different quantities: {expected.keys() ^ actual.keys()}"
+    storages = {t.untyped_storage().data_ptr() for t in expected.values() if t is not None and t.numel()}
+    for name, value in expected.items():
+        other = actual[name]
+        assert (value is None) == (other is None), (
+            f"{name} is {'missing' if other is None else 'there'} and should "
+            f"{'not be' if value is None else 'be there'}"
+        )
+        if value is None or other is None:
+            continue
+        assert value.dtype == other.dtype, f"{name} is {other.dtype}, the reference's {value.dtype}"
+        assert value.shape == other.shape, f"{name} has shape {other.shape}, the reference's {value.shape}"
+        if other.numel():
+            shared = other.untyped_storage().data_ptr() in storages
+            assert not shared, (
+                f"{name} lies in memory of the reference's run: it would be compared with itself"
+            )
+    size = sum(float(v.double().abs().nan_to_num().sum()) for n, v in expected.items() if v is not None)
+    assert size > 0, "the reference's run is all zeros: nothing could differ"
+
+
+def _relative(value: Tensor, reference: Tensor) -> float:
+    """|value - reference| / |reference| as norms in float64; 0 where both are the same, NaN included."""
+    a, b = value.double(), reference.double()
+    same = (a == b) | (a.isnan() & b.isnan())
+    if same.all():
+        return 0.0
+    difference = torch.where(same, 0.0, a - b).norm()
+    size = torch.where(b.isfinite(), b, 0.0).norm()
+    return float(difference / size) if size > 0 else float("inf")
+
+
+def _first_difference(expected: Tensor | None, actual: Tensor | None) -> str:
+    """Where two tensors differ most, in words."""
+    assert expected is not None
+    assert actual is not None
+    difference = (actual.double() - expected.double()).abs().nan_to_num(nan=float("inf"))
+    place = torch.unravel_index(difference.argmax(), difference.shape) if difference.dim() else ()
+    index = tuple(int(i) for i in place)
+    return f"at {list(index)} it is {actual[index].item()!r}, the reference {expected[index].item()!r}"
+
+
+def _upstream(output: Tensor, seed: int) -> Tensor:
+    """A random gradient of the output, the same in every dtype: drawn in float32, rounded to bfloat16."""
+    generator = torch.Generator().manual_seed(seed)
+    values = torch.randn(output.shape, generator=generator).bfloat16()
+    return values.to(output.device, output.dtype)
+
+
+def _draws_dropout(model: nn.Module) -> bool:
+    return any(getattr(module, "drop_rate", 0.0) > 0 and module.training for module in model.modules())
+
+
+def _memory_format(x: Tensor) -> torch.memory_format:
+    dense = x.is_contiguous(memory_format=torch.channels_last) and not x.is_contiguous()
+    return torch.channels_last if dense else torch.contiguous_format
