@@ -101,12 +101,8 @@ def _quick_cuda() -> Profile:
     return Profile(
         Effort(rounds=20, seconds=2.0, least=20),
         (
-            network_group(
-                "densenet121", "train", 64, "cuda", autocast="bfloat16", contenders=_quick_contenders()
-            ),
-            network_group(
-                "densenet121", "infer", 64, "cuda", autocast="bfloat16", contenders=_quick_contenders()
-            ),
+            network_group("densenet121", "train", 64, "cuda", autocast="bfloat16", contenders=_quick_contenders()),
+            network_group("densenet121", "infer", 64, "cuda", autocast="bfloat16", contenders=_quick_contenders()),
             depth_group(DEPTHS, "cuda"),
         ),
         (*timelines(), *depth_predicted()),
@@ -163,9 +159,7 @@ def network_group(
     `both_formats` adds naive in the contiguous format: ratios are against the faster of the two.
     """
     names = contenders if contenders is not None else list_contenders()
-    case = Case(
-        "step", model, "naive", mode, batch, image, "float32", autocast, "channels_last", device=device
-    )
+    case = Case("step", model, "naive", mode, batch, image, "float32", autocast, "channels_last", device=device)
     cases = [_with(case, name) for name in names if _has(name, case)]
     if both_formats:
         cases.insert(1, replace(case, memory_format="contiguous"))

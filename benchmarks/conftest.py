@@ -89,17 +89,11 @@ def pytest_report_header(config: pytest.Config) -> str:
     chosen, device = config.stash[_PROFILE], config.stash[_DEVICE]
     cases = sum(len(group.cases) for group in chosen.groups) + len(chosen.predicted)
     where = "one GPU" if device == "cuda" else device_name_of_cpu()
-    line = (
-        f"densebench: {where}, {config.stash[_NAME]} profile, {cases} cases, about {chosen.minutes:.0f} min"
-    )
-    absent = sorted(
-        {c.strategy for g in chosen.groups for c in g.cases if get_contender(c.strategy).missing()}
-    )
+    line = f"densebench: {where}, {config.stash[_NAME]} profile, {cases} cases, about {chosen.minutes:.0f} min"
+    absent = sorted({c.strategy for g in chosen.groups for c in g.cases if get_contender(c.strategy).missing()})
     notes = [f"not installed: {', '.join(absent)}"] if absent else []
     if device == "cpu":
-        notes.append(
-            "no GPU: full size is predicted, Triton kernels are checked in the interpreter, not timed"
-        )
+        notes.append("no GPU: full size is predicted, Triton kernels are checked in the interpreter, not timed")
     return "; ".join([line, *notes])
 
 

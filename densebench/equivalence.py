@@ -137,9 +137,7 @@ class _Run:
         input = original.detach()[order].to(memory_format=_memory_format(original))
         input = input.double() if double else input
         input.requires_grad_(self.input_gradient)
-        with torch.autocast(
-            input.device.type, self.autocast, enabled=self.autocast is not None and not double
-        ):
+        with torch.autocast(input.device.type, self.autocast, enabled=self.autocast is not None and not double):
             output = model(input)
         upstream = _upstream(output, self.seed + number)[order]
         loss = (output * upstream).sum()
@@ -205,9 +203,7 @@ def _assert_comparable(expected: Quantities, actual: Quantities) -> None:
         assert value.shape == other.shape, f"{name} has shape {other.shape}, the reference's {value.shape}"
         if other.numel():
             shared = other.untyped_storage().data_ptr() in storages
-            assert not shared, (
-                f"{name} lies in memory of the reference's run: it would be compared with itself"
-            )
+            assert not shared, f"{name} lies in memory of the reference's run: it would be compared with itself"
     size = sum(float(v.double().abs().nan_to_num().sum()) for n, v in expected.items() if v is not None)
     assert size > 0, "the reference's run is all zeros: nothing could differ"
 

@@ -89,9 +89,7 @@ def compute(computation: StageComputation, x: Tensor) -> Tensor:
         if torch.is_grad_enabled():
             value = _Node.apply(computation, part, value, *computation.plan.parameters[part.parameters])
         else:
-            value, _, _ = part.forward(
-                computation, value, computation.plan.parameters[part.parameters], False
-            )
+            value, _, _ = part.forward(computation, value, computation.plan.parameters[part.parameters], False)
     return value
 
 

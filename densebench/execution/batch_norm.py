@@ -2,11 +2,15 @@
 
 A module in training normalizes by the batch and moves its running statistics; in evaluation, or without
 running statistics, it behaves as its flags say. Each module decides for itself.
+
+Running statistics are moved once, after a whole stage has succeeded: a forward that fails halfway leaves no
+trace, and what backward recomputes never moves them again.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor, nn
@@ -20,8 +24,8 @@ class NormCall:
         norm: the module.
         by_batch: normalize by the statistics of the batch; otherwise by the running ones.
         momentum: weight of the batch in the running statistics.
-        running_mean, running_var: [C], copies: safe to overwrite, and unmoved by later calls. None where the
-            call neither reads nor moves them.
+        running_mean, running_var: [C], the module's own (or copies, see `copied`); None where the call
+            neither reads nor moves them.
     """
 
     norm: nn.BatchNorm2d
@@ -38,6 +42,15 @@ class NormCall:
     def moves_running_statistics(self) -> bool:
         return self.by_batch and self.running_mean is not None
 
+    def copied(self) -> NormCall:
+        """The same call on copies of the running statistics, which PyTorch's own kernels may move."""
+        mean, var = self.running
+        return replace(
+            self,
+            running_mean=None if mean is None else mean.clone(),
+            running_var=None if var is None else var.clone(),
+        )
+
     def statistics(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """Two empty tensors of the dtype in which PyTorch's batch norm returns the statistics of x.
 
@@ -50,38 +63,61 @@ class NormCall:
         return x.new_empty(0, dtype=dtype), x.new_empty(0, dtype=dtype)
 
 
+@dataclass(frozen=True)
+class Observed:
+    """The statistics of one batch for one norm: mean and biased variance [C] over `count` values."""
+
+    call: NormCall
+    mean: Tensor
+    var: Tensor
+    count: int
+
+
 def call_norm(norm: nn.BatchNorm2d) -> NormCall:
     """What the module would do if it were called now; changes nothing."""
     by_batch = norm.training or (norm.running_mean is None and norm.running_var is None)
     used = not norm.training or norm.track_running_stats
-    mean, var = norm.running_mean, norm.running_var
     momentum = 0.0 if norm.momentum is None else norm.momentum
     if norm.momentum is None and norm.training and used and norm.num_batches_tracked is not None:
         momentum = 1.0 / float(norm.num_batches_tracked + 1)  # cumulative average
-    return NormCall(
-        norm,
-        by_batch,
-        momentum,
-        mean.clone() if used and mean is not None else None,
-        var.clone() if used and var is not None else None,
-    )
+    mean, var = (norm.running_mean, norm.running_var) if used else (None, None)
+    return NormCall(norm, by_batch, momentum, mean, var)
 
 
 @torch.no_grad()
-def commit(calls: list[NormCall]) -> None:
-    """Store the running statistics that the calls have moved, and count the batch.
-
-    Done once, after a whole stage has succeeded, so that a forward that fails halfway leaves no trace.
-    """
+def commit_copies(calls: Sequence[NormCall]) -> None:
+    """Store the copies of running statistics that the calls have moved, and count the batch."""
     moved = [call for call in calls if call.moves_running_statistics]
     stored = [buffer for call in moved for buffer in (call.norm.running_mean, call.norm.running_var)]
     if moved:
         torch._foreach_copy_(_present(stored), _present([copy for call in moved for copy in call.running]))
-    counters = [
-        norm.num_batches_tracked
-        for norm in (call.norm for call in calls)
-        if norm.training and norm.track_running_stats and norm.num_batches_tracked is not None
-    ]
+    _count_batch(calls)
+
+
+@torch.no_grad()
+def commit_observed(calls: Sequence[NormCall], observed: Sequence[Observed]) -> None:
+    """Move the running statistics towards what was observed, and count the batch.
+
+    running += momentum * (batch - running), with the unbiased variance; a few launches for all norms together.
+    """
+    by_momentum: dict[float, list[tuple[Tensor, Tensor, float]]] = {}
+    for one in observed:
+        call = one.call
+        if call.moves_running_statistics and call.running_mean is not None and call.running_var is not None:
+            moves = by_momentum.setdefault(call.momentum, [])
+            moves.append((call.running_mean, one.mean, 1.0))
+            moves.append((call.running_var, one.var, one.count / (one.count - 1)))
+    for momentum, moves in by_momentum.items():
+        running = [stored for stored, _, _ in moves]
+        batch = [seen.to(stored.dtype) for stored, seen, _ in moves]
+        batch = torch._foreach_mul(batch, [factor for _, _, factor in moves])
+        torch._foreach_lerp_(running, batch, momentum)
+    _count_batch(calls)
+
+
+def _count_batch(calls: Sequence[NormCall]) -> None:
+    norms = [call.norm for call in calls if call.norm.training and call.norm.track_running_stats]
+    counters = _present([norm.num_batches_tracked for norm in norms])
     if counters:
         torch._foreach_add_(counters, 1)
 
@@ -90,7 +126,7 @@ def _present(tensors: list[Tensor | None]) -> list[Tensor]:
     return [tensor for tensor in tensors if tensor is not None]
 
 
-def check_batch(x: Tensor) -> None:
-    """Raises PyTorch's own ValueError where a batch has one value a channel, so no variance."""
-    if x.numel() // x.shape[1] == 1:
-        raise ValueError(f"Expected more than 1 value per channel when training, got input size {x.shape}")
+def check_batch(shape: torch.Size) -> None:
+    """Raises PyTorch's own ValueError where [N, C, H, W] has one value a channel, so no variance."""
+    if shape[0] * shape[2:].numel() == 1:
+        raise ValueError(f"Expected more than 1 value per channel when training, got input size {shape}")

@@ -8,6 +8,12 @@ import torch
 from torch import Tensor
 
 
+def memory_format_of(x: Tensor) -> torch.memory_format:
+    """Channels-last if [N, C, H, W] is dense in that format and not also contiguous; else contiguous."""
+    channels_last = x.is_contiguous(memory_format=torch.channels_last) and not x.is_contiguous()
+    return torch.channels_last if channels_last else torch.contiguous_format
+
+
 @dataclass(frozen=True)
 class MapShape:
     """N x H x W pixels in one memory format; channels are said when a map is made."""
@@ -19,8 +25,8 @@ class MapShape:
 
     @classmethod
     def of(cls, x: Tensor) -> MapShape:
-        """The shape of [N, C, H, W]; channels-last where x is that and not also contiguous."""
-        channels_last = x.is_contiguous(memory_format=torch.channels_last) and not x.is_contiguous()
+        """The shape of [N, C, H, W], in its memory format."""
+        channels_last = memory_format_of(x) is torch.channels_last
         return cls(x.shape[0], x.shape[2], x.shape[3], channels_last)
 
     @property

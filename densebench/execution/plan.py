@@ -13,8 +13,8 @@ from typing import Any, Protocol
 from torch import Tensor, nn
 
 from densebench.execution.batch_norm import NormCall, call_norm
-from densebench.models.layers import DenseLayer
-from densebench.models.stage import Stage
+from densebench.models.layers import DenseLayer, Transition
+from densebench.models.stage import FinalNorm, Stage
 
 
 class Flat(Protocol):
@@ -82,25 +82,53 @@ class StagePlan:
         start, channels: width of the block's input and output.
         parameters: of every unit in turn (see `ConvUnit`).
         calls: of every norm in turn.
+        head, tail: units of the stage's head and tail, if the plan is of the whole stage and it has them; the
+            tail is a `ConvUnit` in a transition.
+
+    Args:
+        stage: the stage.
+        whole: take in the head and the tail.
+        copied: let the calls hold copies of the running statistics (see `NormCall.copied`).
     """
 
-    def __init__(self, stage: Stage) -> None:
+    def __init__(self, stage: Stage, whole: bool = False, copied: bool = False) -> None:
         self.parameters: list[Tensor | None] = []
         self.calls: list[NormCall] = []
-        self.layers = [self._layer(layer) for layer in stage.layers]
+        self._copied = copied
         self.start = stage.block.in_channels
         self.channels = stage.block.out_channels
+        self.head = self._unit(stage.head.norm) if whole and stage.head is not None else None
+        self.layers = [self._layer(layer) for layer in stage.layers]
+        self.tail = self._tail(stage.tail) if whole and stage.tail is not None else None
 
     def _layer(self, layer: DenseLayer) -> LayerPlan:
         units = tuple(self._conv_unit(norm, conv) for norm, conv in _norms_and_convs(layer))
         drop_rate = layer.drop_rate if layer.training else 0.0
         return LayerPlan(units, layer.in_channels, layer.growth_rate, drop_rate)
 
+    @property
+    def shares_statistics(self) -> bool:
+        """Whether any norm that reads the block's channels normalizes by the batch."""
+        readers = [layer.units[0].call for layer in self.layers] + ([self.tail.call] if self.tail else [])
+        return any(call.by_batch for call in readers)
+
+    def _tail(self, tail: Transition | FinalNorm) -> NormUnit:
+        return self._conv_unit(tail.norm, tail.conv) if isinstance(tail, Transition) else self._unit(tail.norm)
+
+    def _unit(self, norm: nn.BatchNorm2d) -> NormUnit:
+        unit = NormUnit(self._call(norm), len(self.parameters))
+        self.parameters += [norm.weight, norm.bias]
+        return unit
+
     def _conv_unit(self, norm: nn.BatchNorm2d, conv: nn.Conv2d) -> ConvUnit:
-        unit = ConvUnit(call_norm(norm), len(self.parameters), conv)
-        self.calls.append(unit.call)
+        unit = ConvUnit(self._call(norm), len(self.parameters), conv)
         self.parameters += [norm.weight, norm.bias, conv.weight]
         return unit
+
+    def _call(self, norm: nn.BatchNorm2d) -> NormCall:
+        call = call_norm(norm)
+        self.calls.append(call.copied() if self._copied else call)
+        return self.calls[-1]
 
 
 def _norms_and_convs(layer: DenseLayer) -> Iterator[tuple[nn.BatchNorm2d, nn.Conv2d]]:

@@ -184,6 +184,4 @@ def _host_peak() -> int | None:
         status = Path("/proc/self/status").read_text()
     except OSError:
         return None
-    return next(
-        (int(line.split()[1]) * 1024 for line in status.splitlines() if line.startswith("VmHWM")), None
-    )
+    return next((int(line.split()[1]) * 1024 for line in status.splitlines() if line.startswith("VmHWM")), None)

@@ -73,9 +73,7 @@ class Reference:
             "parameter gradients": gradients,
             "buffers": buffers,
         }
-        return {
-            name: [t.detach().double().cpu() for t in values] for name, values in quantities.items() if values
-        }
+        return {name: [t.detach().double().cpu() for t in values] for name, values in quantities.items() if values}
 
 
 def can_be_checked(case: Case) -> bool:

@@ -89,9 +89,7 @@ class DenseNetConfig:
         for layers in self.block_config:
             width = channels[-1] + layers * self.growth_rate
             channels.append(compressed(width, self.compression))
-        channels[-1] = (
-            channels[-2] + self.block_config[-1] * self.growth_rate
-        )  # the last block has no transition
+        channels[-1] = channels[-2] + self.block_config[-1] * self.growth_rate  # the last block has no transition
         return channels
 
     def stage_strides(self) -> list[int]:

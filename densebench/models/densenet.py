@@ -219,6 +219,4 @@ def _check_dtype_and_device(network: DenseNet, input: Tensor) -> None:
     if input.device != weight.device:
         raise TypeError(f"input is on {input.device}, the network on {weight.device}; move one with .to()")
     if input.dtype != weight.dtype and not torch.is_autocast_enabled(input.device.type):
-        raise TypeError(
-            f"input is {input.dtype}, the network {weight.dtype}; cast one, or use torch.autocast"
-        )
+        raise TypeError(f"input is {input.dtype}, the network {weight.dtype}; cast one, or use torch.autocast")

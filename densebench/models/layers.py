@@ -125,6 +125,4 @@ class Transition(nn.Sequential):
 
 
 def _conv3x3(in_channels: int, out_channels: int, dilation: int) -> nn.Conv2d:
-    return nn.Conv2d(
-        in_channels, out_channels, kernel_size=3, padding=dilation, dilation=dilation, bias=False
-    )
+    return nn.Conv2d(in_channels, out_channels, kernel_size=3, padding=dilation, dilation=dilation, bias=False)

@@ -20,9 +20,7 @@ class Residual(nn.Module):
     convolution, the sum is left alone, and a projecting shortcut reads the first activation.
     """
 
-    def __init__(
-        self, in_channels: int, width: int, stride: int, bottleneck: bool, pre_activation: bool
-    ) -> None:
+    def __init__(self, in_channels: int, width: int, stride: int, bottleneck: bool, pre_activation: bool) -> None:
         super().__init__()
         self.pre_activation = pre_activation
         out_channels = width * expansion(bottleneck)
@@ -143,15 +141,11 @@ def resnet50(*, num_classes: int | None = 1000, in_channels: int = 3, pre_activa
     return ResNet((3, 4, 6, 3), True, num_classes, in_channels, pre_activation)
 
 
-def resnet101(
-    *, num_classes: int | None = 1000, in_channels: int = 3, pre_activation: bool = False
-) -> ResNet:
+def resnet101(*, num_classes: int | None = 1000, in_channels: int = 3, pre_activation: bool = False) -> ResNet:
     """ResNet-101: 44,549,160 parameters, 7.80 GMACs at 224x224."""
     return ResNet((3, 4, 23, 3), True, num_classes, in_channels, pre_activation)
 
 
-def resnet152(
-    *, num_classes: int | None = 1000, in_channels: int = 3, pre_activation: bool = False
-) -> ResNet:
+def resnet152(*, num_classes: int | None = 1000, in_channels: int = 3, pre_activation: bool = False) -> ResNet:
     """ResNet-152: 60,192,808 parameters, 11.51 GMACs at 224x224."""
     return ResNet((3, 8, 36, 3), True, num_classes, in_channels, pre_activation)

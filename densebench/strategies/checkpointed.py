@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
-from densebench.execution.batch_norm import call_norm, commit
+from densebench.execution.batch_norm import call_norm, commit_copies
 from densebench.execution.structure import irregularity
 from densebench.models.layers import DenseLayer
 from densebench.models.stage import Stage
@@ -44,7 +44,7 @@ def _first_half(layer: DenseLayer) -> Callable[..., Tensor]:
     What the norm does is settled now: neither its mode nor its running statistics at the time of backward
     may change what is recomputed.
     """
-    norm, call = layer.norm1, call_norm(layer.norm1)
+    norm, call = layer.norm1, call_norm(layer.norm1).copied()
     recomputing = False
 
     def run(*features: Tensor) -> Tensor:
@@ -53,7 +53,7 @@ def _first_half(layer: DenseLayer) -> Callable[..., Tensor]:
         # `call.running` are copies: recomputing may move them again, the module's own are stored once.
         x = F.batch_norm(x, *call.running, norm.weight, norm.bias, call.by_batch, call.momentum, norm.eps)
         if not recomputing:
-            commit([call])
+            commit_copies([call])
         recomputing = True
         return layer.conv1(F.relu(x, inplace=not torch.is_grad_enabled()))
 

@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from densebench.execution.autograd import Gradients, StageComputation, Window, compute
-from densebench.execution.batch_norm import check_batch, commit
+from densebench.execution.batch_norm import check_batch, commit_copies
 from densebench.execution.maps import MapShape
 from densebench.execution.plan import ConvUnit, LayerPlan, StagePlan
 from densebench.execution.precision import compute_dtype
@@ -35,9 +35,9 @@ aten = torch.ops.aten
 def shared_buffer(stage: Stage, x: Tensor) -> Tensor:
     """Keep the feature buffer and each bottleneck output; refill all that is normalized in backward."""
     x = stage.run_head(x)
-    computation = _SharedBuffer(StagePlan(stage), x)
+    computation = _SharedBuffer(StagePlan(stage, copied=True), x)
     x = compute(computation, x)
-    commit(computation.plan.calls)
+    commit_copies(computation.plan.calls)
     del computation
     return stage.run_tail(x)
 
@@ -185,7 +185,7 @@ class _Scratch:
         """relu(norm(x)) in scratch; a refill does not move the running statistics again."""
         call = unit.call
         if call.by_batch:
-            check_batch(x)
+            check_batch(x.shape)
         a, (mean, inv_std) = self.maps.view(self.normalized, x.shape[1]), call.statistics(x)
         running = (None, None) if refill and call.by_batch else call.running
         mode = (call.by_batch, call.momentum, unit.eps)

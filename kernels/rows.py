@@ -1,0 +1,115 @@
+"""The CPU path's ground: maps as matrices, worked through tile by tile so that scratch stays in the cache.
+
+A channels-last map [N, C, H, W] is the matrix [N * H * W, C]: pixels are rows, channels columns. A prefix of a
+wider buffer has the buffer's row stride. Scratch is float32 (float64 for float64), whatever the map's dtype.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+# Measured on DenseNet-121 (2 cores, 1 MiB of L2 each, 32 MiB of L3): from 1 to 4 MiB a tile makes 3 % of
+# difference; at 0.5 MiB the calls cost, and with whole matrices the scratch leaves the cache.
+TILE_BYTES = 2 * 2**20
+
+
+class Norm(NamedTuple):
+    """A batch norm over columns: (x - mean) / sqrt(var + eps) * gamma + beta; all [C].
+
+    `mean` and `var` (biased) are in the accumulating dtype; gamma and beta may be None.
+    """
+
+    mean: Tensor
+    var: Tensor
+    gamma: Tensor | None
+    beta: Tensor | None
+    eps: float
+
+    def folded(self) -> tuple[Tensor, Tensor]:
+        """(scale, shift) with norm(x) = x * scale + shift, as PyTorch's own CPU kernel computes it."""
+        scale = (self.var + self.eps).rsqrt()
+        if self.gamma is not None:
+            scale = scale * self.gamma.to(scale.dtype)
+        shift = -self.mean * scale
+        return scale, shift if self.beta is None else shift + self.beta.to(scale.dtype)
+
+    def affine(self) -> tuple[Tensor | None, Tensor | None]:
+        """gamma and beta in the accumulating dtype."""
+        gamma, beta = self.gamma, self.beta
+        return (
+            None if gamma is None else gamma.to(self.mean.dtype),
+            None if beta is None else beta.to(self.mean.dtype),
+        )
+
+
+def accumulate_dtype(x: Tensor) -> torch.dtype:
+    """The dtype of statistics and sums over x: float64 for float64, else float32."""
+    return torch.float64 if x.dtype == torch.float64 else torch.float32
+
+
+def tile_rows(x: Tensor) -> int:
+    """Rows of a tile of x: a multiple of 16, at most all."""
+    row_bytes = x.shape[-1] * accumulate_dtype(x).itemsize
+    return min(x.shape[0], max(16, TILE_BYTES // row_bytes // 16 * 16))
+
+
+def tile_bytes(x: Tensor) -> int:
+    """Bytes of one tile of x in scratch."""
+    return tile_rows(x) * x.shape[-1] * accumulate_dtype(x).itemsize
+
+
+def tiles(x: Tensor, count: int) -> Iterator[tuple[slice, list[Tensor]]]:
+    """Consecutive rows that cover x, each with `count` pieces of scratch [rows, C], dense and reused."""
+    dtype = accumulate_dtype(x)
+    scratch = [x.new_empty(tile_rows(x), x.shape[1], dtype=dtype) for _ in range(count)]
+    for rows in row_slices(x):
+        yield rows, [piece[: rows.stop - rows.start] for piece in scratch]
+
+
+def row_slices(x: Tensor) -> Iterator[slice]:
+    """The same rows without scratch."""
+    step = tile_rows(x)
+    for start in range(0, x.shape[0], step):
+        yield slice(start, min(start + step, x.shape[0]))
+
+
+def relu_norm(x: Tensor, scale: Tensor, shift: Tensor, out: Tensor) -> Tensor:
+    """relu(x * scale + shift) into `out`, of the accumulating dtype; ReLU passes NaN on, as PyTorch's does."""
+    if x.dtype == out.dtype:
+        torch.addcmul(shift, x, scale, out=out)
+    else:
+        out.copy_(x).mul_(scale).add_(shift)
+    return out.relu_()
+
+
+def as_map(rows: Tensor) -> Tensor:
+    """A dense matrix [M, C] as a channels-last map [1, C, M, 1], which PyTorch's native norms are fast on."""
+    return rows.view(1, rows.shape[0], 1, rows.shape[1]).permute(0, 3, 1, 2)
+
+
+def norm_backward(
+    grad: Tensor, x: Tensor, norm: Norm, needs_x: bool = True
+) -> tuple[Tensor | None, Tensor, Tensor]:
+    """Backward of a norm whose statistics are constants: (grad * scale, dgamma, dbeta).
+
+    Args:
+        grad, x: dense [M, C] of the accumulating dtype.
+        needs_x: without it the first result is None.
+
+    The sums are those of a batch norm in training, too; only the two terms through the statistics are missing
+    from the first result (see `Deferred`).
+    """
+    wanted = [needs_x, True, True]
+    grad_x, grad_gamma, grad_beta = torch.ops.aten.native_batch_norm_backward(
+        as_map(grad), as_map(x), norm.affine()[0], norm.mean, norm.var, None, None, False, norm.eps, wanted
+    )
+    return (grad_x.permute(0, 2, 3, 1).view_as(x) if needs_x else None), grad_gamma, grad_beta
+
+
+def as_rows(channels_last: Tensor) -> Tensor:
+    """A dense channels-last map [N, C, H, W] as the matrix [N * H * W, C]."""
+    return channels_last.permute(0, 2, 3, 1).reshape(-1, channels_last.shape[1])
