@@ -1,0 +1,89 @@
+"""Every strategy as a fixture, markers that never pass in silence, and threads shared among workers."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import torch
+
+from densebench.registry import get_strategy, list_strategies
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption(
+        "--require-gpu",
+        action="store_true",
+        help="fail, rather than skip, what needs a CUDA device where there is none",
+    )
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    # Under xdist every worker would start a thread for each core, and they would wait for one another.
+    workers = int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", "1"))
+    if workers > 1:
+        torch.set_num_threads(max(1, (os.cpu_count() or 1) // workers))
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    if "nightly" in config.option.markexpr or any("::" in argument for argument in config.args):
+        return
+    for item in items:
+        if item.get_closest_marker("nightly"):
+            item.add_marker(pytest.mark.skip(reason="nightly: minutes long; run with -m nightly"))
+
+
+def pytest_runtest_setup(item: pytest.Item) -> None:
+    if item.get_closest_marker("gpu") and not torch.cuda.is_available():
+        lack(item.config, "needs a CUDA device, and torch sees none")
+
+
+def lack(config: pytest.Config, reason: str) -> None:
+    """End a test that this machine cannot run: a skip, or a failure where a GPU was promised."""
+    (pytest.fail if config.getoption("--require-gpu") else pytest.skip)(reason)
+
+
+def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
+    """`strategy`: all that are held against naive. `every_strategy`: with naive, where the truth is another."""
+    if "strategy" in metafunc.fixturenames:
+        others = [name for name in list_strategies() if name != "naive"]
+        metafunc.parametrize("strategy", others, indirect=True)
+    if "every_strategy" in metafunc.fixturenames:
+        metafunc.parametrize("every_strategy", list_strategies(), indirect=True)
+
+
+def _runnable(request: pytest.FixtureRequest) -> str:
+    missing = get_strategy(request.param).missing()
+    if missing:
+        lack(request.config, f"{request.param}: {missing}")
+    return request.param
+
+
+@pytest.fixture
+def strategy(request: pytest.FixtureRequest) -> str:
+    """The name of a strategy other than naive that this machine can run."""
+    return _runnable(request)
+
+
+@pytest.fixture
+def every_strategy(request: pytest.FixtureRequest) -> str:
+    """The name of a strategy that this machine can run."""
+    return _runnable(request)
+
+
+@pytest.fixture(autouse=True)
+def nothing_left_behind() -> Iterator[None]:
+    """No test sees the random numbers, the flags or the gradient mode of the one before it."""
+    torch.manual_seed(0)
+    yield
+    torch.use_deterministic_algorithms(False)
+    assert torch.is_grad_enabled(), "a test left gradients switched off"
+    assert torch.get_default_dtype() == torch.float32, "a test left another default dtype"
+
+
+@pytest.fixture(scope="session")
+def repository() -> Path:
+    """The root of the checkout."""
+    return Path(__file__).resolve().parents[1]
