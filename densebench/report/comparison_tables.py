@@ -1,0 +1,181 @@
+"""The tables of a comparison: memory and time by contender, and everything else that was recorded."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from densebench.report.answer import SPEED_WORDS
+from densebench.report.selection import Comparison, Row
+from densebench.report.tables import Column, Table, build
+from densebench.report.units import GIB, STATUS_WORDS, Unit, memory_unit, number, times
+from densebench.results import Record
+
+CAPACITIES_GIB = (8, 16, 24, 40, 80)
+
+
+def main_table(comparison: Comparison) -> Table:
+    """Memory and time of each contender, and both against naive."""
+    unit = comparison.unit
+    columns = [
+        Column[Row]("contender", lambda row: row.name, numeric=False),
+        Column[Row](f"activation memory, {unit.name}", lambda row: _bytes(row.record.peak_delta_bytes, unit)),
+        Column[Row]("memory against naive", lambda row: _against(row.memory_ratio)),
+        Column[Row]("time, ms", lambda row: _number(row.milliseconds)),
+        Column[Row]("q1 to q3, ms", _quartiles),
+        Column[Row]("img/s", lambda row: _number(row.record.throughput_img_s)),
+        Column[Row]("time against naive", _time_ratio),
+        Column[Row]("verdict", lambda row: _verdict(row, row is comparison.naive), numeric=False),
+    ]
+    return build(comparison.title, columns, comparison.rows, strong=lambda row: row is comparison.naive)
+
+
+def extra_table(comparison: Comparison) -> Table:
+    """Every other figure that was recorded; columns in which nothing is known are left out."""
+    unit = memory_unit(row.record.peak_allocated_bytes or 0 for row in comparison.rows)
+
+    def memory_column(title: str, field: str) -> Column[Row]:
+        return Column(f"{title}, {unit.name}", lambda row: _bytes(getattr(row.record, field), unit))
+
+    def scaled(title: str, field: str, scale: float) -> Column[Row]:
+        return Column(title, lambda row: _number(getattr(row.record, field), scale))
+
+    columns = [
+        Column[Row]("contender", lambda row: row.name, numeric=False),
+        memory_column("peak", "peak_allocated_bytes"),
+        memory_column("constant", "baseline_allocated_bytes"),
+        memory_column("peak without gradients", "plain_peak_bytes"),
+        memory_column("workspace", "workspace_bytes"),
+        memory_column("reserved", "peak_reserved_bytes"),
+        memory_column("process", "process_device_bytes"),
+        memory_column("host peak", "host_peak_rss_bytes"),
+        Column[Row]("repetitions", lambda row: str(row.record.time_s.n) if row.record.time_s else None),
+        Column[Row]("least time, ms", lambda row: _least(row.record)),
+        scaled("host time, ms", "host_time_s", 1e-3),
+        scaled("compile, s", "compile_s", 1),
+        scaled("GFLOP, model", "flops_model", 1e9),
+        scaled("GFLOP, executed", "flops_executed", 1e9),
+        scaled("TFLOP/s", "tflops_s", 1),
+        scaled("energy, J", "energy_j", 1),
+        scaled("clock, MHz", "sm_clock_mhz", 1),
+        Column[Row]("error against reference", _error),
+        Column[Row]("notes", _notes, numeric=False),
+    ]
+    return build(f"Everything else. {comparison.title}", columns, comparison.rows)
+
+
+def predicted_table(comparison: Comparison) -> Table:
+    """Predicted memory and work of each contender, and the largest batch that some memory sizes hold."""
+    unit = memory_unit(row.record.peak_allocated_bytes or 0 for row in comparison.rows)
+    columns = [
+        Column[Row]("contender", lambda row: row.name, numeric=False),
+        Column[Row](f"activation memory, {unit.name}", lambda row: _bytes(row.record.peak_delta_bytes, unit)),
+        Column[Row]("memory against naive", lambda row: _against(row.memory_ratio)),
+        Column[Row](f"peak, {unit.name}", lambda row: _bytes(row.record.peak_allocated_bytes, unit)),
+        Column[Row]("GFLOP, executed", lambda row: _number(row.record.flops_executed, 1e9)),
+    ]
+    return build(comparison.title, columns, comparison.rows, strong=lambda row: row is comparison.naive)
+
+
+def batch_table(comparison: Comparison) -> Table:
+    """The largest batch that fits into devices of several sizes, if memory grows in proportion to the batch."""
+
+    def column(capacity: int) -> Column[Row]:
+        return Column(f"{capacity} GiB", lambda row: _largest(row.record, capacity * GIB))
+
+    columns = [
+        Column[Row]("contender", lambda row: row.name, numeric=False),
+        *(column(capacity) for capacity in CAPACITIES_GIB),
+    ]
+    caption = f"Largest batch, estimated. {comparison.title}"
+    return build(caption, columns, comparison.measured, strong=lambda row: row is comparison.naive)
+
+
+def prediction_table(rows: Sequence[tuple[str, Row]]) -> Table:
+    """Predicted and measured peaks of the rows of several comparisons, each with the comparison's title."""
+    unit = memory_unit(row.record.peak_allocated_bytes or 0 for _, row in rows)
+    columns = [
+        Column[tuple[str, Row]]("case", lambda pair: pair[0], numeric=False),
+        Column[tuple[str, Row]]("contender", lambda pair: pair[1].name, numeric=False),
+        Column[tuple[str, Row]](
+            f"predicted peak, {unit.name}", lambda pair: _bytes(pair[1].record.predicted_peak_bytes, unit)
+        ),
+        Column[tuple[str, Row]](
+            f"measured peak, {unit.name}", lambda pair: _bytes(measured_peak(pair[1].record), unit)
+        ),
+        Column[tuple[str, Row]]("error", lambda pair: f"{100 * (prediction_error(pair[1].record) or 0):+.1f} %"),
+    ]
+    return build("Predicted against measured peak", columns, rows)
+
+
+def measured_peak(record: Record) -> int | None:
+    """The measured peak, library workspaces apart: no prediction knows them."""
+    if record.peak_allocated_bytes is None:
+        return None
+    return record.peak_allocated_bytes - (record.workspace_bytes or 0)
+
+
+def prediction_error(record: Record) -> float | None:
+    """Predicted over measured peak, less one."""
+    measured = measured_peak(record)
+    if not measured or record.predicted_peak_bytes is None:
+        return None
+    return record.predicted_peak_bytes / measured - 1
+
+
+def _largest(record: Record, capacity: int) -> str | None:
+    case = record.case
+    if record.peak_delta_bytes is None or record.baseline_allocated_bytes is None:
+        return None
+    itemsize = 8 if case.dtype == "float64" else 2 if case.dtype in ("float16", "bfloat16") else 4
+    image = itemsize
+    for extent in case.input_shape:
+        image *= extent
+    fixed = record.baseline_allocated_bytes - case.batch * image
+    return f"{max(0, int((capacity - fixed) // (image + record.peak_delta_bytes / case.batch))):,}"
+
+
+def _bytes(value: int | None, unit: Unit) -> str | None:
+    return None if value is None else unit.of(value)
+
+
+def _number(value: float | None, scale: float = 1) -> str | None:
+    return None if value is None else number(value / scale)
+
+
+def _against(ratio: float | None) -> str | None:
+    return None if ratio is None else times(ratio)
+
+
+def _least(record: Record) -> str | None:
+    return None if record.time_s is None else number(record.time_s.min * 1e3)
+
+
+def _quartiles(row: Row) -> str | None:
+    timing = row.record.time_s
+    return None if timing is None else f"{number(timing.q1 * 1e3)} to {number(timing.q3 * 1e3)}"
+
+
+def _time_ratio(row: Row) -> str | None:
+    ratio = row.time_ratio
+    return None if ratio is None else f"{times(ratio.median)} ({ratio.low:.2f} to {ratio.high:.2f})"
+
+
+def _verdict(row: Row, is_baseline: bool) -> str | None:
+    words = [] if row.record.status == "ok" else [STATUS_WORDS.get(row.record.status, row.record.status)]
+    if is_baseline and row.usable:
+        words.append("the baseline")
+    elif row.time_ratio is not None:
+        words.append(SPEED_WORDS[row.time_ratio.verdict])
+    return "; ".join(words) or None
+
+
+def _error(row: Row) -> str | None:
+    error = row.record.max_error_vs_reference
+    return None if error is None else f"{error:.1e}"
+
+
+def _notes(row: Row) -> str | None:
+    record = row.record
+    notes = ["throttled: " + ", ".join(record.clock_event_reasons or ())] if record.throttled else []
+    notes += ["shared GPU"] if record.shared_gpu else []
+    return "; ".join(notes) or None

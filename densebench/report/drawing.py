@@ -1,0 +1,153 @@
+"""The frame of every figure, and its files: an SVG for the page, an SVG and a PNG to send."""
+
+from __future__ import annotations
+
+import io
+import math
+import re
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import matplotlib
+from matplotlib.axes import Axes
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.figure import Figure
+from matplotlib.ticker import FixedLocator, FuncFormatter, NullLocator
+
+from densebench.report.style import CSS_VARIABLES, MUTED, PAPER, RC
+from densebench.report.tables import Table
+from densebench.report.units import Unit, number
+
+WIDTH = 7.6  # inches; at 72 points an inch the page shows it half as large again
+_DPI = 150
+
+
+@dataclass(frozen=True)
+class Picture:
+    """A drawn figure.
+
+    Attributes:
+        name: of its files, and prefix of its ids in the page.
+        alt: what it shows, for those who cannot see it.
+        caption: what to look for.
+        svg: on a white ground.
+        inline: the same for the page: transparent, colors as CSS variables, ids made unique.
+        table: its data.
+    """
+
+    name: str
+    alt: str
+    caption: str
+    svg: str
+    inline: str
+    png: bytes
+    table: Table
+
+
+def draw(name: str, alt: str, caption: str, table: Table, paint: Callable[[], Figure]) -> Picture:
+    """Make a picture of what `paint` draws; the same input gives the same bytes."""
+    with matplotlib.rc_context(RC):
+        figure = paint()
+        svg = _svg(figure)
+        png = io.BytesIO()
+        figure.savefig(png, format="png", dpi=_DPI, facecolor=PAPER, metadata={"Software": None})
+    background = f'<rect width="100%" height="100%" fill="{PAPER}"/>'
+    standalone = re.sub(r"(<svg[^>]*>)", rf"\1\n {background}", svg, count=1)
+    return Picture(name, alt, caption, standalone, _for_page(svg, name, alt), png.getvalue(), table)
+
+
+def canvas(title: str, subtitle: str, height: float) -> Figure:
+    """An empty figure with a title and, in smaller type, the setting; `height` in inches."""
+    figure = Figure((WIDTH, height), dpi=_DPI)
+    FigureCanvasAgg(figure)
+    left = 0.06 / WIDTH
+    figure.text(left, 1 - 0.06 / height, title, size=10.5, weight="bold", va="top", ha="left")
+    size = 8.5 if len(subtitle) < 95 else 7.5
+    figure.text(left, 1 - 0.29 / height, subtitle, size=size, color=MUTED, va="top", ha="left")
+    return figure
+
+
+def place(figure: Figure, left: float, bottom: float, right: float, top: float = 0.85) -> Axes:
+    """Axes at distances from the figure's edges, in inches; `top` leaves room for title and axis name."""
+    width, height = figure.get_size_inches()
+    return figure.add_axes(
+        (left / width, bottom / height, (width - left - right) / width, (height - top - bottom) / height)
+    )
+
+
+def name_axes(axes: Axes, x: str = "", y: str = "") -> None:
+    """Name the axes: x below, y above its axis, where it is read without turning the head."""
+    axes.set_xlabel(x)
+    if y:
+        axes.annotate(
+            y, (0, 1), (0, 7), xycoords="axes fraction", textcoords="offset points", ha="left", va="bottom"
+        )
+
+
+def memory_ticks(axes: Axes, unit: Unit) -> None:
+    """Label the y axis, whose data are in bytes, in round numbers of a unit, from zero."""
+    axes.set_ylim(bottom=0)
+    high = axes.get_ylim()[1] / unit.bytes
+    step = round_step(high / 6)
+    axes.yaxis.set_major_locator(FixedLocator([i * step * unit.bytes for i in range(int(high / step) + 1)]))
+    axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: plain(value / unit.bytes)))
+
+
+def log2_ticks(axes: Axes, values: list[int]) -> None:
+    """A logarithmic x axis to base 2 with ticks where there are measurements."""
+    axes.set_xscale("log", base=2)
+    axes.xaxis.set_major_locator(FixedLocator(values))
+    axes.xaxis.set_minor_locator(NullLocator())
+    axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:.0f}"))
+
+
+def round_step(rough: float) -> float:
+    """The least of 1, 2, 2.5, 5 times a power of ten that is not below `rough`."""
+    power = 10.0 ** math.floor(math.log10(rough)) if rough > 0 else 1.0
+    return next(factor * power for factor in (1, 2, 2.5, 5, 10) if factor * power >= rough * (1 - 1e-9))
+
+
+def plain(value: float) -> str:
+    """A tick's number: whole where it is whole."""
+    return f"{value:,.0f}" if abs(value - round(value)) < 1e-9 else number(value, 2).rstrip("0")
+
+
+def text_width(figure: Figure, text: str, size: float, weight: str = "normal") -> float:
+    """The width of a text in inches."""
+    probe = figure.text(0, 0, text, size=size, weight=weight)
+    figure_canvas = figure.canvas
+    assert isinstance(figure_canvas, FigureCanvasAgg)
+    width = probe.get_window_extent(figure_canvas.get_renderer()).width / figure.dpi
+    probe.remove()
+    return float(width)
+
+
+def _svg(figure: Figure) -> str:
+    raw = io.BytesIO()
+    figure.savefig(raw, format="svg", transparent=True, metadata={"Date": None, "Creator": None})
+    text = raw.getvalue().decode("utf-8")
+    text = text[text.index("<svg") :]
+    text = re.sub(r"\s*<metadata>.*?</metadata>", "", text, flags=re.DOTALL)
+    text = re.sub(r"font-family: [^;\"]*", "font-family: 'DejaVu Sans', Verdana, sans-serif", text)
+    text = re.sub(r" transform=\"rotate\(-0 [^\"]*\)\"", "", text)
+    return re.sub(r"(\d+\.\d\d)\d+", r"\1", text)  # hundredths of a point are plenty
+
+
+def _for_page(svg: str, name: str, alt: str) -> str:
+    """An SVG as part of a page: ids its own, colors from the page's variables, and a name for screen readers."""
+    used = set(re.findall(r"(?:href=\"|url\()#([^\")]+)", svg))
+    svg = re.sub(r"\s*<defs>\s*<style.*?</style>\s*</defs>", "", svg, flags=re.DOTALL)
+    svg = re.sub(r' id="([^"]*)"', lambda match: f' id="{name}-{match[1]}"' if match[1] in used else "", svg)
+    svg = re.sub(r"(xlink:href=\")#", rf"\1#{name}-", svg).replace("xlink:href", "href")
+    svg = svg.replace("url(#", f"url(#{name}-")
+    svg = re.sub(r"font-family: [^;\"]*;?", "", svg)
+    for color, variable in CSS_VARIABLES.items():
+        svg = svg.replace(color, f"var({variable})")
+    view = re.search(r'viewBox="([^"]*)"', svg)
+    assert view is not None
+    start = f'<svg role="img" aria-label="{_escape(alt)}" viewBox="{view[1]}" class="plot">'
+    return re.sub(r"<svg[^>]*>", lambda _: start, svg, count=1)
+
+
+def _escape(text: str) -> str:
+    return text.replace("&", "&amp;").replace('"', "&quot;").replace("<", "&lt;")

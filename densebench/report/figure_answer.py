@@ -1,0 +1,129 @@
+"""The picture at the top: activation memory against throughput, one point a contender."""
+
+from __future__ import annotations
+
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from matplotlib.patches import Rectangle
+from matplotlib.ticker import FixedLocator, FuncFormatter
+from matplotlib.transforms import Bbox
+
+from densebench.report.comparison_tables import main_table
+from densebench.report.drawing import (
+    Picture,
+    canvas,
+    draw,
+    memory_ticks,
+    name_axes,
+    place,
+    plain,
+    round_step,
+    text_width,
+)
+from densebench.report.labels import Label, place_labels
+from densebench.report.selection import Comparison, Row
+from densebench.report.style import GRID, MUTED
+from densebench.report.units import memory, number
+
+TITLE = "Activation memory against throughput"
+_CORNER = "less memory, faster than naive"
+
+
+def answer_picture(comparison: Comparison) -> Picture | None:
+    """The picture of one comparison; None with fewer than two points."""
+    rows = _points(comparison)
+    if len(rows) < 2:
+        return None
+    described = "; ".join(
+        f"{row.label} {memory(_memory(row), comparison.unit)} at {number(row.record.throughput_img_s or 0)} "
+        "images a second"
+        for row in rows
+    )
+    alt = f"{TITLE}. {comparison.title}. {described}."
+    caption = (
+        "One point a contender: further down needs less memory, further right is faster; thin lines span q1 to q3."
+    )
+    if any(row.family == "strategy" and row is not comparison.naive for row in rows):
+        caption += " The line joins the strategies of this project; the shaded corner beats naive at both."
+    if any(row.family == "yardstick" for row in rows):
+        caption += " Hollow: another network on the same images."
+    absent = [row.name for row in comparison.rows if row.record.status == "oom"]
+    if absent:
+        caption += f" Not shown, because it did not fit in memory: {', '.join(absent)}."
+    return draw("answer", alt, caption, main_table(comparison), lambda: paint_answer(comparison))
+
+
+def paint_answer(comparison: Comparison) -> Figure:
+    """Draw the picture; its labels are the texts of its axes that carry a contender's name."""
+    rows = _points(comparison)
+    figure = canvas(TITLE, comparison.title, 4.5)
+    axes = place(figure, 0.62, 0.55, 0.2)
+    _limits(axes, rows)
+    unit = comparison.unit
+    memory_ticks(axes, unit)
+    name_axes(axes, "throughput, images a second  (→ faster)", f"activation memory, {unit.name}  (↓ less)")
+    axes.grid(axis="x")
+    corner = _shade_corner(axes, comparison)
+    joined = sorted((row for row in rows if row.family == "strategy"), key=lambda row: -_memory(row))
+    path = [(_speed(row), _memory(row)) for row in joined]
+    axes.plot(*zip(*path, strict=True), color=MUTED, linewidth=1.0, zorder=1.5) if path else None
+    for row in rows:
+        style = row.look.marker_style(9)
+        if row.record.time_s is not None:
+            quartiles = [
+                row.record.case.batch / row.record.time_s.q3,
+                row.record.case.batch / row.record.time_s.q1,
+            ]
+            axes.plot(quartiles, [_memory(row)] * 2, color=row.look.color, linewidth=1.2, zorder=2)
+        axes.plot([_speed(row)], [_memory(row)], linestyle="", zorder=3 + row.look.strong, **style)
+    labels = [Label(_speed(row), _memory(row), row.label, row.look.strong) for row in rows]
+    place_labels(axes, labels, path, avoid=corner)
+    return figure
+
+
+def _points(comparison: Comparison) -> list[Row]:
+    return [row for row in comparison.measured if row.record.throughput_img_s is not None]
+
+
+def _memory(row: Row) -> int:
+    return row.record.peak_delta_bytes or 0
+
+
+def _speed(row: Row) -> float:
+    return row.record.throughput_img_s or 0.0
+
+
+def _limits(axes: Axes, rows: list[Row]) -> None:
+    """Memory from zero; throughput over the range that occurs, with room for labels at either end."""
+    speeds = [_speed(row) for row in rows]
+    width = max(max(speeds) - min(speeds), 0.1 * max(speeds))
+    low, high = max(0.0, min(speeds) - 0.25 * width), max(speeds) + 0.3 * width
+    axes.set_xlim(low, high)
+    axes.set_ylim(0, 1.15 * max(_memory(row) for row in rows))
+    step = round_step((high - low) / 7)
+    first = int(low / step) + 1
+    axes.xaxis.set_major_locator(FixedLocator([step * i for i in range(first, int(high / step) + 1)]))
+    axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: plain(value)))
+
+
+def _shade_corner(axes: Axes, comparison: Comparison) -> list[Bbox]:
+    """Shade where a point beats naive at both memory and speed; returns what its name covers, in pixels."""
+    naive = comparison.naive
+    if naive is None or not naive.record.throughput_img_s or not naive.record.peak_delta_bytes:
+        return []
+    right = axes.get_xlim()[1]
+    axes.add_patch(
+        Rectangle(
+            (_speed(naive), 0), right - _speed(naive), _memory(naive), color=GRID, alpha=0.45, zorder=0, lw=0
+        )
+    )
+    figure = axes.figure
+    assert isinstance(figure, Figure)
+    start, end = (axes.transData.transform((x, 0))[0] for x in (_speed(naive), right))
+    if (end - start) / figure.dpi < text_width(figure, _CORNER, 7.5) + 0.15:
+        return []
+    text = axes.annotate(
+        _CORNER, (1, 0), (-5, 5), xycoords="axes fraction", textcoords="offset points", ha="right", size=7.5
+    )
+    text.set_color(MUTED)
+    return [text.get_window_extent()]
