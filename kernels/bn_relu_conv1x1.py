@@ -1,20 +1,30 @@
-"""relu(norm(x)) W^T without the normalized x ever existing, and its backward in one pass.
+"""relu(norm(x)) W^T without the normalized x ever existing, with the product's statistics on the way out.
 
-x is the prefix of a wider buffer, [M, C]; W is [N, C], the bottleneck. Separate kernels write relu(norm(x)) and
-read it again, and backward needs a second pass for the norm's sums.
+x is the prefix of a wider buffer, [M, C]; W is [N, C], the bottleneck.
 """
 
 from __future__ import annotations
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
-from densebench.kernels.bn_relu import NORM, store, threshold_backward
 from densebench.kernels.bn_relu import reference as bn_relu
-from densebench.kernels.channel_statistics import channel_statistics
-from densebench.kernels.deferred import defer, terms_of
-from densebench.kernels.library import operator
-from densebench.kernels.rows import Norm, norm_backward, relu_norm, tile_bytes, tiles
+from densebench.kernels.channel_statistics import channel_statistics, merge_partial_statistics
+from densebench.kernels.device import load_norm, merge_statistics, relu, tile_statistics
+from densebench.kernels.language import tl, triton
+from densebench.kernels.launch import (
+    Tile,
+    cdiv,
+    launch,
+    loadable,
+    matmul_precision,
+    multiprocessors,
+    power_of_two,
+    share,
+)
+from densebench.kernels.library import NORM, operator
+from densebench.kernels.rows import Norm, relu_norm, tile_bytes, tiles
 
 
 def reference(x: Tensor, norm: Norm, weight: Tensor) -> Tensor:
@@ -57,49 +67,111 @@ def _cpu(
         channel_statistics(out, out_mean, out_var)
 
 
-def _cpu_backward(
-    grad: Tensor,
-    x: Tensor,
-    mean: Tensor,
-    var: Tensor,
-    gamma: Tensor | None,
-    beta: Tensor | None,
-    eps: float,
-    by_batch: bool,
-    weight: Tensor,
-    grad_x: Tensor | None,
-    accumulate: bool,
-    pending: Tensor,
-    needs_affine: bool,
-    needs_weight: bool,
-) -> tuple[Tensor, Tensor, Tensor]:
-    norm = Norm(mean, var, gamma, beta, eps)
-    scale, shift = norm.folded()
-    weight = weight.to(scale.dtype)
-    grad_gamma, grad_beta = torch.zeros_like(mean), torch.zeros_like(mean)
-    grad_weight = scale.new_zeros(weight.shape[1], weight.shape[0])  # transposed: the faster product
-    for rows, (x_tile, a, dz) in tiles(x, 3):
-        relu_norm(x_tile.copy_(x[rows]), scale, shift, a)
-        grad_tile = grad[rows].to(scale.dtype)
-        if needs_weight:
-            grad_weight.addmm_(a.t(), grad_tile)
-        if grad_x is None and not needs_affine:
-            continue
-        torch.mm(grad_tile, weight, out=dz)
-        threshold_backward(dz, a, 0, grad_input=dz)
-        scaled, more_gamma, more_beta = norm_backward(dz, x_tile, norm, needs_x=grad_x is not None)
-        grad_gamma += more_gamma
-        grad_beta += more_beta
-        if grad_x is not None and scaled is not None:
-            store(scaled, grad_x[rows], accumulate)
-    if by_batch and grad_x is not None:
-        terms = terms_of(norm, grad_gamma, grad_beta, x.shape[0])
-        defer(terms, pending, grad_x, x, mean)
-    return grad_gamma, grad_beta, grad_weight.t()
+@triton.jit
+def _kernel(
+    x_pointer, mean_pointer, var_pointer, gamma_pointer, beta_pointer, weight_pointer, out_pointer,
+    partial_pointer, out_scale_pointer, out_shift_pointer,
+    rows, columns, width, outputs, weight_width, rows_a_program,
+    x_stride, weight_stride, out_stride,
+    eps: tl.constexpr, PRECISION: tl.constexpr,
+    BLOCK_ROWS: tl.constexpr, BLOCK_COLUMNS: tl.constexpr, BLOCK_OUTPUTS: tl.constexpr,
+):  # fmt: skip
+    """A range of rows, tile by tile: x is normalized in registers, between its load and the tensor core.
+
+    All outputs of a row are computed at once, so x is read once. With `partial` [parts, 2, N] the range's
+    statistics of the product as stored are kept; with out_scale and out_shift [N] the next norm and ReLU are
+    applied instead.
+    """
+    part = tl.program_id(0)
+    output = tl.program_id(1) * BLOCK_OUTPUTS + tl.arange(0, BLOCK_OUTPUTS)
+    made = output < outputs
+    dtype = mean_pointer.dtype.element_ty
+    first = part * rows_a_program
+    last = tl.minimum(first + rows_a_program, rows)
+    count = tl.zeros((1,), dtype)
+    out_mean = tl.zeros((BLOCK_OUTPUTS,), dtype)
+    out_squares = tl.zeros((BLOCK_OUTPUTS,), dtype)
+    for start in range(first, last, BLOCK_ROWS):
+        row = start + tl.arange(0, BLOCK_ROWS)
+        mask = (row < last)[:, None]
+        wide = row.to(tl.int64)[:, None]
+        product = tl.zeros((BLOCK_ROWS, BLOCK_OUTPUTS), dtype)
+        for first_column in range(0, columns, BLOCK_COLUMNS):
+            column = first_column + tl.arange(0, BLOCK_COLUMNS)
+            kept = column < columns
+            loaded = (column < width)[None, :]
+            x = tl.load(x_pointer + wide * x_stride + column[None, :], mask=mask & loaded, other=0.0)
+            weight = tl.load(
+                weight_pointer + output.to(tl.int64)[None, :] * weight_stride + column[:, None],
+                mask=(column < weight_width)[:, None] & made[None, :],
+                other=0.0,
+            )  # [columns, outputs]
+            mean, _, scale, shift = load_norm(
+                mean_pointer, var_pointer, gamma_pointer, beta_pointer, eps, column, kept
+            )
+            a = relu((x.to(dtype) - mean[None, :]) * scale[None, :] + shift[None, :])
+            a = tl.where(kept[None, :], a, 0.0).to(weight.dtype)
+            product = tl.dot(a, weight, product, input_precision=PRECISION, out_dtype=dtype)
+        if out_scale_pointer is not None:
+            scale = tl.load(out_scale_pointer + output, mask=made, other=0.0)
+            shift = tl.load(out_shift_pointer + output, mask=made, other=0.0)
+            product = relu(product * scale[None, :] + shift[None, :])
+        stored = product.to(out_pointer.dtype.element_ty)
+        tl.store(out_pointer + wide * out_stride + output[None, :], stored, mask=mask & made[None, :])
+        if partial_pointer is not None:
+            here = tl.minimum(last - start, BLOCK_ROWS).to(dtype)
+            tile_mean, tile_squares = tile_statistics(stored.to(dtype), mask, here)
+            count, out_mean, out_squares = merge_statistics(
+                count, out_mean, out_squares, here, tile_mean, tile_squares
+            )
+    if partial_pointer is not None:
+        partial = partial_pointer + part.to(tl.int64) * 2 * outputs + output
+        tl.store(partial, out_mean, mask=made)
+        tl.store(partial + outputs, out_squares, mask=made)
 
 
-def _cuda(*arguments: object) -> None:
-    raise NotImplementedError
+def _tile(x: Tensor, weight: Tensor) -> Tile:
+    """All outputs at once (up to 256), and rows so that 128 x 128 sums fill the registers of eight warps.
+
+    A feature map of few pixels (the last blocks) gets shorter tiles, or most multiprocessors would have none.
+    Products of 4 and 8 bytes a value take as many times the shared memory: their tiles are smaller.
+    """
+    if x.element_size() == 8:
+        return Tile(32, 16, power_of_two(weight.shape[0], 16, 64), warps=4, stages=2)
+    outputs = power_of_two(weight.shape[0], 16, 256)
+    columns = 64 if x.element_size() == 2 else 32
+    rows = 64 if outputs == 256 or x.element_size() == 4 else 128
+    while rows > 16 and cdiv(x.shape[0], rows) < multiprocessors(x):
+        rows //= 2
+    return Tile(rows, columns, outputs, warps=8 if rows * outputs > 64 * 64 else 4, stages=3)
+
+
+def _cuda(
+    x: Tensor, mean: Tensor, var: Tensor, gamma: Tensor | None, beta: Tensor | None, eps: float,
+    weight: Tensor, out: Tensor,
+    out_mean: Tensor | None, out_var: Tensor | None, out_scale: Tensor | None, out_shift: Tensor | None,
+) -> None:  # fmt: skip
+    (rows, columns), outputs = x.shape, weight.shape[0]
+    weight = packed(weight)
+    tile = _tile(x, weight)
+    shared = share(rows, tile.rows, 2 * multiprocessors(x))
+    partial = None if out_mean is None else mean.new_empty(shared.parts, 2, outputs)
+    launch(
+        _kernel, (shared.parts, cdiv(outputs, tile.outputs)),
+        x, mean, var, gamma, beta, weight, out, partial, out_scale, out_shift,
+        rows, columns, loadable(x), outputs, weight.shape[1], shared.rows,
+        x.stride(0), weight.stride(0), out.stride(0),
+        tile=tile, eps=eps, PRECISION=matmul_precision(weight.dtype),
+        BLOCK_ROWS=tile.rows, BLOCK_COLUMNS=tile.columns, BLOCK_OUTPUTS=tile.outputs,
+    )  # fmt: skip
+    if partial is not None and out_mean is not None and out_var is not None:
+        merge_partial_statistics(partial, rows, shared, out_mean, out_var)
+
+
+def packed(weight: Tensor) -> Tensor:
+    """The weight with rows of a multiple of 16 values, so that 16-byte loads are possible; zeros at their ends."""
+    missing = -weight.shape[1] % 16
+    return F.pad(weight, (0, missing)) if missing else weight.contiguous()
 
 
 def _fake(x: Tensor, *arguments: Tensor) -> None:
@@ -108,19 +180,8 @@ def _fake(x: Tensor, *arguments: Tensor) -> None:
     torch._check(out.shape == (x.shape[0], weight.shape[0]))
 
 
-def _fake_backward(grad: Tensor, x: Tensor, mean: Tensor, *_: object) -> tuple[Tensor, Tensor, Tensor]:
-    weight = mean.new_empty(x.shape[1], grad.shape[1]).t()
-    return torch.empty_like(mean), torch.empty_like(mean), weight
-
-
 def _flops(x: Tensor, *arguments: Tensor, out_val: object = None) -> int:
     return 2 * x.shape[0] * x.shape[1] * arguments[5].shape[0]
-
-
-def _flops_backward(grad: Tensor, x: Tensor, *arguments: object, out_val: object = None) -> int:
-    grad_x, needs_affine, needs_weight = arguments[7], arguments[10], arguments[11]
-    products = int(grad_x is not None or bool(needs_affine)) + int(bool(needs_weight))
-    return products * 2 * x.shape[0] * x.shape[1] * grad.shape[1]
 
 
 bn_relu_conv1x1 = operator(
@@ -131,15 +192,4 @@ bn_relu_conv1x1 = operator(
     fake=_fake,
     flops=_flops,
     workspace=lambda x, *_: 2 * tile_bytes(x),
-)
-
-bn_relu_conv1x1_backward = operator(
-    f"bn_relu_conv1x1_backward(Tensor grad, Tensor x, {NORM}, bool by_batch, Tensor weight,"
-    " Tensor(a!)? grad_x, bool accumulate, Tensor(b!) pending, bool needs_affine, bool needs_weight)"
-    " -> (Tensor, Tensor, Tensor)",
-    cpu=_cpu_backward,
-    cuda=_cuda,
-    fake=_fake_backward,
-    flops=_flops_backward,
-    workspace=lambda grad, x, *_: 5 * tile_bytes(x),
 )

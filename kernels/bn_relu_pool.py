@@ -1,25 +1,24 @@
-"""relu(norm(x)) pooled, as a stem (maximum, 3x3 stride 2) or a transition (average, 2x2) does; and the backwards.
+"""relu(norm(x)) pooled, as a stem (maximum, 3x3 stride 2) or a transition (average, 2x2) does.
 
-The maps are channels-last [N, H, W, C]; nothing of their size is written but the gradient. A transition pools
-before its 1x1 convolution instead of after: both are linear, and on a quarter of the pixels the product costs a
-quarter.
+The maps are channels-last [N, H, W, C]; only the pooled one is written. A transition pools before its 1x1
+convolution instead of after: both are linear, and on a quarter of the pixels the product costs a quarter.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from densebench.kernels.bn_relu import NORM, threshold_backward
 from densebench.kernels.bn_relu import reference as bn_relu
-from densebench.kernels.deferred import settle_rows, terms_of
-from densebench.kernels.library import operator
-from densebench.kernels.rows import TILE_BYTES, Norm, accumulate_dtype, as_rows, norm_backward, relu_norm
+from densebench.kernels.device import load_norm, relu
+from densebench.kernels.language import tl, triton
+from densebench.kernels.launch import cdiv, elementwise_tile, launch
+from densebench.kernels.library import NORM, operator
+from densebench.kernels.rows import TILE_BYTES, Norm, accumulate_dtype, relu_norm
 
-aten = torch.ops.aten
 STEM = ([3, 3], [2, 2], [1, 1])  # kernel, stride, padding
 
 
@@ -30,7 +29,7 @@ def reference(x: Tensor, norm: Norm, pool: str) -> Tensor:
     return pooled.permute(0, 2, 3, 1)
 
 
-def _images(x: Tensor) -> Iterator[tuple[slice, Tensor, Tensor]]:
+def image_tiles(x: Tensor) -> Iterator[tuple[slice, Tensor, Tensor]]:
     """A few images at a time, with two pieces of dense scratch for them."""
     step, dtype = _images_a_tile(x), accumulate_dtype(x)
     scratch = x.new_empty(2, min(step, x.shape[0]), *x.shape[1:], dtype=dtype)
@@ -44,11 +43,11 @@ def _images_a_tile(x: Tensor) -> int:
     return max(1, TILE_BYTES // image_bytes)
 
 
-def _scratch_bytes(x: Tensor) -> int:
+def scratch_bytes(x: Tensor) -> int:
     return min(_images_a_tile(x), x.shape[0]) * x[0].numel() * accumulate_dtype(x).itemsize
 
 
-def _activate(x: Tensor, norm: Norm, a: Tensor) -> Tensor:
+def activate(x: Tensor, norm: Norm, a: Tensor) -> Tensor:
     """relu(norm(x)) into dense scratch, seen as [N, C, H, W]."""
     relu_norm(x, *norm.folded(), a)
     return a.permute(0, 3, 1, 2)
@@ -58,8 +57,8 @@ def _cpu_max(
     x: Tensor, mean: Tensor, var: Tensor, gamma: Tensor | None, beta: Tensor | None, eps: float, out: Tensor
 ) -> None:
     norm = Norm(mean, var, gamma, beta, eps)
-    for images, scratch, _ in _images(x):
-        pooled = F.max_pool2d(_activate(x[images], norm, scratch), *STEM)
+    for images, scratch, _ in image_tiles(x):
+        pooled = F.max_pool2d(activate(x[images], norm, scratch), *STEM)
         out[images] = pooled.permute(0, 2, 3, 1)
 
 
@@ -67,121 +66,128 @@ def _cpu_avg(
     x: Tensor, mean: Tensor, var: Tensor, gamma: Tensor | None, beta: Tensor | None, eps: float, out: Tensor
 ) -> None:
     norm = Norm(mean, var, gamma, beta, eps)
-    for images, scratch, _ in _images(x):
-        pooled = F.avg_pool2d(_activate(x[images], norm, scratch), 2)
+    for images, scratch, _ in image_tiles(x):
+        pooled = F.avg_pool2d(activate(x[images], norm, scratch), 2)
         out[images] = pooled.permute(0, 2, 3, 1)
 
 
-def _cpu_max_backward(
-    grad: Tensor,
-    x: Tensor,
-    mean: Tensor,
-    var: Tensor,
-    gamma: Tensor | None,
-    beta: Tensor | None,
-    eps: float,
-    by_batch: bool,
-    grad_x: Tensor,
-) -> tuple[Tensor, Tensor]:
-    norm = Norm(mean, var, gamma, beta, eps)
-    pending = mean.new_zeros(2, x.shape[-1])
+@triton.jit
+def largest_of_window(
+    x_pointer, mean, scale, shift, image, window_row, window_column, column, mask,
+    height, width, x_stride,
+):  # fmt: skip
+    """The largest relu(norm(x)) of each 3x3 window, and which of the nine it is (the first, at a tie).
 
-    def unpool(grad_map: Tensor, a: Tensor) -> Tensor:
-        _, where = aten.max_pool2d_with_indices(a, *STEM)
-        return aten.max_pool2d_with_indices_backward(grad_map, a, *STEM, [1, 1], False, where)
-
-    sums = _backward(grad, x, norm, by_batch, grad_x, pending, unpool)
-    if by_batch:
-        settle_rows(grad_x.view(-1, x.shape[-1]), x.reshape(-1, x.shape[-1]), mean, pending)
-    return sums
-
-
-def _cpu_avg_backward(
-    grad: Tensor,
-    x: Tensor,
-    mean: Tensor,
-    var: Tensor,
-    gamma: Tensor | None,
-    beta: Tensor | None,
-    eps: float,
-    by_batch: bool,
-    grad_x: Tensor,
-    pending: Tensor,
-) -> tuple[Tensor, Tensor]:
-    def unpool(grad_map: Tensor, a: Tensor) -> Tensor:
-        return aten.avg_pool2d_backward(grad_map, a, [2, 2], [2, 2], [0, 0], False, True, None)
-
-    return _backward(grad, x, Norm(mean, var, gamma, beta, eps), by_batch, grad_x, pending, unpool)
+    NaN wins over everything, as in PyTorch.
+    """
+    best = tl.full(mask.shape, -float("inf"), mean.dtype)
+    chosen = tl.zeros(mask.shape, tl.int32)
+    for place in tl.static_range(9):
+        row = 2 * window_row - 1 + place // 3
+        pixel_column = 2 * window_column - 1 + place % 3
+        inside = (row >= 0) & (row < height) & (pixel_column >= 0) & (pixel_column < width)
+        pixel = (image.to(tl.int64) * height + row) * width + pixel_column
+        here = mask & inside[:, None]
+        x = tl.load(x_pointer + pixel[:, None] * x_stride + column[None, :], mask=here, other=0.0)
+        a = relu((x.to(mean.dtype) - mean[None, :]) * scale[None, :] + shift[None, :])
+        better = here & ((a > best) | (a != a))
+        best = tl.where(better, a, best)
+        chosen = tl.where(better, place, chosen)
+    return best, chosen
 
 
-def _backward(
-    grad: Tensor,
-    x: Tensor,
-    norm: Norm,
-    by_batch: bool,
-    grad_x: Tensor,
-    pending: Tensor,
-    unpool: Callable[[Tensor, Tensor], Tensor],
-) -> tuple[Tensor, Tensor]:
-    """Through pooling, ReLU and norm: grad_x = scale * dz, and the norm's terms join `pending`."""
-    grad_gamma, grad_beta = torch.zeros_like(norm.mean), torch.zeros_like(norm.mean)
-    for images, scratch, x_tile in _images(x):
-        a = _activate(x_tile.copy_(x[images]), norm, scratch)
-        dz = unpool(grad[images].to(a.dtype).permute(0, 3, 1, 2), a)
-        dz = threshold_backward(dz, a, 0, grad_input=dz)
-        rows = x_tile.view(-1, x.shape[-1])
-        scaled, more_gamma, more_beta = norm_backward(as_rows(dz), rows, norm)
-        grad_gamma += more_gamma
-        grad_beta += more_beta
-        assert scaled is not None
-        grad_x[images] = scaled.view(x_tile.shape)
-    if by_batch:
-        pending += terms_of(norm, grad_gamma, grad_beta, x[..., 0].numel())
-    return grad_gamma, grad_beta
+@triton.jit
+def mean_of_window(
+    x_pointer, mean, scale, shift, image, window_row, window_column, column, mask,
+    height, width, x_stride,
+):  # fmt: skip
+    """The mean relu(norm(x)) of each 2x2 window."""
+    total = tl.zeros(mask.shape, mean.dtype)
+    for place in tl.static_range(4):
+        row = 2 * window_row + place // 2
+        pixel = (image.to(tl.int64) * height + row) * width + 2 * window_column + place % 2
+        x = tl.load(x_pointer + pixel[:, None] * x_stride + column[None, :], mask=mask, other=0.0)
+        total += relu((x.to(mean.dtype) - mean[None, :]) * scale[None, :] + shift[None, :])
+    return total * 0.25
 
 
-def _cuda(*arguments: object) -> None:
-    raise NotImplementedError
+@triton.jit
+def _kernel(
+    x_pointer, mean_pointer, var_pointer, gamma_pointer, beta_pointer, out_pointer, chosen_pointer,
+    windows, columns, height, width, out_height, out_width,
+    x_stride, out_stride,
+    eps: tl.constexpr, POOL: tl.constexpr, BLOCK_ROWS: tl.constexpr, BLOCK_COLUMNS: tl.constexpr,
+):  # fmt: skip
+    """Pooled values, or (with `chosen`, uint8 [windows, C]) the place of each maximum in its window."""
+    window = tl.program_id(0) * BLOCK_ROWS + tl.arange(0, BLOCK_ROWS)
+    column = tl.program_id(1) * BLOCK_COLUMNS + tl.arange(0, BLOCK_COLUMNS)
+    kept = column < columns
+    mask = (window < windows)[:, None] & kept[None, :]
+    mean, _, scale, shift = load_norm(mean_pointer, var_pointer, gamma_pointer, beta_pointer, eps, column, kept)
+    image = window // (out_height * out_width)
+    row = window // out_width % out_height
+    wide = window.to(tl.int64)[:, None]
+    if POOL == "max":
+        pooled, chosen = largest_of_window(
+            x_pointer, mean, scale, shift, image, row, window % out_width, column, mask, height, width, x_stride
+        )
+        if chosen_pointer is not None:
+            tl.store(chosen_pointer + wide * columns + column[None, :], chosen.to(tl.uint8), mask=mask)
+    else:
+        pooled = mean_of_window(
+            x_pointer, mean, scale, shift, image, row, window % out_width, column, mask, height, width, x_stride
+        )
+    if out_pointer is not None:
+        out = out_pointer + wide * out_stride + column[None, :]
+        tl.store(out, pooled.to(out_pointer.dtype.element_ty), mask=mask)
+
+
+def launch_pool(x: Tensor, norm: Norm, pool: str, out: Tensor | None, chosen: Tensor | None) -> None:
+    """Write the pooled map [N, H', W', C], or the places of the maxima."""
+    images, height, width, columns = x.shape
+    out_height, out_width = pooled_size(height, width, pool)
+    windows, tile = images * out_height * out_width, elementwise_tile(columns)
+    launch(
+        _kernel, (cdiv(windows, tile.rows), cdiv(columns, tile.columns)),
+        x, *norm[:4], out, chosen,
+        windows, columns, height, width, out_height, out_width,
+        x.stride(2), 0 if out is None else out.stride(2),
+        tile=tile, eps=norm.eps, POOL=pool, BLOCK_ROWS=tile.rows, BLOCK_COLUMNS=tile.columns,
+    )  # fmt: skip
+
+
+def pooled_size(height: int, width: int, pool: str) -> tuple[int, int]:
+    return ((height + 1) // 2, (width + 1) // 2) if pool == "max" else (height // 2, width // 2)
+
+
+def _cuda_max(
+    x: Tensor, mean: Tensor, var: Tensor, gamma: Tensor | None, beta: Tensor | None, eps: float, out: Tensor
+) -> None:
+    launch_pool(x, Norm(mean, var, gamma, beta, eps), "max", out, None)
+
+
+def _cuda_avg(
+    x: Tensor, mean: Tensor, var: Tensor, gamma: Tensor | None, beta: Tensor | None, eps: float, out: Tensor
+) -> None:
+    launch_pool(x, Norm(mean, var, gamma, beta, eps), "avg", out, None)
 
 
 def _fake(x: Tensor, *arguments: Tensor) -> None:
     torch._check(arguments[5].shape[-1] == x.shape[-1])
 
 
-def _fake_backward(grad: Tensor, x: Tensor, mean: Tensor, *_: object) -> tuple[Tensor, Tensor]:
-    return torch.empty_like(mean), torch.empty_like(mean)
-
-
 bn_relu_max_pool = operator(
     f"bn_relu_max_pool(Tensor x, {NORM}, Tensor(a!) out) -> ()",
     cpu=_cpu_max,
-    cuda=_cuda,
+    cuda=_cuda_max,
     fake=_fake,
-    workspace=lambda x, *_: 4 * _scratch_bytes(x),
-)
-
-bn_relu_max_pool_backward = operator(
-    f"bn_relu_max_pool_backward(Tensor grad, Tensor x, {NORM}, bool by_batch, Tensor(a!) grad_x)"
-    " -> (Tensor, Tensor)",
-    cpu=_cpu_max_backward,
-    cuda=_cuda,
-    fake=_fake_backward,
-    workspace=lambda grad, x, *_: 6 * _scratch_bytes(x),
+    workspace=lambda x, *_: 4 * scratch_bytes(x),
 )
 
 bn_relu_avg_pool = operator(
     f"bn_relu_avg_pool(Tensor x, {NORM}, Tensor(a!) out) -> ()",
     cpu=_cpu_avg,
-    cuda=_cuda,
+    cuda=_cuda_avg,
     fake=_fake,
-    workspace=lambda x, *_: 3 * _scratch_bytes(x),
-)
-
-bn_relu_avg_pool_backward = operator(
-    f"bn_relu_avg_pool_backward(Tensor grad, Tensor x, {NORM}, bool by_batch, Tensor(a!) grad_x,"
-    " Tensor(b!) pending) -> (Tensor, Tensor)",
-    cpu=_cpu_avg_backward,
-    cuda=_cuda,
-    fake=_fake_backward,
-    workspace=lambda grad, x, *_: 5 * _scratch_bytes(x),
+    workspace=lambda x, *_: 3 * scratch_bytes(x),
 )

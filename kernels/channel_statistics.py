@@ -9,6 +9,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from densebench.kernels.device import merge_statistics, tile_statistics
+from densebench.kernels.language import tl, triton
+from densebench.kernels.launch import Share, Tile, cdiv, launch, multiprocessors, power_of_two, share
 from densebench.kernels.library import operator
 from densebench.kernels.rows import accumulate_dtype, as_map, tile_bytes, tiles
 
@@ -37,8 +40,86 @@ def _cpu(x: Tensor, mean: Tensor, var: Tensor) -> None:
         rows = total
 
 
+@triton.jit
+def _partial_statistics_kernel(
+    x_pointer, partial_pointer,
+    rows, columns, rows_a_program,
+    x_stride,
+    BLOCK_ROWS: tl.constexpr, BLOCK_COLUMNS: tl.constexpr,
+):  # fmt: skip
+    """Mean and sum of squared differences over a range of rows: partial [parts, 2, C]."""
+    part = tl.program_id(0)
+    column = tl.program_id(1) * BLOCK_COLUMNS + tl.arange(0, BLOCK_COLUMNS)
+    kept = column < columns
+    dtype = partial_pointer.dtype.element_ty
+    first = part * rows_a_program
+    last = tl.minimum(first + rows_a_program, rows)
+    count = tl.zeros((1,), dtype)
+    mean = tl.zeros((BLOCK_COLUMNS,), dtype)
+    squares = tl.zeros((BLOCK_COLUMNS,), dtype)
+    for start in range(first, last, BLOCK_ROWS):
+        row = start + tl.arange(0, BLOCK_ROWS)
+        mask = (row < last)[:, None]
+        offsets = row.to(tl.int64)[:, None] * x_stride + column[None, :]
+        x = tl.load(x_pointer + offsets, mask=mask & kept[None, :], other=0.0).to(dtype)  # [rows, columns]
+        here = tl.minimum(last - start, BLOCK_ROWS).to(dtype)
+        tile_mean, tile_squares = tile_statistics(x, mask, here)
+        count, mean, squares = merge_statistics(count, mean, squares, here, tile_mean, tile_squares)
+    partial = partial_pointer + part.to(tl.int64) * 2 * columns + column
+    tl.store(partial, mean, mask=kept)
+    tl.store(partial + columns, squares, mask=kept)
+
+
+@triton.jit
+def _merge_statistics_kernel(
+    partial_pointer, mean_pointer, var_pointer,
+    parts, rows, columns, rows_a_part,
+    BLOCK_PARTS: tl.constexpr, BLOCK_COLUMNS: tl.constexpr,
+):  # fmt: skip
+    """The parts' statistics as one, all parts at once: between means, then within parts."""
+    column = tl.program_id(0) * BLOCK_COLUMNS + tl.arange(0, BLOCK_COLUMNS)
+    kept = column < columns
+    dtype = partial_pointer.dtype.element_ty
+    part = tl.arange(0, BLOCK_PARTS)
+    mask = (part < parts)[:, None] & kept[None, :]
+    offsets = part[:, None] * 2 * columns + column[None, :]
+    mean = tl.load(partial_pointer + offsets, mask=mask, other=0.0)
+    squares = tl.load(partial_pointer + offsets + columns, mask=mask, other=0.0)
+    counts = tl.maximum(tl.minimum(rows - part * rows_a_part, rows_a_part), 0).to(dtype)[:, None]
+    # Relative to the first part's mean: the parts' means may be large beside their differences.
+    first = tl.load(partial_pointer + column, mask=kept, other=0.0)
+    shifted = tl.where(mask, mean - first[None, :], 0.0)
+    total_shift = tl.sum(shifted * counts, axis=0) / rows
+    between = tl.where(mask, shifted - total_shift[None, :], 0.0)
+    total = tl.sum(squares + between * between * counts, axis=0)
+    tl.store(mean_pointer + column, first + total_shift, mask=kept)
+    tl.store(var_pointer + column, total / rows, mask=kept)
+
+
+def merge_partial_statistics(partial: Tensor, rows: int, shared: Share, mean: Tensor, var: Tensor) -> None:
+    """Mean and biased variance [C] over all rows from those of the parts, [parts, 2, C]."""
+    parts, _, columns = partial.shape
+    tile = Tile(power_of_two(parts, 16, 4096), 8, warps=4, stages=1)
+    launch(
+        _merge_statistics_kernel, (cdiv(columns, tile.columns),),
+        partial, mean, var, parts, rows, columns, shared.rows,
+        tile=tile, BLOCK_PARTS=tile.rows, BLOCK_COLUMNS=tile.columns,
+    )  # fmt: skip
+
+
 def _cuda(x: Tensor, mean: Tensor, var: Tensor) -> None:
-    raise NotImplementedError
+    rows, columns = x.shape
+    tile = Tile(64, power_of_two(columns, 16, 64), warps=4, stages=3)
+    column_tiles = cdiv(columns, tile.columns)
+    # Enough programs to fill the device four times over; more would only lengthen the merge.
+    shared = share(rows, tile.rows, cdiv(4 * multiprocessors(x), column_tiles))
+    partial = mean.new_empty(shared.parts, 2, columns)
+    launch(
+        _partial_statistics_kernel, (shared.parts, column_tiles),
+        x, partial, rows, columns, shared.rows, x.stride(0),
+        tile=tile, BLOCK_ROWS=tile.rows, BLOCK_COLUMNS=tile.columns,
+    )  # fmt: skip
+    merge_partial_statistics(partial, rows, shared, mean, var)
 
 
 def _fake(x: Tensor, mean: Tensor, var: Tensor) -> None:

@@ -15,6 +15,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from densebench.kernels.device import load_norm
+from densebench.kernels.language import tl, triton
+from densebench.kernels.launch import Tile, cdiv, elementwise_tile, launch, loadable, power_of_two
 from densebench.kernels.library import operator
 from densebench.kernels.rows import Norm, tile_bytes, tiles
 
@@ -62,8 +65,93 @@ def _cpu(grad: Tensor, x: Tensor, mean: Tensor, pending: Tensor, out: Tensor) ->
         out[rows] = torch.sub(grad[rows], tile, out=tile)
 
 
+@triton.jit
+def _settle_kernel(
+    grad_pointer, x_pointer, mean_pointer, pending_pointer, out_pointer,
+    rows, columns, width,
+    grad_stride, x_stride, pending_stride, out_stride,
+    BLOCK_ROWS: tl.constexpr, BLOCK_COLUMNS: tl.constexpr,
+):  # fmt: skip
+    row = tl.program_id(0) * BLOCK_ROWS + tl.arange(0, BLOCK_ROWS)
+    column = tl.program_id(1) * BLOCK_COLUMNS + tl.arange(0, BLOCK_COLUMNS)
+    kept = column < columns
+    mask = (row < rows)[:, None] & kept[None, :]
+    mean = tl.load(mean_pointer + column, mask=kept, other=0.0)
+    constant = tl.load(pending_pointer + column, mask=kept, other=0.0)
+    slope = tl.load(pending_pointer + pending_stride + column, mask=kept, other=0.0)
+    wide = row.to(tl.int64)[:, None]
+    loaded = (row < rows)[:, None] & (column < width)[None, :]
+    x = tl.load(x_pointer + wide * x_stride + column[None, :], mask=loaded, other=0.0).to(mean.dtype)
+    grad = tl.load(grad_pointer + wide * grad_stride + column[None, :], mask=mask, other=0.0).to(mean.dtype)
+    settled = grad - (constant[None, :] + (x - mean[None, :]) * slope[None, :])
+    out = out_pointer + wide * out_stride + column[None, :]
+    tl.store(out, settled.to(out_pointer.dtype.element_ty), mask=mask)
+
+
 def _cuda(grad: Tensor, x: Tensor, mean: Tensor, pending: Tensor, out: Tensor) -> None:
-    raise NotImplementedError
+    rows, columns = x.shape
+    tile = elementwise_tile(columns)
+    launch(
+        _settle_kernel, (cdiv(rows, tile.rows), cdiv(columns, tile.columns)),
+        grad, x, mean, pending, out, rows, columns, loadable(x),
+        grad.stride(0), x.stride(0), pending.stride(0), out.stride(0),
+        tile=tile, BLOCK_ROWS=tile.rows, BLOCK_COLUMNS=tile.columns,
+    )  # fmt: skip
+
+
+@triton.jit
+def _terms_kernel(
+    partial_pointer, mean_pointer, var_pointer, gamma_pointer, beta_pointer,
+    grad_gamma_pointer, grad_beta_pointer, pending_pointer,
+    parts, rows, columns, pending_stride,
+    eps: tl.constexpr, BY_BATCH: tl.constexpr, ADDS: tl.constexpr,
+    BLOCK_PARTS: tl.constexpr, BLOCK_COLUMNS: tl.constexpr,
+):  # fmt: skip
+    """Second step of a reader's sums, in one fixed order, and its terms from them."""
+    column = tl.program_id(0) * BLOCK_COLUMNS + tl.arange(0, BLOCK_COLUMNS)
+    kept = column < columns
+    mean, inv_std, scale, _ = load_norm(mean_pointer, var_pointer, gamma_pointer, beta_pointer, eps, column, kept)
+    part = tl.arange(0, BLOCK_PARTS)
+    offsets = part[:, None] * 2 * columns + column[None, :]
+    mask = (part < parts)[:, None] & kept[None, :]
+    grad_beta = tl.sum(tl.load(partial_pointer + offsets, mask=mask, other=0.0), axis=0)
+    grad_gamma = tl.sum(tl.load(partial_pointer + offsets + columns, mask=mask, other=0.0), axis=0)
+    tl.store(grad_beta_pointer + column, grad_beta, mask=kept)
+    tl.store(grad_gamma_pointer + column, grad_gamma, mask=kept)
+    if pending_pointer is not None:
+        constant = tl.zeros_like(mean)
+        slope = tl.zeros_like(mean)
+        if BY_BATCH:
+            constant = scale * grad_beta / rows
+            slope = scale * inv_std * grad_gamma / rows
+        pending = pending_pointer + column
+        if ADDS:
+            constant += tl.load(pending, mask=kept, other=0.0)
+            slope += tl.load(pending + pending_stride, mask=kept, other=0.0)
+        tl.store(pending, constant, mask=kept)
+        tl.store(pending + pending_stride, slope, mask=kept)
+
+
+def reduce_terms(
+    partial: Tensor, norm: Norm, pending: Tensor | None, rows: int, by_batch: bool = True, adds: bool = False
+) -> tuple[Tensor, Tensor]:
+    """(dgamma, dbeta) from the sums of the parts [parts, 2, C] of dz and dz * xhat (GPU).
+
+    Args:
+        pending: [2, C], takes the reader's terms (none, where it did not normalize by the batch) in place of
+            what it held, or with `adds` beside it; None if nobody wants them.
+    """
+    parts, _, columns = partial.shape
+    grad_gamma, grad_beta = torch.empty_like(norm.mean), torch.empty_like(norm.mean)
+    tile = Tile(power_of_two(parts, 16, 4096), 8, warps=4, stages=1)
+    launch(
+        _terms_kernel, (cdiv(columns, tile.columns),),
+        partial, *norm[:4], grad_gamma, grad_beta, pending,
+        parts, rows, columns, 0 if pending is None else pending.stride(0),
+        tile=tile, eps=norm.eps, BY_BATCH=by_batch, ADDS=adds,
+        BLOCK_PARTS=tile.rows, BLOCK_COLUMNS=tile.columns,
+    )  # fmt: skip
+    return grad_gamma, grad_beta
 
 
 settled_gradient = operator(

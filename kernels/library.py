@@ -8,16 +8,27 @@ of calls of a training step is as much as the step itself.
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch.utils.flop_counter import register_flop_formula
 
 LIBRARY = torch.library.Library("densebench", "DEF")
+NORM = "Tensor mean, Tensor var, Tensor? gamma, Tensor? beta, float eps"  # a norm in a schema, see `rows.Norm`
 
 # Bytes that an operator allocates inside and frees before it returns, by device type: a function of its
 # arguments. Memory trackers add them while the operator runs; a test holds them against the allocator.
 WORKSPACE: dict[torch._ops.OpOverloadPacket, Callable[..., int]] = {}
+
+
+class Implementations(NamedTuple):
+    """The functions behind an operator; `cuda` launches Triton kernels."""
+
+    cpu: Callable[..., Any]
+    cuda: Callable[..., Any]
+
+
+IMPLEMENTATIONS: dict[str, Implementations] = {}
 
 
 def operator(
@@ -41,10 +52,23 @@ def operator(
     name = schema.split("(", 1)[0]
     LIBRARY.define(schema, tags=(torch.Tag.pt2_compliant_tag,))
     LIBRARY.impl(name, cpu, "CPU")
-    LIBRARY.impl(name, cuda, "CUDA")
+    LIBRARY.impl(name, _on_its_device(cuda), "CUDA")
     torch.library.register_fake(f"densebench::{name}", fake, lib=LIBRARY)
+    IMPLEMENTATIONS[name] = Implementations(cpu, cuda)
     packet = getattr(torch.ops.densebench, name)
     WORKSPACE[packet] = workspace
     if flops is not None:
         register_flop_formula(packet, get_raw=True)(flops)
     return packet.default
+
+
+def _on_its_device(cuda: Callable[..., Any]) -> Callable[..., Any]:
+    """Triton launches on the current device, which need not be the one that the arguments are on."""
+
+    def launched(first: torch.Tensor, *arguments: Any) -> Any:
+        if first.device.index == torch.cuda.current_device():
+            return cuda(first, *arguments)
+        with torch.cuda.device(first.device):
+            return cuda(first, *arguments)
+
+    return launched

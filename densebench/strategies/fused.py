@@ -23,14 +23,12 @@ from densebench.execution.maps import memory_format_of
 from densebench.execution.plan import ConvUnit, LayerPlan, NormUnit, StagePlan
 from densebench.execution.precision import compute_dtype
 from densebench.execution.structure import irregularity
-from densebench.kernels.bn_relu import bn_relu, bn_relu_backward, bn_relu_backward_into
-from densebench.kernels.bn_relu_conv1x1 import bn_relu_conv1x1, bn_relu_conv1x1_backward
-from densebench.kernels.bn_relu_pool import (
-    bn_relu_avg_pool,
-    bn_relu_avg_pool_backward,
-    bn_relu_max_pool,
-    bn_relu_max_pool_backward,
-)
+from densebench.kernels.bn_relu import bn_relu
+from densebench.kernels.bn_relu_backward import bn_relu_backward, bn_relu_backward_into
+from densebench.kernels.bn_relu_conv1x1 import bn_relu_conv1x1
+from densebench.kernels.bn_relu_conv1x1_backward import bn_relu_conv1x1_backward
+from densebench.kernels.bn_relu_pool import bn_relu_avg_pool, bn_relu_max_pool
+from densebench.kernels.bn_relu_pool_backward import bn_relu_avg_pool_backward, bn_relu_max_pool_backward
 from densebench.kernels.channel_statistics import channel_statistics
 from densebench.kernels.deferred import settled_gradient
 from densebench.kernels.rows import Norm, accumulate_dtype, as_rows

@@ -1,0 +1,227 @@
+"""Backward of relu(norm(x)), in two forms.
+
+In place, with the statistics' terms settled at once, for a norm that is the only reader of its input; and into
+a gradient buffer that other readers share, with the terms deferred.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from densebench.kernels.deferred import defer, reduce_terms, settle_rows, terms_of
+from densebench.kernels.device import load_norm, relu, relu_backward
+from densebench.kernels.language import tl, triton
+from densebench.kernels.launch import (
+    Share,
+    cdiv,
+    elementwise_tile,
+    launch,
+    loadable,
+    multiprocessors,
+    share,
+)
+from densebench.kernels.library import NORM, operator
+from densebench.kernels.rows import Norm, norm_backward, tile_bytes, tiles
+
+threshold_backward = torch.ops.aten.threshold_backward
+
+
+def reference(grad: Tensor, x: Tensor, norm: Norm, by_batch: bool) -> tuple[Tensor, Tensor, Tensor]:
+    """(grad_x [M, C], dgamma, dbeta), as one reader's own.
+
+    Bytes: the sums read grad and x (2 M C), grad_x reads them again and writes as much (3 M C).
+    """
+    dtype, inv_std = norm.mean.dtype, (norm.var + norm.eps).rsqrt()
+    gamma, beta = norm.affine()
+    scale = inv_std if gamma is None else inv_std * gamma
+    x_hat = (x.to(dtype) - norm.mean) * inv_std
+    z = (x.to(dtype) - norm.mean) * scale + (0 if beta is None else beta)
+    dz = torch.where(z <= 0, 0, grad.to(dtype))
+    grad_gamma, grad_beta = (dz * x_hat).sum(0), dz.sum(0)
+    grad_x = scale * dz
+    if by_batch:
+        grad_x = grad_x - scale * (grad_beta + x_hat * grad_gamma) / x.shape[0]
+    return grad_x.to(grad.dtype), grad_gamma, grad_beta
+
+
+def _cpu_backward(
+    grad: Tensor,
+    x: Tensor,
+    mean: Tensor,
+    var: Tensor,
+    gamma: Tensor | None,
+    beta: Tensor | None,
+    eps: float,
+    by_batch: bool,
+) -> tuple[Tensor, Tensor]:
+    pending = mean.new_zeros(2, x.shape[1])
+    sums = _cpu_backward_into(grad, x, mean, var, gamma, beta, eps, by_batch, grad, False, pending)
+    if by_batch:
+        settle_rows(grad, x, mean, pending)
+    return sums
+
+
+def _cpu_backward_into(
+    grad: Tensor,
+    x: Tensor,
+    mean: Tensor,
+    var: Tensor,
+    gamma: Tensor | None,
+    beta: Tensor | None,
+    eps: float,
+    by_batch: bool,
+    grad_x: Tensor | None,
+    accumulate: bool,
+    pending: Tensor,
+) -> tuple[Tensor, Tensor]:
+    norm = Norm(mean, var, gamma, beta, eps)
+    scale, shift = norm.folded()
+    grad_gamma, grad_beta = torch.zeros_like(mean), torch.zeros_like(mean)
+    for rows, (x_tile, z, dz) in tiles(x, 3):
+        torch.addcmul(shift, x_tile.copy_(x[rows]), scale, out=z)
+        threshold_backward(dz.copy_(grad[rows]), z, 0, grad_input=dz)
+        scaled, more_gamma, more_beta = norm_backward(dz, x_tile, norm, needs_x=grad_x is not None)
+        grad_gamma += more_gamma
+        grad_beta += more_beta
+        if grad_x is not None and scaled is not None:
+            store(scaled, grad_x[rows], accumulate)
+    if by_batch and grad_x is not None:
+        terms = terms_of(norm, grad_gamma, grad_beta, x.shape[0])
+        defer(terms, pending, grad_x, x, mean)
+    return grad_gamma, grad_beta
+
+
+def store(values: Tensor, out: Tensor, accumulate: bool) -> None:
+    """out = values, or out += values, rounded to out's dtype once."""
+    if not accumulate:
+        out.copy_(values)
+    elif out.dtype == values.dtype:
+        out += values
+    else:
+        out.copy_(values.add_(out))
+
+
+@triton.jit
+def _kernel(
+    grad_pointer, x_pointer, mean_pointer, var_pointer, gamma_pointer, beta_pointer,
+    grad_x_pointer, pending_pointer, partial_pointer,
+    rows, columns, width, rows_a_program,
+    grad_stride, x_stride, grad_x_stride, pending_stride,
+    eps: tl.constexpr, WRITES: tl.constexpr, ACCUMULATES: tl.constexpr, SETTLES: tl.constexpr, SUMS: tl.constexpr,
+    BLOCK_ROWS: tl.constexpr, BLOCK_COLUMNS: tl.constexpr,
+):  # fmt: skip
+    """A range of rows: grad_x (+)= scale * dz - pending terms; partial sums of dz and dz * xhat [parts, 2, C]."""
+    part = tl.program_id(0)
+    column = tl.program_id(1) * BLOCK_COLUMNS + tl.arange(0, BLOCK_COLUMNS)
+    kept = column < columns
+    loaded = (column < width)[None, :]
+    mean, inv_std, scale, shift = load_norm(
+        mean_pointer, var_pointer, gamma_pointer, beta_pointer, eps, column, kept
+    )
+    if SETTLES:
+        constant = tl.load(pending_pointer + column, mask=kept, other=0.0)
+        slope = tl.load(pending_pointer + pending_stride + column, mask=kept, other=0.0)
+    sum_dz = tl.zeros_like(mean)
+    sum_dz_x = tl.zeros_like(mean)
+    first = part * rows_a_program
+    last = tl.minimum(first + rows_a_program, rows)
+    for start in range(first, last, BLOCK_ROWS):
+        row = start + tl.arange(0, BLOCK_ROWS)
+        mask = (row < last)[:, None]
+        wide = row.to(tl.int64)[:, None]
+        x = tl.load(x_pointer + wide * x_stride + column[None, :], mask=mask & loaded, other=0.0)
+        grad = tl.load(grad_pointer + wide * grad_stride + column[None, :], mask=mask & kept[None, :], other=0.0)
+        centered = x.to(mean.dtype) - mean[None, :]
+        dz = relu_backward(grad.to(mean.dtype), relu(centered * scale[None, :] + shift[None, :]))
+        if SUMS:
+            sum_dz += tl.sum(dz, axis=0)
+            sum_dz_x += tl.sum(dz * centered, axis=0)
+        if WRITES:
+            grad_x = grad_x_pointer + wide * grad_x_stride + column[None, :]
+            value = scale[None, :] * dz
+            if ACCUMULATES:
+                value += tl.load(grad_x, mask=mask & kept[None, :], other=0.0).to(mean.dtype)
+            if SETTLES:
+                value -= constant[None, :] + centered * slope[None, :]
+            tl.store(grad_x, value.to(grad_x_pointer.dtype.element_ty), mask=mask & kept[None, :])
+    if SUMS:
+        partial = partial_pointer + part.to(tl.int64) * 2 * columns + column
+        tl.store(partial, sum_dz, mask=kept)
+        tl.store(partial + columns, sum_dz_x * inv_std, mask=kept)
+
+
+def _launch(
+    grad: Tensor, x: Tensor, norm: Norm, grad_x: Tensor | None, pending: Tensor | None,
+    partial: Tensor | None, shared: Share, accumulates: bool = False,
+) -> None:  # fmt: skip
+    """One pass; without `grad_x` for the sums alone, without `partial` for grad_x alone."""
+    rows, columns = x.shape
+    tile = elementwise_tile(columns)
+    launch(
+        _kernel, (shared.parts, cdiv(columns, tile.columns)),
+        grad, x, *norm[:4], grad_x, pending, partial,
+        rows, columns, loadable(x), shared.rows,
+        grad.stride(0), x.stride(0), 0 if grad_x is None else grad_x.stride(0),
+        0 if pending is None else pending.stride(0),
+        tile=tile, eps=norm.eps, WRITES=grad_x is not None, ACCUMULATES=accumulates,
+        SETTLES=pending is not None, SUMS=partial is not None,
+        BLOCK_ROWS=tile.rows, BLOCK_COLUMNS=tile.columns,
+    )  # fmt: skip
+
+
+def _shared(x: Tensor) -> Share:
+    """Programs enough to fill the device four times: more would lengthen the second step of the sums."""
+    tile = elementwise_tile(x.shape[1])
+    return share(x.shape[0], tile.rows, cdiv(4 * multiprocessors(x), cdiv(x.shape[1], tile.columns)))
+
+
+def _cuda_backward(
+    grad: Tensor, x: Tensor,
+    mean: Tensor, var: Tensor, gamma: Tensor | None, beta: Tensor | None, eps: float, by_batch: bool,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    norm, shared = Norm(mean, var, gamma, beta, eps), _shared(x)
+    partial = mean.new_empty(shared.parts, 2, x.shape[1])
+    if not by_batch:
+        _launch(grad, x, norm, grad, None, partial, shared)
+        return reduce_terms(partial, norm, None, x.shape[0])
+    terms = torch.empty_like(partial[0])
+    _launch(grad, x, norm, None, None, partial, shared)
+    sums = reduce_terms(partial, norm, terms, x.shape[0])
+    _launch(grad, x, norm, grad, terms, None, shared)
+    return sums
+
+
+def _cuda_backward_into(
+    grad: Tensor, x: Tensor,
+    mean: Tensor, var: Tensor, gamma: Tensor | None, beta: Tensor | None, eps: float, by_batch: bool,
+    grad_x: Tensor | None, accumulate: bool, pending: Tensor,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    """What is pending is settled in the same pass; then the reader's own terms take its place."""
+    norm, shared = Norm(mean, var, gamma, beta, eps), _shared(x)
+    partial = mean.new_empty(shared.parts, 2, x.shape[1])
+    settled = pending if accumulate and grad_x is not None else None
+    _launch(grad, x, norm, grad_x, settled, partial, shared, accumulate)
+    return reduce_terms(partial, norm, None if grad_x is None else pending, x.shape[0], by_batch)
+
+
+def _fake_sums(grad: Tensor, x: Tensor, mean: Tensor, *_: object) -> tuple[Tensor, Tensor]:
+    return torch.empty_like(mean), torch.empty_like(mean)
+
+
+bn_relu_backward = operator(
+    f"bn_relu_backward(Tensor(a!) grad, Tensor x, {NORM}, bool by_batch) -> (Tensor, Tensor)",
+    cpu=_cpu_backward,
+    cuda=_cuda_backward,
+    fake=_fake_sums,
+    workspace=lambda grad, x, *_: 5 * tile_bytes(x),
+)
+
+bn_relu_backward_into = operator(
+    f"bn_relu_backward_into(Tensor grad, Tensor x, {NORM}, bool by_batch, Tensor(a!)? grad_x, bool accumulate,"
+    " Tensor(b!) pending) -> (Tensor, Tensor)",
+    cpu=_cpu_backward_into,
+    cuda=_cuda_backward_into,
+    fake=_fake_sums,
+    workspace=lambda grad, x, *_: 5 * tile_bytes(x),
+)

@@ -1,0 +1,244 @@
+"""Backward of relu(norm(x)) W^T in one pass over x and its gradient buffer.
+
+Separate kernels write the gradient of relu(norm(x)) and read it twice; the norm's own backward passes over x
+twice, for its sums and for the gradient. Here each tile of x is loaded once: the product's gradients, the
+norm's sums and the buffer's update come from it, and what the sums decide is deferred (see `deferred`).
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from densebench.kernels.bn_relu import reference as bn_relu
+from densebench.kernels.bn_relu_backward import reference as bn_relu_backward
+from densebench.kernels.bn_relu_backward import store, threshold_backward
+from densebench.kernels.bn_relu_conv1x1 import packed
+from densebench.kernels.deferred import defer, reduce_terms, terms_of
+from densebench.kernels.device import load_norm, relu, relu_backward
+from densebench.kernels.language import tl, triton
+from densebench.kernels.launch import (
+    Share,
+    Tile,
+    cdiv,
+    launch,
+    loadable,
+    matmul_precision,
+    multiprocessors,
+    power_of_two,
+    share,
+)
+from densebench.kernels.library import NORM, operator
+from densebench.kernels.rows import Norm, norm_backward, relu_norm, tile_bytes, tiles
+
+
+def reference(
+    grad: Tensor, x: Tensor, norm: Norm, by_batch: bool, weight: Tensor
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """(grad_x [M, C], dgamma, dbeta, dW [N, C]), as one reader's own.
+
+    Bytes: da = grad W reads grad and writes M C; dW reads grad and relu(norm(x)), which reading x makes anew
+    (3 M C); the norm's backward 5 M C; adding to what other readers left, 3 M C more. In one pass, 3 M C + M N.
+    """
+    a = bn_relu(x, norm).to(weight.dtype)
+    grads = bn_relu_backward((grad.to(weight.dtype) @ weight).to(norm.mean.dtype), x, norm, by_batch)
+    return *grads, grad.t().to(weight.dtype) @ a
+
+
+def _cpu_backward(
+    grad: Tensor,
+    x: Tensor,
+    mean: Tensor,
+    var: Tensor,
+    gamma: Tensor | None,
+    beta: Tensor | None,
+    eps: float,
+    by_batch: bool,
+    weight: Tensor,
+    grad_x: Tensor | None,
+    accumulate: bool,
+    pending: Tensor,
+    needs_affine: bool,
+    needs_weight: bool,
+) -> tuple[Tensor, Tensor, Tensor]:
+    norm = Norm(mean, var, gamma, beta, eps)
+    scale, shift = norm.folded()
+    weight = weight.to(scale.dtype)
+    grad_gamma, grad_beta = torch.zeros_like(mean), torch.zeros_like(mean)
+    grad_weight = scale.new_zeros(weight.shape[1], weight.shape[0])  # transposed: the faster product
+    for rows, (x_tile, a, dz) in tiles(x, 3):
+        relu_norm(x_tile.copy_(x[rows]), scale, shift, a)
+        grad_tile = grad[rows].to(scale.dtype)
+        if needs_weight:
+            grad_weight.addmm_(a.t(), grad_tile)
+        if grad_x is None and not needs_affine:
+            continue
+        torch.mm(grad_tile, weight, out=dz)
+        threshold_backward(dz, a, 0, grad_input=dz)
+        scaled, more_gamma, more_beta = norm_backward(dz, x_tile, norm, needs_x=grad_x is not None)
+        grad_gamma += more_gamma
+        grad_beta += more_beta
+        if grad_x is not None and scaled is not None:
+            store(scaled, grad_x[rows], accumulate)
+    if by_batch and grad_x is not None:
+        terms = terms_of(norm, grad_gamma, grad_beta, x.shape[0])
+        defer(terms, pending, grad_x, x, mean)
+    return grad_gamma, grad_beta, grad_weight.t()
+
+
+@triton.jit
+def _kernel(
+    grad_pointer, x_pointer, mean_pointer, var_pointer, gamma_pointer, beta_pointer, weight_pointer,
+    grad_x_pointer, pending_pointer, partial_pointer, partial_weight_pointer,
+    rows, columns, width, outputs, weight_width, rows_a_program,
+    grad_stride, x_stride, weight_stride, grad_x_stride, pending_stride,
+    eps: tl.constexpr, PRECISION: tl.constexpr, ACCUMULATES: tl.constexpr, SETTLES: tl.constexpr,
+    BLOCK_ROWS: tl.constexpr, BLOCK_COLUMNS: tl.constexpr, BLOCK_OUTPUTS: tl.constexpr,
+):  # fmt: skip
+    """A range of rows of a few channels, tile by tile.
+
+    The weight's columns stay loaded and their gradient stays in registers for the whole range; programs of one
+    range run side by side, so that the rows of `grad` that they share come from the cache.
+    """
+    column = tl.program_id(0) * BLOCK_COLUMNS + tl.arange(0, BLOCK_COLUMNS)
+    part = tl.program_id(1)
+    kept = column < columns
+    loaded = (column < width)[None, :]
+    output = tl.arange(0, BLOCK_OUTPUTS)
+    made = output < outputs
+    mean, inv_std, scale, shift = load_norm(
+        mean_pointer, var_pointer, gamma_pointer, beta_pointer, eps, column, kept
+    )
+    dtype = mean.dtype
+    weight = tl.load(
+        weight_pointer + output.to(tl.int64)[:, None] * weight_stride + column[None, :],
+        mask=made[:, None] & (column < weight_width)[None, :],
+        other=0.0,
+    )  # [outputs, columns]
+    if SETTLES:
+        constant = tl.load(pending_pointer + column, mask=kept, other=0.0)
+        slope = tl.load(pending_pointer + pending_stride + column, mask=kept, other=0.0)
+    sum_dz = tl.zeros((BLOCK_COLUMNS,), dtype)
+    sum_dz_x = tl.zeros((BLOCK_COLUMNS,), dtype)
+    grad_weight = tl.zeros((BLOCK_OUTPUTS, BLOCK_COLUMNS), dtype)
+    first = part * rows_a_program
+    last = tl.minimum(first + rows_a_program, rows)
+    for start in range(first, last, BLOCK_ROWS):
+        row = start + tl.arange(0, BLOCK_ROWS)
+        mask = (row < last)[:, None]
+        wide = row.to(tl.int64)[:, None]
+        grad = tl.load(
+            grad_pointer + wide * grad_stride + output[None, :], mask=mask & made[None, :], other=0.0
+        )  # [rows, outputs]
+        x = tl.load(x_pointer + wide * x_stride + column[None, :], mask=mask & loaded, other=0.0)
+        centered = x.to(dtype) - mean[None, :]
+        a = relu(centered * scale[None, :] + shift[None, :])
+        if partial_weight_pointer is not None:
+            grad_weight = tl.dot(
+                tl.trans(grad), a.to(grad.dtype), grad_weight, input_precision=PRECISION, out_dtype=dtype
+            )
+        if partial_pointer is not None:
+            dz = relu_backward(tl.dot(grad, weight, input_precision=PRECISION, out_dtype=dtype), a)
+            sum_dz += tl.sum(dz, axis=0)
+            sum_dz_x += tl.sum(dz * centered, axis=0)
+            if grad_x_pointer is not None:
+                grad_x = grad_x_pointer + wide * grad_x_stride + column[None, :]
+                value = scale[None, :] * dz
+                if ACCUMULATES:
+                    value += tl.load(grad_x, mask=mask & kept[None, :], other=0.0).to(dtype)
+                if SETTLES:
+                    value -= constant[None, :] + centered * slope[None, :]
+                tl.store(grad_x, value.to(grad_x_pointer.dtype.element_ty), mask=mask & kept[None, :])
+    if partial_pointer is not None:
+        partial = partial_pointer + part.to(tl.int64) * 2 * columns + column
+        tl.store(partial, sum_dz, mask=kept)
+        tl.store(partial + columns, sum_dz_x * inv_std, mask=kept)
+    if partial_weight_pointer is not None:
+        place = (part.to(tl.int64) * outputs + output.to(tl.int64))[:, None] * columns + column[None, :]
+        tl.store(partial_weight_pointer + place, grad_weight, mask=made[:, None] & kept[None, :])
+
+
+def _tile(x: Tensor, outputs: int) -> Tile:
+    """64 rows x 64 channels: with eight warps the largest that keeps 128 outputs' sums without a spill."""
+    block = power_of_two(outputs, 16, 256 if x.element_size() == 2 else 128)
+    if x.element_size() == 8:
+        return Tile(16, 16, power_of_two(outputs, 16, 64), warps=4, stages=1)
+    if x.element_size() == 4:
+        return Tile(32, 32, block, warps=8, stages=2)
+    return Tile(64, 64 if block <= 128 else 32, block, warps=8, stages=2)
+
+
+def _pass(
+    grad: Tensor, x: Tensor, norm: Norm, weight: Tensor, grad_x: Tensor | None, pending: Tensor | None,
+    partial: Tensor | None, partial_weight: Tensor | None, shared: Share, tile: Tile, accumulates: bool,
+) -> None:  # fmt: skip
+    """One pass for as many outputs as a tile takes."""
+    rows, columns = x.shape
+    launch(
+        _kernel, (cdiv(columns, tile.columns), shared.parts),
+        grad, x, *norm[:4], weight, grad_x, pending, partial, partial_weight,
+        rows, columns, loadable(x), grad.shape[1], weight.shape[1], shared.rows,
+        grad.stride(0), x.stride(0), weight.stride(0), 0 if grad_x is None else grad_x.stride(0),
+        0 if pending is None else pending.stride(0),
+        tile=tile, eps=norm.eps, PRECISION=matmul_precision(weight.dtype), ACCUMULATES=accumulates,
+        SETTLES=pending is not None,
+        BLOCK_ROWS=tile.rows, BLOCK_COLUMNS=tile.columns, BLOCK_OUTPUTS=tile.outputs,
+    )  # fmt: skip
+
+
+def _cuda_backward(
+    grad: Tensor, x: Tensor,
+    mean: Tensor, var: Tensor, gamma: Tensor | None, beta: Tensor | None, eps: float, by_batch: bool,
+    weight: Tensor, grad_x: Tensor | None, accumulate: bool, pending: Tensor,
+    needs_affine: bool, needs_weight: bool,
+) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+    """What is pending is settled in the same pass; then the reader's own terms take its place.
+
+    More outputs than a tile takes are worked through in slices: the ReLU's mask is the same for all, so their
+    gradients of x add up, and so do their sums.
+    """
+    norm = Norm(mean, var, gamma, beta, eps)
+    (rows, columns), outputs = x.shape, grad.shape[1]
+    weight, grad = packed(weight), grad.to(weight.dtype)
+    tile = _tile(x, outputs)
+    shared = share(rows, tile.rows, cdiv(multiprocessors(x), cdiv(columns, tile.columns)))
+    slices = [slice(start, start + tile.outputs) for start in range(0, outputs, tile.outputs)]
+    needs_sums = grad_x is not None or needs_affine
+    partial = mean.new_empty(len(slices), shared.parts, 2, columns) if needs_sums else None
+    grad_weight = mean.new_empty(outputs if needs_weight else 0, columns)
+    for at, chosen in enumerate(slices):
+        count = min(tile.outputs, outputs - chosen.start)
+        weights = mean.new_empty(shared.parts, count, columns) if needs_weight else None
+        accumulates = grad_x is not None and (accumulate or at > 0)
+        settled = pending if accumulates and at == 0 else None
+        sums = None if partial is None else partial[at]
+        _pass(grad[:, chosen], x, norm, weight[chosen], grad_x, settled, sums, weights, shared, tile, accumulates)
+        if weights is not None:
+            torch.sum(weights, 0, out=grad_weight[chosen])
+    if partial is None:
+        return torch.zeros_like(mean), torch.zeros_like(mean), grad_weight
+    joined = partial.flatten(0, 1)
+    return *reduce_terms(joined, norm, None if grad_x is None else pending, rows, by_batch), grad_weight
+
+
+def _fake(grad: Tensor, x: Tensor, mean: Tensor, *_: object) -> tuple[Tensor, Tensor, Tensor]:
+    weight = mean.new_empty(x.shape[1], grad.shape[1]).t()
+    return torch.empty_like(mean), torch.empty_like(mean), weight
+
+
+def _flops(grad: Tensor, x: Tensor, *arguments: object, out_val: object = None) -> int:
+    grad_x, needs_affine, needs_weight = arguments[7], arguments[10], arguments[11]
+    products = int(grad_x is not None or bool(needs_affine)) + int(bool(needs_weight))
+    return products * 2 * x.shape[0] * x.shape[1] * grad.shape[1]
+
+
+bn_relu_conv1x1_backward = operator(
+    f"bn_relu_conv1x1_backward(Tensor grad, Tensor x, {NORM}, bool by_batch, Tensor weight,"
+    " Tensor(a!)? grad_x, bool accumulate, Tensor(b!) pending, bool needs_affine, bool needs_weight)"
+    " -> (Tensor, Tensor, Tensor)",
+    cpu=_cpu_backward,
+    cuda=_cuda_backward,
+    fake=_fake,
+    flops=_flops,
+    workspace=lambda grad, x, *_: 5 * tile_bytes(x),
+)

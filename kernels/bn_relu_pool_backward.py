@@ -1,0 +1,262 @@
+"""Backward of relu(norm(x)) pooled: through the pooling, the ReLU and the norm in one pass over x.
+
+A stem's norm is the only reader of its input, so its statistics' terms are settled at once; a transition's
+defers them (see `deferred`).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+from densebench.kernels.bn_relu_backward import threshold_backward
+from densebench.kernels.bn_relu_pool import (
+    STEM,
+    activate,
+    image_tiles,
+    launch_pool,
+    pooled_size,
+    scratch_bytes,
+)
+from densebench.kernels.deferred import reduce_terms, settle_rows, terms_of
+from densebench.kernels.device import load_norm, relu, relu_backward
+from densebench.kernels.language import tl, triton
+from densebench.kernels.launch import Share, cdiv, elementwise_tile, launch, multiprocessors, share
+from densebench.kernels.library import NORM, operator
+from densebench.kernels.rows import Norm, as_rows, norm_backward
+
+aten = torch.ops.aten
+
+
+def _cpu_max_backward(
+    grad: Tensor,
+    x: Tensor,
+    mean: Tensor,
+    var: Tensor,
+    gamma: Tensor | None,
+    beta: Tensor | None,
+    eps: float,
+    by_batch: bool,
+    grad_x: Tensor,
+) -> tuple[Tensor, Tensor]:
+    norm = Norm(mean, var, gamma, beta, eps)
+    pending = mean.new_zeros(2, x.shape[-1])
+
+    def unpool(grad_map: Tensor, a: Tensor) -> Tensor:
+        _, where = aten.max_pool2d_with_indices(a, *STEM)
+        return aten.max_pool2d_with_indices_backward(grad_map, a, *STEM, [1, 1], False, where)
+
+    sums = _backward(grad, x, norm, by_batch, grad_x, pending, unpool)
+    if by_batch:
+        settle_rows(grad_x.view(-1, x.shape[-1]), x.reshape(-1, x.shape[-1]), mean, pending)
+    return sums
+
+
+def _cpu_avg_backward(
+    grad: Tensor,
+    x: Tensor,
+    mean: Tensor,
+    var: Tensor,
+    gamma: Tensor | None,
+    beta: Tensor | None,
+    eps: float,
+    by_batch: bool,
+    grad_x: Tensor,
+    pending: Tensor,
+) -> tuple[Tensor, Tensor]:
+    def unpool(grad_map: Tensor, a: Tensor) -> Tensor:
+        return aten.avg_pool2d_backward(grad_map, a, [2, 2], [2, 2], [0, 0], False, True, None)
+
+    return _backward(grad, x, Norm(mean, var, gamma, beta, eps), by_batch, grad_x, pending, unpool)
+
+
+def _backward(
+    grad: Tensor,
+    x: Tensor,
+    norm: Norm,
+    by_batch: bool,
+    grad_x: Tensor,
+    pending: Tensor,
+    unpool: Callable[[Tensor, Tensor], Tensor],
+) -> tuple[Tensor, Tensor]:
+    """Through pooling, ReLU and norm: grad_x = scale * dz, and the norm's terms join `pending`."""
+    grad_gamma, grad_beta = torch.zeros_like(norm.mean), torch.zeros_like(norm.mean)
+    for images, scratch, x_tile in image_tiles(x):
+        a = activate(x_tile.copy_(x[images]), norm, scratch)
+        dz = unpool(grad[images].to(a.dtype).permute(0, 3, 1, 2), a)
+        dz = threshold_backward(dz, a, 0, grad_input=dz)
+        rows = x_tile.view(-1, x.shape[-1])
+        scaled, more_gamma, more_beta = norm_backward(as_rows(dz), rows, norm)
+        grad_gamma += more_gamma
+        grad_beta += more_beta
+        assert scaled is not None
+        grad_x[images] = scaled.view(x_tile.shape)
+    if by_batch:
+        pending += terms_of(norm, grad_gamma, grad_beta, x[..., 0].numel())
+    return grad_gamma, grad_beta
+
+
+@triton.jit
+def _gradient_of_largest(grad_pointer, chosen_pointer, image, row, pixel_column, column, mask,
+                         columns, out_height, out_width, grad_stride, dtype: tl.constexpr):  # fmt: skip
+    """What each pixel gets from the windows that it is the largest of: up to four."""
+    total = tl.zeros(mask.shape, dtype)
+    for place in tl.static_range(4):
+        window_row = row // 2 + place // 2
+        window_column = pixel_column // 2 + place % 2
+        # Where in that window the pixel lies; an even row or column lies in one window only.
+        inner_row = row - 2 * window_row + 1
+        inner_column = pixel_column - 2 * window_column + 1
+        inside = (inner_row >= 0) & (inner_column >= 0) & (window_row < out_height) & (window_column < out_width)
+        window = ((image.to(tl.int64) * out_height + window_row) * out_width + window_column)[:, None]
+        here = mask & inside[:, None]
+        chosen = tl.load(chosen_pointer + window * columns + column[None, :], mask=here, other=255)
+        grad = tl.load(grad_pointer + window * grad_stride + column[None, :], mask=here, other=0.0)
+        is_largest = here & (chosen.to(tl.int32) == (3 * inner_row + inner_column)[:, None])
+        total += tl.where(is_largest, grad.to(dtype), 0.0)
+    return total
+
+
+@triton.jit
+def _gradient_of_mean(grad_pointer, image, row, pixel_column, column, mask,
+                      out_height, out_width, grad_stride, dtype: tl.constexpr):  # fmt: skip
+    """A quarter of the gradient of the window that the pixel lies in; an odd last row or column lies in none."""
+    window_row, window_column = row // 2, pixel_column // 2
+    inside = (window_row < out_height) & (window_column < out_width)
+    window = ((image.to(tl.int64) * out_height + window_row) * out_width + window_column)[:, None]
+    here = mask & inside[:, None]
+    return 0.25 * tl.load(grad_pointer + window * grad_stride + column[None, :], mask=here, other=0.0).to(dtype)
+
+
+@triton.jit
+def _kernel(
+    grad_pointer, x_pointer, mean_pointer, var_pointer, gamma_pointer, beta_pointer, chosen_pointer,
+    grad_x_pointer, terms_pointer, partial_pointer,
+    pixels, columns, height, width, out_height, out_width, pixels_a_program,
+    grad_stride, x_stride, grad_x_stride,
+    eps: tl.constexpr, BLOCK_ROWS: tl.constexpr, BLOCK_COLUMNS: tl.constexpr,
+):  # fmt: skip
+    """A range of pixels: grad_x = scale * dz - terms, and the norm's partial sums [parts, 2, C]."""
+    part = tl.program_id(0)
+    column = tl.program_id(1) * BLOCK_COLUMNS + tl.arange(0, BLOCK_COLUMNS)
+    kept = column < columns
+    mean, inv_std, scale, shift = load_norm(
+        mean_pointer, var_pointer, gamma_pointer, beta_pointer, eps, column, kept
+    )
+    if terms_pointer is not None:
+        constant = tl.load(terms_pointer + column, mask=kept, other=0.0)
+        slope = tl.load(terms_pointer + columns + column, mask=kept, other=0.0)
+    sum_dz = tl.zeros_like(mean)
+    sum_dz_x = tl.zeros_like(mean)
+    first = part * pixels_a_program
+    last = tl.minimum(first + pixels_a_program, pixels)
+    for start in range(first, last, BLOCK_ROWS):
+        pixel = start + tl.arange(0, BLOCK_ROWS)
+        mask = (pixel < last)[:, None] & kept[None, :]
+        image, row, pixel_column = pixel // (height * width), pixel // width % height, pixel % width
+        if chosen_pointer is not None:
+            grad = _gradient_of_largest(
+                grad_pointer, chosen_pointer, image, row, pixel_column, column, mask,
+                columns, out_height, out_width, grad_stride, mean.dtype,
+            )  # fmt: skip
+        else:
+            grad = _gradient_of_mean(
+                grad_pointer, image, row, pixel_column, column, mask,
+                out_height, out_width, grad_stride, mean.dtype,
+            )  # fmt: skip
+        wide = pixel.to(tl.int64)[:, None]
+        x = tl.load(x_pointer + wide * x_stride + column[None, :], mask=mask, other=0.0)
+        centered = x.to(mean.dtype) - mean[None, :]
+        dz = relu_backward(grad, relu(centered * scale[None, :] + shift[None, :]))
+        if partial_pointer is not None:
+            sum_dz += tl.sum(dz, axis=0)
+            sum_dz_x += tl.sum(dz * centered, axis=0)
+        if grad_x_pointer is not None:
+            value = scale[None, :] * dz
+            if terms_pointer is not None:
+                value -= constant[None, :] + centered * slope[None, :]
+            grad_x = grad_x_pointer + wide * grad_x_stride + column[None, :]
+            tl.store(grad_x, value.to(grad_x_pointer.dtype.element_ty), mask=mask)
+    if partial_pointer is not None:
+        partial = partial_pointer + part.to(tl.int64) * 2 * columns + column
+        tl.store(partial, sum_dz, mask=kept)
+        tl.store(partial + columns, sum_dz_x * inv_std, mask=kept)
+
+
+def _launch(
+    grad: Tensor, x: Tensor, norm: Norm, chosen: Tensor | None,
+    grad_x: Tensor | None, terms: Tensor | None, partial: Tensor | None, shared: Share,
+) -> None:  # fmt: skip
+    """One pass; without `grad_x` for the sums alone, without `partial` for grad_x alone."""
+    images, height, width, columns = x.shape
+    tile = elementwise_tile(columns)
+    launch(
+        _kernel, (shared.parts, cdiv(columns, tile.columns)),
+        grad, x, *norm[:4], chosen, grad_x, terms, partial,
+        images * height * width, columns, height, width, grad.shape[1], grad.shape[2], shared.rows,
+        grad.stride(2), x.stride(2), 0 if grad_x is None else grad_x.stride(2),
+        tile=tile, eps=norm.eps, BLOCK_ROWS=tile.rows, BLOCK_COLUMNS=tile.columns,
+    )  # fmt: skip
+
+
+def _shared(x: Tensor) -> Share:
+    columns = x.shape[-1]
+    tile = elementwise_tile(columns)
+    return share(x.numel() // columns, tile.rows, cdiv(4 * multiprocessors(x), cdiv(columns, tile.columns)))
+
+
+def _cuda_max_backward(
+    grad: Tensor, x: Tensor,
+    mean: Tensor, var: Tensor, gamma: Tensor | None, beta: Tensor | None, eps: float, by_batch: bool,
+    grad_x: Tensor,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    """Where each maximum lay is found again, a byte each, instead of kept since forward (8 bytes each)."""
+    norm, shared = Norm(mean, var, gamma, beta, eps), _shared(x)
+    pixels, columns = x.numel() // x.shape[-1], x.shape[-1]
+    chosen = x.new_empty(x.shape[0], *pooled_size(x.shape[1], x.shape[2], "max"), columns, dtype=torch.uint8)
+    launch_pool(x, norm, "max", None, chosen)
+    partial = mean.new_empty(shared.parts, 2, columns)
+    if not by_batch:
+        _launch(grad, x, norm, chosen, grad_x, None, partial, shared)
+        return reduce_terms(partial, norm, None, pixels)
+    terms = torch.empty_like(partial[0])
+    _launch(grad, x, norm, chosen, None, None, partial, shared)
+    sums = reduce_terms(partial, norm, terms, pixels)
+    _launch(grad, x, norm, chosen, grad_x, terms, None, shared)
+    return sums
+
+
+def _cuda_avg_backward(
+    grad: Tensor, x: Tensor,
+    mean: Tensor, var: Tensor, gamma: Tensor | None, beta: Tensor | None, eps: float, by_batch: bool,
+    grad_x: Tensor, pending: Tensor,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    norm, shared = Norm(mean, var, gamma, beta, eps), _shared(x)
+    partial = mean.new_empty(shared.parts, 2, x.shape[-1])
+    _launch(grad, x, norm, None, grad_x, None, partial, shared)
+    return reduce_terms(partial, norm, pending, x.numel() // x.shape[-1], by_batch, adds=True)
+
+
+def _fake_backward(grad: Tensor, x: Tensor, mean: Tensor, *_: object) -> tuple[Tensor, Tensor]:
+    return torch.empty_like(mean), torch.empty_like(mean)
+
+
+bn_relu_max_pool_backward = operator(
+    f"bn_relu_max_pool_backward(Tensor grad, Tensor x, {NORM}, bool by_batch, Tensor(a!) grad_x)"
+    " -> (Tensor, Tensor)",
+    cpu=_cpu_max_backward,
+    cuda=_cuda_max_backward,
+    fake=_fake_backward,
+    workspace=lambda grad, x, *_: 6 * scratch_bytes(x),
+)
+
+bn_relu_avg_pool_backward = operator(
+    f"bn_relu_avg_pool_backward(Tensor grad, Tensor x, {NORM}, bool by_batch, Tensor(a!) grad_x,"
+    " Tensor(b!) pending) -> (Tensor, Tensor)",
+    cpu=_cpu_avg_backward,
+    cuda=_cuda_avg_backward,
+    fake=_fake_backward,
+    workspace=lambda grad, x, *_: 5 * scratch_bytes(x),
+)
