@@ -14,11 +14,12 @@ from densebench.kernels.device import load_norm, relu, relu_backward
 from densebench.kernels.language import tl, triton
 from densebench.kernels.launch import (
     Share,
+    Tile,
     cdiv,
+    device_of,
     elementwise_tile,
     launch,
     loadable,
-    multiprocessors,
     share,
 )
 from densebench.kernels.library import NORM, operator
@@ -151,13 +152,18 @@ def _kernel(
         tl.store(partial + columns, sum_dz_x * inv_std, mask=kept)
 
 
+def _tile(columns: int) -> Tile:
+    """16 values a thread: of each, two to three operands and two sums are held at a time."""
+    return elementwise_tile(columns, values=16)
+
+
 def _launch(
     grad: Tensor, x: Tensor, norm: Norm, grad_x: Tensor | None, pending: Tensor | None,
     partial: Tensor | None, shared: Share, accumulates: bool = False,
 ) -> None:  # fmt: skip
     """One pass; without `grad_x` for the sums alone, without `partial` for grad_x alone."""
     rows, columns = x.shape
-    tile = elementwise_tile(columns)
+    tile = _tile(columns)
     launch(
         _kernel, (shared.parts, cdiv(columns, tile.columns)),
         grad, x, *norm[:4], grad_x, pending, partial,
@@ -172,8 +178,8 @@ def _launch(
 
 def _shared(x: Tensor) -> Share:
     """Programs enough to fill the device four times: more would lengthen the second step of the sums."""
-    tile = elementwise_tile(x.shape[1])
-    return share(x.shape[0], tile.rows, cdiv(4 * multiprocessors(x), cdiv(x.shape[1], tile.columns)))
+    tile = _tile(x.shape[1])
+    return share(x.shape[0], tile.rows, cdiv(4 * device_of(x).multiprocessors, cdiv(x.shape[1], tile.columns)))
 
 
 def _cuda_backward(

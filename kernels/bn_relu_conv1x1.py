@@ -16,10 +16,10 @@ from densebench.kernels.language import tl, triton
 from densebench.kernels.launch import (
     Tile,
     cdiv,
+    device_of,
     launch,
     loadable,
     matmul_precision,
-    multiprocessors,
     power_of_two,
     share,
 )
@@ -88,9 +88,6 @@ def _kernel(
     dtype = mean_pointer.dtype.element_ty
     first = part * rows_a_program
     last = tl.minimum(first + rows_a_program, rows)
-    count = tl.zeros((1,), dtype)
-    out_mean = tl.zeros((BLOCK_OUTPUTS,), dtype)
-    out_squares = tl.zeros((BLOCK_OUTPUTS,), dtype)
     for start in range(first, last, BLOCK_ROWS):
         row = start + tl.arange(0, BLOCK_ROWS)
         mask = (row < last)[:, None]
@@ -119,31 +116,42 @@ def _kernel(
         stored = product.to(out_pointer.dtype.element_ty)
         tl.store(out_pointer + wide * out_stride + output[None, :], stored, mask=mask & made[None, :])
         if partial_pointer is not None:
+            # Merged in memory: kept for the whole range they would take 64 registers from the product.
             here = tl.minimum(last - start, BLOCK_ROWS).to(dtype)
-            tile_mean, tile_squares = tile_statistics(stored.to(dtype), mask, here)
-            count, out_mean, out_squares = merge_statistics(
-                count, out_mean, out_squares, here, tile_mean, tile_squares
-            )
-    if partial_pointer is not None:
-        partial = partial_pointer + part.to(tl.int64) * 2 * outputs + output
-        tl.store(partial, out_mean, mask=made)
-        tl.store(partial + outputs, out_squares, mask=made)
+            out_mean, out_squares = tile_statistics(stored.to(dtype), mask, here)
+            partial = partial_pointer + part.to(tl.int64) * 2 * outputs + output
+            if start > first:
+                before = tl.load(partial, mask=made, other=0.0)
+                squares = tl.load(partial + outputs, mask=made, other=0.0)
+                _, out_mean, out_squares = merge_statistics(
+                    (start - first).to(dtype), before, squares, here, out_mean, out_squares
+                )
+            tl.debug_barrier()
+            tl.store(partial, out_mean, mask=made)
+            tl.store(partial + outputs, out_squares, mask=made)
+            tl.debug_barrier()
 
 
 def _tile(x: Tensor, weight: Tensor) -> Tile:
-    """All outputs at once (up to 256), and rows so that 128 x 128 sums fill the registers of eight warps.
+    """All outputs at once (up to 256), so that x is read once, and 16 warps a multiprocessor to hide that.
 
-    A feature map of few pixels (the last blocks) gets shorter tiles, or most multiprocessors would have none.
-    Products of 4 and 8 bytes a value take as many times the shared memory: their tiles are smaller.
+    Few channels: two programs of 64 rows side by side, one loads while the other stores; on Hopper 128 registers
+    are enough for it. Many channels: one of 128 rows, or reloading the weight for every 64 rows would take more
+    of the L2 cache's bandwidth than x takes of the memory's. A feature map of few pixels gets shorter tiles, or
+    most multiprocessors would have none. Values of 4 and 8 bytes take as many times the shared memory.
     """
+    device, columns = device_of(x), x.shape[1]
+    outputs = power_of_two(weight.shape[0], 16, 64 if x.element_size() == 8 else 256)
     if x.element_size() == 8:
-        return Tile(32, 16, power_of_two(weight.shape[0], 16, 64), warps=4, stages=2)
-    outputs = power_of_two(weight.shape[0], 16, 256)
-    columns = 64 if x.element_size() == 2 else 32
-    rows = 64 if outputs == 256 or x.element_size() == 4 else 128
-    while rows > 16 and cdiv(x.shape[0], rows) < multiprocessors(x):
-        rows //= 2
-    return Tile(rows, columns, outputs, warps=8 if rows * outputs > 64 * 64 else 4, stages=3)
+        return Tile(32, 16, outputs, warps=4, stages=2)
+    if x.element_size() == 4:
+        return Tile(32, 32, outputs, warps=8, stages=3)
+    if device.is_hopper and columns > 128 and outputs == 128 and cdiv(x.shape[0], 128) >= device.multiprocessors:
+        return Tile(128, 32, outputs, warps=16, stages=4)
+    if cdiv(x.shape[0], 64) >= device.multiprocessors:
+        two_fit = device.is_hopper and outputs <= 128
+        return Tile(64, 32, outputs, warps=8, stages=4, registers=128 if two_fit else None)
+    return Tile(32, 64, outputs, warps=4 if outputs <= 64 else 8, stages=4)
 
 
 def _cuda(
@@ -154,7 +162,7 @@ def _cuda(
     (rows, columns), outputs = x.shape, weight.shape[0]
     weight = packed(weight)
     tile = _tile(x, weight)
-    shared = share(rows, tile.rows, 2 * multiprocessors(x))
+    shared = share(rows, tile.rows, 2 * device_of(x).multiprocessors)
     partial = None if out_mean is None else mean.new_empty(shared.parts, 2, outputs)
     launch(
         _kernel, (shared.parts, cdiv(outputs, tile.outputs)),

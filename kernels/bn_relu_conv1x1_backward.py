@@ -21,10 +21,10 @@ from densebench.kernels.launch import (
     Share,
     Tile,
     cdiv,
+    device_of,
     launch,
     loadable,
     matmul_precision,
-    multiprocessors,
     power_of_two,
     share,
 )
@@ -144,11 +144,16 @@ def _kernel(
             if grad_x_pointer is not None:
                 grad_x = grad_x_pointer + wide * grad_x_stride + column[None, :]
                 value = scale[None, :] * dz
-                if ACCUMULATES:
-                    value += tl.load(grad_x, mask=mask & kept[None, :], other=0.0).to(dtype)
                 if SETTLES:
                     value -= constant[None, :] + centered * slope[None, :]
-                tl.store(grad_x, value.to(grad_x_pointer.dtype.element_ty), mask=mask & kept[None, :])
+                if ACCUMULATES:
+                    # As many columns as are loaded are stored, so that both are 16 bytes wide; those beyond
+                    # this reader's channels get back what they held.
+                    before = tl.load(grad_x, mask=mask & loaded, other=0.0).to(dtype)
+                    value = before + tl.where(kept[None, :], value, 0.0)
+                    tl.store(grad_x, value.to(grad_x_pointer.dtype.element_ty), mask=mask & loaded)
+                else:
+                    tl.store(grad_x, value.to(grad_x_pointer.dtype.element_ty), mask=mask & kept[None, :])
     if partial_pointer is not None:
         partial = partial_pointer + part.to(tl.int64) * 2 * columns + column
         tl.store(partial, sum_dz, mask=kept)
@@ -159,13 +164,17 @@ def _kernel(
 
 
 def _tile(x: Tensor, outputs: int) -> Tile:
-    """64 rows x 64 channels: with eight warps the largest that keeps 128 outputs' sums without a spill."""
-    block = power_of_two(outputs, 16, 256 if x.element_size() == 2 else 128)
+    """The wider the tile, the less often `grad` is read.
+
+    64 rows x 64 channels where 128 outputs' sums then still fit into the registers of eight warps: on Hopper,
+    whose tensor cores read their operands from shared memory.
+    """
     if x.element_size() == 8:
         return Tile(16, 16, power_of_two(outputs, 16, 64), warps=4, stages=1)
+    block = power_of_two(outputs, 16, 256 if x.element_size() == 2 else 128)
     if x.element_size() == 4:
         return Tile(32, 32, block, warps=8, stages=2)
-    return Tile(64, 64 if block <= 128 else 32, block, warps=8, stages=2)
+    return Tile(64, 64 if device_of(x).is_hopper and block <= 128 else 32, block, warps=8, stages=2)
 
 
 def _pass(
@@ -174,10 +183,11 @@ def _pass(
 ) -> None:  # fmt: skip
     """One pass for as many outputs as a tile takes."""
     rows, columns = x.shape
+    width = loadable(x) if grad_x is None else min(loadable(x), loadable(grad_x))
     launch(
         _kernel, (cdiv(columns, tile.columns), shared.parts),
         grad, x, *norm[:4], weight, grad_x, pending, partial, partial_weight,
-        rows, columns, loadable(x), grad.shape[1], weight.shape[1], shared.rows,
+        rows, columns, width, grad.shape[1], weight.shape[1], shared.rows,
         grad.stride(0), x.stride(0), weight.stride(0), 0 if grad_x is None else grad_x.stride(0),
         0 if pending is None else pending.stride(0),
         tile=tile, eps=norm.eps, PRECISION=matmul_precision(weight.dtype), ACCUMULATES=accumulates,
@@ -201,7 +211,7 @@ def _cuda_backward(
     (rows, columns), outputs = x.shape, grad.shape[1]
     weight, grad = packed(weight), grad.to(weight.dtype)
     tile = _tile(x, outputs)
-    shared = share(rows, tile.rows, cdiv(multiprocessors(x), cdiv(columns, tile.columns)))
+    shared = share(rows, tile.rows, cdiv(device_of(x).multiprocessors, cdiv(columns, tile.columns)))
     slices = [slice(start, start + tile.outputs) for start in range(0, outputs, tile.outputs)]
     needs_sums = grad_x is not None or needs_affine
     partial = mean.new_empty(len(slices), shared.parts, 2, columns) if needs_sums else None

@@ -146,7 +146,7 @@ def launch_pool(x: Tensor, norm: Norm, pool: str, out: Tensor | None, chosen: Te
     """Write the pooled map [N, H', W', C], or the places of the maxima."""
     images, height, width, columns = x.shape
     out_height, out_width = pooled_size(height, width, pool)
-    windows, tile = images * out_height * out_width, elementwise_tile(columns)
+    windows, tile = images * out_height * out_width, elementwise_tile(columns, values=16)
     launch(
         _kernel, (cdiv(windows, tile.rows), cdiv(columns, tile.columns)),
         x, *norm[:4], out, chosen,

@@ -23,7 +23,7 @@ from densebench.kernels.bn_relu_pool import (
 from densebench.kernels.deferred import reduce_terms, settle_rows, terms_of
 from densebench.kernels.device import load_norm, relu, relu_backward
 from densebench.kernels.language import tl, triton
-from densebench.kernels.launch import Share, cdiv, elementwise_tile, launch, multiprocessors, share
+from densebench.kernels.launch import Share, cdiv, device_of, elementwise_tile, launch, share
 from densebench.kernels.library import NORM, operator
 from densebench.kernels.rows import Norm, as_rows, norm_backward
 
@@ -191,7 +191,7 @@ def _launch(
 ) -> None:  # fmt: skip
     """One pass; without `grad_x` for the sums alone, without `partial` for grad_x alone."""
     images, height, width, columns = x.shape
-    tile = elementwise_tile(columns)
+    tile = elementwise_tile(columns, values=8)
     launch(
         _kernel, (shared.parts, cdiv(columns, tile.columns)),
         grad, x, *norm[:4], chosen, grad_x, terms, partial,
@@ -203,8 +203,10 @@ def _launch(
 
 def _shared(x: Tensor) -> Share:
     columns = x.shape[-1]
-    tile = elementwise_tile(columns)
-    return share(x.numel() // columns, tile.rows, cdiv(4 * multiprocessors(x), cdiv(columns, tile.columns)))
+    tile = elementwise_tile(columns, values=8)
+    return share(
+        x.numel() // columns, tile.rows, cdiv(4 * device_of(x).multiprocessors, cdiv(columns, tile.columns))
+    )
 
 
 def _cuda_max_backward(

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from densebench.kernels.device import merge_statistics, tile_statistics
 from densebench.kernels.language import tl, triton
-from densebench.kernels.launch import Share, Tile, cdiv, launch, multiprocessors, power_of_two, share
+from densebench.kernels.launch import Share, Tile, cdiv, device_of, launch, power_of_two, share
 from densebench.kernels.library import operator
 from densebench.kernels.rows import accumulate_dtype, as_map, tile_bytes, tiles
 
@@ -112,7 +112,7 @@ def _cuda(x: Tensor, mean: Tensor, var: Tensor) -> None:
     tile = Tile(64, power_of_two(columns, 16, 64), warps=4, stages=3)
     column_tiles = cdiv(columns, tile.columns)
     # Enough programs to fill the device four times over; more would only lengthen the merge.
-    shared = share(rows, tile.rows, cdiv(4 * multiprocessors(x), column_tiles))
+    shared = share(rows, tile.rows, cdiv(4 * device_of(x).multiprocessors, column_tiles))
     partial = mean.new_empty(shared.parts, 2, columns)
     launch(
         _partial_statistics_kernel, (shared.parts, column_tiles),

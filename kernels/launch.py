@@ -2,15 +2,41 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
+from collections.abc import Iterator
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-# A GPU's multiprocessors are asked for; the interpreter has none, and works through as many programs as this
-# to exercise the merging of their partial results.
-INTERPRETED_MULTIPROCESSORS = 3
+
+class Device(NamedTuple):
+    """What the choice of tiles depends on: how many programs run side by side, and the architecture."""
+
+    multiprocessors: int
+    capability: tuple[int, int]
+
+    @property
+    def is_hopper(self) -> bool:
+        return self.capability[0] == 9
+
+
+H100 = Device(132, (9, 0))
+# The interpreter runs one program after the other: few, but more than one, so that partial results are merged.
+_INTERPRETER = Device(3, (9, 0))
+_meta_device = H100
+
+
+@contextlib.contextmanager
+def compiling_for(device: Device) -> Iterator[None]:
+    """Let launches on meta tensors, which are compiled and not run, be those for another device."""
+    global _meta_device
+    before, _meta_device = _meta_device, device
+    try:
+        yield
+    finally:
+        _meta_device = before
 
 
 class Tile(NamedTuple):
@@ -21,6 +47,7 @@ class Tile(NamedTuple):
     outputs: int = 0
     warps: int = 4
     stages: int = 3
+    registers: int | None = None  # a limit, where a few fewer let one more program run beside
 
 
 class Share(NamedTuple):
@@ -30,15 +57,16 @@ class Share(NamedTuple):
     rows: int
 
 
-def elementwise_tile(columns: int) -> Tile:
-    """32 values a thread: four 16-byte loads of 2-byte values in flight from each operand."""
+def elementwise_tile(columns: int, values: int = 32) -> Tile:
+    """So many values a thread; 32 are four 16-byte loads of 2-byte values in flight from each operand."""
     block = power_of_two(columns, 16, 64)
-    return Tile(4096 // block, block, warps=4, stages=2)
+    return Tile(128 * values // block, block, warps=4, stages=2)
 
 
 def launch(kernel: Any, grid: tuple[int, ...], *arguments: Any, tile: Tile, **constants: Any) -> None:
     """Start a kernel on the current stream; the only place where one is started."""
-    kernel[grid](*arguments, **constants, num_warps=tile.warps, num_stages=tile.stages)
+    limit = {} if tile.registers is None else {"maxnreg": tile.registers}
+    kernel[grid](*arguments, **constants, num_warps=tile.warps, num_stages=tile.stages, **limit)
 
 
 def share(rows: int, tile_rows: int, programs: int) -> Share:
@@ -48,14 +76,17 @@ def share(rows: int, tile_rows: int, programs: int) -> Share:
     return Share(cdiv(rows, a_program), a_program)
 
 
-def multiprocessors(x: Tensor) -> int:
-    """How many programs of x's device run at once."""
-    return _multiprocessors(x.device.index) if x.is_cuda else INTERPRETED_MULTIPROCESSORS
+def device_of(x: Tensor) -> Device:
+    """The device that kernels on x run on."""
+    if x.is_cuda:
+        return _cuda_device(x.device.index)
+    return _meta_device if x.is_meta else _INTERPRETER
 
 
 @functools.cache
-def _multiprocessors(index: int) -> int:
-    return torch.cuda.get_device_properties(index).multi_processor_count
+def _cuda_device(index: int) -> Device:
+    properties = torch.cuda.get_device_properties(index)
+    return Device(properties.multi_processor_count, (properties.major, properties.minor))
 
 
 def loadable(x: Tensor) -> int:

@@ -18,10 +18,9 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from densebench.execution.plan import LayerPlan, StagePlan
+from densebench.execution.plan import Gradients, LayerPlan, StagePlan
 
 LAYERS_A_NODE = 8
-Gradients = dict[int, Tensor]  # by place in the flat list of parameters
 
 
 class Window:
@@ -82,15 +81,15 @@ class StageComputation(ABC):
 
 def compute(computation: StageComputation, x: Tensor) -> Tensor:
     """Run a computation on x, [N, C, H, W]; the result is differentiable once, where autograd records."""
-    parts = list(_parts(computation.plan))
-    value = x
+    values = [x]  # popping hands on the only reference: without gradients `enter` may free x
     del x
-    for part in parts:
+    for part in _parts(computation.plan):
+        parameters = computation.plan.parameters[part.parameters]
         if torch.is_grad_enabled():
-            value = _Node.apply(computation, part, value, *computation.plan.parameters[part.parameters])
+            values.append(_Node.apply(computation, part, values.pop(), *parameters))
         else:
-            value, _, _ = part.forward(computation, value, computation.plan.parameters[part.parameters], False)
-    return value
+            values.append(part.forward(computation, values.pop(), parameters, False)[0])
+    return values.pop()
 
 
 class _Part:
@@ -108,9 +107,9 @@ class _Part:
         """The token or output, what backward needs, and how many of that belong to each step of the part."""
         window = Window(parameters, self.parameters.start)
         with torch.autocast(value.device.type, enabled=False):
-            kept = [computation.enter(value, window)] if self.first else []
-            token = value.new_empty(0)
+            token, values = value.new_empty(0), [value]
             del value
+            kept = [computation.enter(values.pop(), window)] if self.first else []
             kept += [computation.layer(layer, window, keep) for layer in self.layers]
             if self.last:
                 token, last = computation.leave(window)
@@ -167,13 +166,21 @@ class _Node(torch.autograd.Function):
         return output
 
     @staticmethod
-    @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        count = len(ctx.needs_input_grad) - 3
-        saved = iter(ctx.saved_tensors)
-        parameters = list(islice(saved, count))
-        kept = [list(islice(saved, number)) for number in ctx.counts]
-        _, _, needs_value, *needs = ctx.needs_input_grad
-        token, gradients = ctx.part.backward(ctx.computation, grad, parameters, kept, needs, needs_value)
-        start = ctx.part.parameters.start
-        return None, None, token, *(gradients.get(start + index) for index in range(count))
+        if torch.is_grad_enabled() and not grad.requires_grad:
+            # `create_graph=True`: the gradients depend on the parameters, whatever is given. Handed out as
+            # constants they would drop out of a gradient penalty in silence; so they refuse a second backward.
+            grad = grad.detach().requires_grad_()
+        return _backward(ctx, grad)
+
+
+@once_differentiable
+def _backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+    count = len(ctx.needs_input_grad) - 3
+    saved = iter(ctx.saved_tensors)
+    parameters = list(islice(saved, count))
+    kept = [list(islice(saved, number)) for number in ctx.counts]
+    _, _, needs_value, *needs = ctx.needs_input_grad
+    token, gradients = ctx.part.backward(ctx.computation, grad, parameters, kept, needs, needs_value)
+    start = ctx.part.parameters.start
+    return None, None, token, *(gradients.get(start + index) for index in range(count))

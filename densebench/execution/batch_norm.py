@@ -74,8 +74,16 @@ class Observed:
 
 
 def call_norm(norm: nn.BatchNorm2d) -> NormCall:
-    """What the module would do if it were called now; changes nothing."""
+    """What the module would do if it were called now; changes nothing.
+
+    Raises:
+        ValueError: PyTorch's own, where eps is not positive.
+    """
     by_batch = norm.training or (norm.running_mean is None and norm.running_var is None)
+    if by_batch and norm.eps <= 0.0:
+        raise ValueError(f"batch_norm eps must be positive during training, but got {norm.eps}")
+    if norm.eps < 0.0:
+        raise ValueError(f"batch_norm eps must be non-negative, but got {norm.eps}")
     used = not norm.training or norm.track_running_stats
     momentum = 0.0 if norm.momentum is None else norm.momentum
     if norm.momentum is None and norm.training and used and norm.num_batches_tracked is not None:

@@ -8,13 +8,15 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any, Protocol, cast
 
 from torch import Tensor, nn
 
 from densebench.execution.batch_norm import NormCall, call_norm
 from densebench.models.layers import DenseLayer, Transition
 from densebench.models.stage import FinalNorm, Stage
+
+Gradients = dict[int, Tensor]  # by place in the flat list of parameters
 
 
 class Flat(Protocol):
@@ -38,6 +40,16 @@ class NormUnit:
         """What stands for the norm's weight and bias."""
         return flat[self.first], flat[self.first + 1]
 
+    def affine_gradients(self, needs: Flat, grad_gamma: Tensor, grad_beta: Tensor) -> Gradients:
+        """Those of the norm's weight and bias that are needed, in the parameters' dtype."""
+        places = zip(self.affine(needs), (self.call.norm.weight, self.call.norm.bias), strict=True)
+        found = zip((grad_gamma, grad_beta), places, strict=True)
+        return {
+            self.first + place: grad.to(parameter.dtype)
+            for place, (grad, (needed, parameter)) in enumerate(found)
+            if needed
+        }
+
 
 @dataclass(frozen=True)
 class ConvUnit(NormUnit):
@@ -48,6 +60,11 @@ class ConvUnit(NormUnit):
     def weight(self, flat: Flat) -> Any:
         """What stands for the convolution's weight."""
         return flat[self.first + 2]
+
+    def weight_gradient(self, needs: Flat, grad: Tensor) -> Gradients:
+        """That of the weight, if it is needed, in the parameter's shape and dtype."""
+        weight = self.conv.weight
+        return {self.first + 2: grad.reshape(weight.shape).to(weight.dtype)} if self.weight(needs) else {}
 
     def trained(self, needs: Flat) -> bool:
         """Whether any of its parameters needs a gradient."""
@@ -134,4 +151,4 @@ class StagePlan:
 def _norms_and_convs(layer: DenseLayer) -> Iterator[tuple[nn.BatchNorm2d, nn.Conv2d]]:
     yield layer.norm1, layer.conv1
     if layer.bottleneck:
-        yield layer.norm2, layer.conv2
+        yield cast("nn.BatchNorm2d", layer.norm2), cast("nn.Conv2d", layer.conv2)

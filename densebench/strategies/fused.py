@@ -10,18 +10,20 @@ before its 1x1 convolution: both are linear) and the final norm are taken over.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
 from typing import Literal
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from densebench.execution.autograd import Gradients, StageComputation, Window, compute
-from densebench.execution.batch_norm import Observed, check_batch, commit_observed
+from densebench.execution.autograd import StageComputation, Window, compute
+from densebench.execution.batch_norm import Observed, commit_observed
+from densebench.execution.convolution import convolution_backward, convolve
 from densebench.execution.maps import memory_format_of
-from densebench.execution.plan import ConvUnit, LayerPlan, NormUnit, StagePlan
+from densebench.execution.pixels import Pixels, Scratch
+from densebench.execution.plan import ConvUnit, Gradients, LayerPlan, NormUnit, StagePlan
 from densebench.execution.precision import compute_dtype
+from densebench.execution.shared_statistics import MeanAndVar, SharedStatistics
 from densebench.execution.structure import irregularity
 from densebench.kernels.bn_relu import bn_relu
 from densebench.kernels.bn_relu_backward import bn_relu_backward, bn_relu_backward_into
@@ -29,9 +31,8 @@ from densebench.kernels.bn_relu_conv1x1 import bn_relu_conv1x1
 from densebench.kernels.bn_relu_conv1x1_backward import bn_relu_conv1x1_backward
 from densebench.kernels.bn_relu_pool import bn_relu_avg_pool, bn_relu_max_pool
 from densebench.kernels.bn_relu_pool_backward import bn_relu_avg_pool_backward, bn_relu_max_pool_backward
-from densebench.kernels.channel_statistics import channel_statistics
 from densebench.kernels.deferred import settled_gradient
-from densebench.kernels.rows import Norm, accumulate_dtype, as_rows
+from densebench.kernels.rows import Norm, as_rows
 from densebench.models.layers import Transition
 from densebench.models.stage import Stage
 from densebench.registry import strategy
@@ -54,8 +55,9 @@ def fused(stage: Stage, x: Tensor, recompute: Recompute = "nothing") -> Tensor:
 
     Layers without bottleneck have no 1x1 to fuse into: they go through one shared normalized buffer.
     """
-    computation = _Fused(stage, x, recompute)
-    output = compute(computation, x)
+    computation, inputs = _Fused(stage, x, recompute == "bottleneck"), [x]
+    del x  # `compute` gets the only reference, and may free the input of a stage without gradients
+    output = compute(computation, inputs.pop())
     commit_observed(computation.plan.calls, computation.observed)
     return output
 
@@ -68,7 +70,9 @@ def fused(stage: Stage, x: Tensor, recompute: Recompute = "nothing") -> Tensor:
 )
 def fused_recompute(stage: Stage, x: Tensor) -> Tensor:
     """Keep the feature buffer alone."""
-    return fused(stage, x, recompute="bottleneck")
+    inputs = [x]
+    del x
+    return fused(stage, inputs.pop(), recompute="bottleneck")
 
 
 class _Fused(StageComputation):
@@ -76,14 +80,13 @@ class _Fused(StageComputation):
 
     Attributes:
         features, gradient: the buffers.
-        mean, var: [C], the batch's statistics of each channel, shared by all its readers.
+        statistics: of the features' channels, shared by all their readers.
         pending: [2, C], see `densebench.kernels.deferred`.
-        observed: what each norm saw, for its running statistics.
     """
 
-    def __init__(self, stage: Stage, x: Tensor, recompute: Recompute) -> None:
+    def __init__(self, stage: Stage, x: Tensor, recompute: bool) -> None:
         super().__init__(StagePlan(stage, whole=True))
-        self.recompute = recompute == "bottleneck"
+        self.recompute = recompute
         self.compute = compute_dtype(x)
         self.format = memory_format_of(x)
         self.stem_pool = stage.head is not None and stage.head.pool is not None
@@ -91,8 +94,7 @@ class _Fused(StageComputation):
         images, _, height, width = x.shape
         if self.stem_pool:
             height, width = (height + 1) // 2, (width + 1) // 2
-        self.shape = (images, height, width)
-        self.pixels = images * height * width
+        self.pixels = Pixels(images, height, width)
         self.observed: list[Observed] = []
 
     # Forward
@@ -100,19 +102,19 @@ class _Fused(StageComputation):
     def enter(self, x: Tensor, parameters: Window) -> list[Tensor]:
         start, head = self.plan.start, self.plan.head
         dtype = torch.promote_types(x.dtype, self.compute)
-        self.features = x.new_empty(self.pixels, self.plan.channels, dtype=dtype)
-        self.mean, self.var = x.new_zeros(2, self.plan.channels, dtype=accumulate_dtype(x)).unbind()
+        self.features = self.pixels.buffer(self.plan.channels, x, dtype)
+        self.statistics = SharedStatistics.empty(self.plan, x)
         self.scratch = Scratch()
         kept: list[Tensor] = []
         if head is None:
-            self._grid(self.features)[..., :start] = x.permute(0, 2, 3, 1)
+            self.pixels.grid(self.features)[..., :start] = x.permute(0, 2, 3, 1)
         else:
             x = x.contiguous(memory_format=torch.channels_last)
-            statistics = self._statistics_of_input(head, x)
-            kept = [x, *statistics]
-            norm = self._norm(head, statistics, parameters)
+            mean, var = self.statistics.of_map(head, x)
+            kept = [x, mean, var]
+            norm = self._norm(head, (mean, var), parameters)
             if self.stem_pool:
-                bn_relu_max_pool(x.permute(0, 2, 3, 1), *norm, self._grid(self.features)[..., :start])
+                bn_relu_max_pool(x.permute(0, 2, 3, 1), *norm, self.pixels.grid(self.features)[..., :start])
             else:
                 bn_relu(as_rows(x), *norm, self.features[:, :start])
         self._take_statistics(slice(0, start))
@@ -121,14 +123,15 @@ class _Fused(StageComputation):
     def layer(self, layer: LayerPlan, parameters: Window, keep: bool) -> list[Tensor]:
         first, *inner = layer.units
         kept: list[Tensor] = []
-        norm = self._norm(first, self._statistics(first, layer.start, kept), parameters)
-        prefix = self.features[:, : layer.start]
+        statistics = self.statistics.of(first, layer.start, self.pixels, kept)
+        norm, prefix = self._norm(first, statistics, parameters), self.features[:, : layer.start]
         if inner:
             a = self._bottleneck(layer, norm, prefix, parameters, kept if keep else None)
         else:
             a = self.scratch.rows("activation", prefix)
             bn_relu(prefix, *norm, a)
-        new = self._convolve(layer.units[-1], a, parameters)
+        last = layer.units[-1]
+        new = convolve(self.pixels.map(a), last.conv, last.weight(parameters).to(self.compute))
         if layer.drop_rate > 0:
             mask = F.dropout(torch.ones_like(new, memory_format=self.format), layer.drop_rate)
             new = new * mask  # drawn in the network's own memory format, as F.dropout(new) would be
@@ -146,7 +149,7 @@ class _Fused(StageComputation):
         a = self.scratch.rows("activation", prefix, weight.shape[0], self.compute)
         if kept is None and not second.call.by_batch:
             # Nothing else reads y: the second norm and ReLU go into the product's epilogue.
-            scale, shift = self._norm(second, self._running(second), parameters).folded()
+            scale, shift = self._norm(second, self.statistics.running(second), parameters).folded()
             bn_relu_conv1x1(prefix, *norm, weight, a, None, None, scale, shift)
             return a
         if kept is None or self.recompute:
@@ -160,39 +163,36 @@ class _Fused(StageComputation):
         bn_relu(y, *self._norm(second, statistics, parameters), a)
         return a
 
-    def _multiply(
-        self, reader: ConvUnit, x: Tensor, norm: Norm, weight: Tensor, y: Tensor
-    ) -> tuple[Tensor, Tensor]:
+    def _multiply(self, reader: ConvUnit, x: Tensor, norm: Norm, weight: Tensor, y: Tensor) -> MeanAndVar:
         """y = relu(norm(x)) W^T, and the statistics by which its reader normalizes it."""
         if not reader.call.by_batch:
             bn_relu_conv1x1(x, *norm, weight, y, None, None, None, None)
-            return self._running(reader)
-        self._check_batch(weight.shape[0])
-        mean, var = self.mean.new_empty(2, weight.shape[0]).unbind()
+            return self.statistics.running(reader)
+        mean, var = self.statistics.to_be_written(reader, weight.shape[0], self.pixels)
         bn_relu_conv1x1(x, *norm, weight, y, mean, var, None, None)
-        self.observed.append(Observed(reader.call, mean, var, self.pixels))
         return mean, var
 
     def leave(self, parameters: Window) -> tuple[Tensor, list[Tensor]]:
-        tail, features, (images, height, width) = self.plan.tail, self.features, self.shape
-        kept = [features, self.mean, self.var]
+        tail, features, pixels = self.plan.tail, self.features, self.pixels
+        kept = [features, self.statistics.mean, self.statistics.var]
         rows = features
         if tail is not None:
-            norm = self._norm(tail, self._statistics(tail, self.plan.channels, kept), parameters)
+            statistics = self.statistics.of(tail, self.plan.channels, pixels, kept)
+            norm = self._norm(tail, statistics, parameters)
             if not isinstance(tail, ConvUnit):
-                rows = torch.empty_like(features)
+                rows = features.new_empty(features.shape)
                 bn_relu(features, *norm, rows)
             elif self.transition_pool:
-                height, width = height // 2, width // 2
-                pooled = self._pool(norm)
+                pixels, pooled = pixels.halved, self._pool(norm)
                 kept += [] if self.recompute else [pooled]
                 rows = pooled.to(self.compute) @ self._matrix(tail, parameters).t()
             else:
                 weight = self._matrix(tail, parameters)
-                rows = features.new_empty(self.pixels, weight.shape[0], dtype=self.compute)
+                rows = features.new_empty(pixels.count, weight.shape[0], dtype=self.compute)
                 bn_relu_conv1x1(features, *norm, weight, rows, None, None, None, None)
-        del self.features, self.mean, self.var, self.scratch
-        output = rows.view(images, height, width, -1).permute(0, 3, 1, 2)
+        self.observed = self.statistics.observed
+        del self.features, self.statistics, self.scratch
+        output = pixels.map(rows)
         return (output if tail is None else output.contiguous(memory_format=self.format)), kept
 
     # Backward
@@ -200,42 +200,47 @@ class _Fused(StageComputation):
     def leave_backward(
         self, grad_output: Tensor, parameters: Window, kept: list[Tensor], needs: Window
     ) -> Gradients:
-        self.features, self.mean, self.var, *kept = kept
-        self.gradient = torch.empty_like(self.features)
-        self.pending = self.mean.new_zeros(2, self.plan.channels)
+        self.features, mean, var, *kept = kept
+        self.statistics = SharedStatistics(mean, var)
+        self.gradient = self.pixels.buffer(self.plan.channels, self.features)
+        self.pending = mean.new_zeros(2, self.plan.channels)
         self.scratch = Scratch()
         tail = self.plan.tail
         if tail is None:
-            self._grid(self.gradient)[...] = grad_output.permute(0, 2, 3, 1)
+            self.pixels.grid(self.gradient)[...] = grad_output.permute(0, 2, 3, 1)
             return {}
-        norm = self._norm(tail, self._restored(tail, self.plan.channels, kept), parameters)
+        norm = self._norm(tail, self.statistics.restored(tail, self.plan.channels, kept), parameters)
         rows = as_rows(grad_output)
         if not isinstance(tail, ConvUnit):
             return self._norm_backward(tail, norm, rows, self.gradient, False, needs)
         if not self.transition_pool:
             return self._product_backward(tail, norm, rows, self.gradient, False, parameters, needs)
-        gradients = self._pooled_product_backward(tail, norm, rows.to(self.compute), kept, needs)
-        grad_pooled = rows.to(self.compute) @ self._matrix(tail, parameters)
-        sums = bn_relu_avg_pool_backward(
-            self._grid(grad_pooled, halved=True),
-            self._grid(self.features),
-            *norm,
-            tail.call.by_batch,
-            self._grid(self.gradient),
-            self.pending,
-        )
-        return gradients | _of_affine(tail, needs, *sums)
+        return self._transition_backward(tail, norm, rows.to(self.compute), parameters, kept, needs)
+
+    def _transition_backward(
+        self, tail: ConvUnit, norm: Norm, rows: Tensor, parameters: Window, kept: list[Tensor], needs: Window
+    ) -> Gradients:
+        """Through the product on pooled pixels, then the pooling."""
+        gradients: Gradients = {}
+        if tail.weight(needs):
+            pooled = kept[-1] if not self.recompute else self._pool(norm)
+            gradients = tail.weight_gradient(needs, rows.t() @ pooled.to(self.compute))
+            del pooled
+        grad_pooled = self.pixels.halved.grid(rows @ self._matrix(tail, parameters))
+        features, gradient = self.pixels.grid(self.features), self.pixels.grid(self.gradient)
+        sums = bn_relu_avg_pool_backward(grad_pooled, features, *norm, tail.call.by_batch, gradient, self.pending)
+        return gradients | tail.affine_gradients(needs, *sums)
 
     def layer_backward(
         self, layer: LayerPlan, parameters: Window, kept: list[Tensor], needs: Window, needs_prefix: bool
     ) -> Gradients:
         first, *inner = layer.units
-        norm = self._norm(first, self._restored(first, layer.start, kept), parameters)
+        norm = self._norm(first, self.statistics.restored(first, layer.start, kept), parameters)
         mask = kept.pop() if layer.drop_rate > 0 else None
         new = self._settled(layer.new, mask)
         grad_prefix = self.gradient[:, : layer.start] if needs_prefix else None
-        prefix = self.features[:, : layer.start]
         if not inner:
+            prefix = self.features[:, : layer.start]
             a = self.scratch.rows("activation", prefix)
             bn_relu(prefix, *norm, a)
             grad_a, gradients = self._convolution_backward(first, new, a, parameters, needs, True)
@@ -272,7 +277,7 @@ class _Fused(StageComputation):
         grad, gradients = self._convolution_backward(second, new, a, parameters, needs, needs_a)
         if needs_a:
             sums = bn_relu_backward(grad, y, *inner, second.call.by_batch)
-            gradients |= _of_affine(second, needs, *sums)
+            gradients |= second.affine_gradients(needs, *sums)
         return grad, gradients
 
     def enter_backward(
@@ -280,19 +285,21 @@ class _Fused(StageComputation):
     ) -> tuple[Tensor | None, Gradients]:
         head = self.plan.head
         grad = self._settled(slice(0, self.plan.start), None) if needs_x or head is not None else None
-        del self.features, self.gradient, self.mean, self.var, self.pending, self.scratch
+        del self.features, self.gradient, self.statistics, self.pending, self.scratch
         if grad is None or head is None:
-            return (None if grad is None else self._grid(grad).permute(0, 3, 1, 2)), {}
-        x, *statistics = kept
-        norm = self._norm(head, (statistics[0], statistics[1]), parameters)
+            return (None if grad is None else self.pixels.map(grad)), {}
+        x, mean, var = kept
+        norm = self._norm(head, (mean, var), parameters)
         if self.stem_pool:
             grad_x = torch.empty_like(x)
-            grids = (self._grid(grad), x.permute(0, 2, 3, 1))
-            sums = bn_relu_max_pool_backward(*grids, *norm, head.call.by_batch, grad_x.permute(0, 2, 3, 1))
+            maps = (self.pixels.grid(grad), x.permute(0, 2, 3, 1))
+            sums = bn_relu_max_pool_backward(*maps, *norm, head.call.by_batch, grad_x.permute(0, 2, 3, 1))
         else:
             sums = bn_relu_backward(grad, as_rows(x), *norm, head.call.by_batch)
-            grad_x = self._grid(grad).permute(0, 3, 1, 2)
-        return (grad_x if needs_x else None), _of_affine(head, needs, *sums)
+            grad_x = self.pixels.map(grad)
+        return (grad_x if needs_x else None), head.affine_gradients(needs, *sums)
+
+    # One unit's backward
 
     def _product_backward(
         self,
@@ -318,8 +325,7 @@ class _Fused(StageComputation):
             any(unit.affine(needs)),
             unit.weight(needs),
         )
-        gradients = _of_affine(unit, needs, *sums)
-        return gradients | (_of_weight(unit, grad_weight) if unit.weight(needs) else {})
+        return unit.affine_gradients(needs, *sums) | unit.weight_gradient(needs, grad_weight)
 
     def _norm_backward(
         self, unit: NormUnit, norm: Norm, grad: Tensor, grad_x: Tensor | None, accumulate: bool, needs: Window
@@ -327,144 +333,47 @@ class _Fused(StageComputation):
         """Through relu(norm(x)), x being as many channels of the features as the norm has."""
         width = norm.mean.shape[0]
         x, pending = self.features[:, :width], self.pending[:, :width]
-        by_batch = unit.call.by_batch
-        sums = bn_relu_backward_into(grad, x, *norm, by_batch, grad_x, accumulate, pending)
-        return _of_affine(unit, needs, *sums)
-
-    def _pooled_product_backward(
-        self, tail: ConvUnit, norm: Norm, rows: Tensor, kept: list[Tensor], needs: Window
-    ) -> Gradients:
-        """The gradient of a transition's weight, from pooled pixels."""
-        if not tail.weight(needs):
-            return {}
-        pooled = kept[-1] if not self.recompute else self._pool(norm)
-        return _of_weight(tail, rows.t() @ pooled.to(self.compute))
-
-    # Parts of both
-
-    def _convolve(self, unit: ConvUnit, a: Tensor, parameters: Window) -> Tensor:
-        conv, weight = unit.conv, unit.weight(parameters).to(self.compute)
-        image = self._grid(a).permute(0, 3, 1, 2).to(self.compute)
-        return F.conv2d(image, weight, None, 1, conv.padding, conv.dilation)
+        sums = bn_relu_backward_into(grad, x, *norm, unit.call.by_batch, grad_x, accumulate, pending)
+        return unit.affine_gradients(needs, *sums)
 
     def _convolution_backward(
         self, unit: ConvUnit, grad: Tensor, a: Tensor, parameters: Window, needs: Window, needs_a: bool
     ) -> tuple[Tensor, Gradients]:
-        """Through the 3x3 convolution: the gradient of its operand [M, N] and of its weight."""
-        conv, wanted = unit.conv, [needs_a, unit.weight(needs), False]
-        grad_a, grad_weight, _ = torch.ops.aten.convolution_backward(
-            self._grid(grad).permute(0, 3, 1, 2).to(self.compute),
-            self._grid(a).permute(0, 3, 1, 2).to(self.compute),
+        """Through the 3x3 convolution: the gradient of its operand [M, N] (if needed) and of its weight."""
+        grad_a, grad_weight = convolution_backward(
+            self.pixels.map(grad),
+            self.pixels.map(a),
+            unit.conv,
             unit.weight(parameters).to(self.compute),
-            None,
-            [1, 1],
-            list(conv.padding),
-            list(conv.dilation),
-            False,
-            [0, 0],
-            1,
-            wanted,
+            needs_a,
+            unit.weight(needs),
         )
-        gradients = _of_weight(unit, grad_weight) if unit.weight(needs) else {}
-        return (as_rows(grad_a) if needs_a else grad), gradients
+        return (as_rows(grad_a) if needs_a else grad), unit.weight_gradient(needs, grad_weight)
+
+    # Parts of both
 
     def _pool(self, norm: Norm) -> Tensor:
         """relu(norm(features)) averaged over 2x2 pixels, [M / 4, C]."""
-        images, height, width = self.shape
-        pooled = self.features.new_empty(images, height // 2, width // 2, self.features.shape[1])
-        bn_relu_avg_pool(self._grid(self.features), *norm, pooled)
-        return pooled.flatten(0, 2)
+        halved = self.pixels.halved
+        pooled = self.features.new_empty(halved.count, self.features.shape[1])
+        bn_relu_avg_pool(self.pixels.grid(self.features), *norm, halved.grid(pooled))
+        return pooled
 
     def _settled(self, channels: slice, mask: Tensor | None) -> Tensor:
         """The gradient of some channels with nothing pending, [M, k], through their dropout."""
-        grad = self.features.new_empty(self.pixels, channels.stop - channels.start)
-        slices = (self.features[:, channels], self.mean[channels], self.pending[:, channels])
+        grad = self.features.new_empty(self.pixels.count, channels.stop - channels.start)
+        slices = (self.features[:, channels], self.statistics.mean[channels], self.pending[:, channels])
         settled_gradient(self.gradient[:, channels], *slices, grad)
         return grad if mask is None else grad.mul_(as_rows(mask))
 
-    def _norm(self, unit: NormUnit, statistics: Iterable[Tensor], parameters: Window) -> Norm:
-        return Norm(*statistics, *unit.affine(parameters), unit.eps)
-
-    def _statistics(self, unit: NormUnit, width: int, kept: list[Tensor]) -> tuple[Tensor, Tensor]:
-        """What a reader of the first channels normalizes by; running statistics are kept for backward."""
-        if not unit.call.by_batch:
-            kept += [buffer for buffer in unit.call.running if buffer is not None]
-            return self._running(unit)
-        self._check_batch(width)
-        mean, var = self.mean[:width], self.var[:width]
-        self.observed.append(Observed(unit.call, mean, var, self.pixels))
-        return mean, var
-
-    def _restored(self, unit: NormUnit, width: int, kept: list[Tensor]) -> tuple[Tensor, Tensor]:
-        """The same in backward; takes what `_statistics` kept off the front of the list."""
-        if unit.call.by_batch:
-            return self.mean[:width], self.var[:width]
-        mean, var = kept.pop(0), kept.pop(0)
-        return mean.to(self.mean.dtype), var.to(self.mean.dtype)
-
-    def _statistics_of_input(self, head: NormUnit, x: Tensor) -> tuple[Tensor, Tensor]:
-        """What the stem's norm normalizes the stage's input by."""
-        if not head.call.by_batch:
-            return self._running(head)
-        check_batch(x.shape)
-        mean, var = self.mean.new_empty(2, x.shape[1]).unbind()
-        channel_statistics(as_rows(x), mean, var)
-        self.observed.append(Observed(head.call, mean, var, x.numel() // x.shape[1]))
-        return mean, var
-
-    def _running(self, unit: NormUnit) -> tuple[Tensor, Tensor]:
-        mean, var = unit.call.running
-        assert mean is not None
-        assert var is not None
-        return mean.to(self.mean.dtype), var.to(self.mean.dtype)
-
     def _take_statistics(self, channels: slice) -> None:
-        """Compute the statistics of channels that have just been written, if anyone reads them."""
+        """The statistics of channels that have just been written, if anyone reads them."""
         if self.plan.shares_statistics:
-            channel_statistics(self.features[:, channels], self.mean[channels], self.var[channels])
+            self.statistics.take(self.features, channels)
 
-    def _check_batch(self, channels: int) -> None:
-        check_batch(torch.Size((self.shape[0], channels, *self.shape[1:])))
+    def _norm(self, unit: NormUnit, statistics: MeanAndVar, parameters: Window) -> Norm:
+        return Norm(*statistics, *unit.affine(parameters), unit.eps)
 
     def _matrix(self, unit: ConvUnit, parameters: Window) -> Tensor:
         """A 1x1 convolution's weight as a matrix [N, C] in the dtype it computes in."""
         return unit.weight(parameters).flatten(1).to(self.compute)
-
-    def _grid(self, rows: Tensor, halved: bool = False) -> Tensor:
-        """A matrix [M, C] as [N, H, W, C]."""
-        images, height, width = self.shape
-        if halved:
-            height, width = height // 2, width // 2
-        return rows.view(images, height, width, rows.shape[1])
-
-
-class Scratch:
-    """Named pieces of memory, made at their widest use so far and used again by every layer."""
-
-    def __init__(self) -> None:
-        self._flat: dict[str, Tensor] = {}
-
-    def rows(
-        self, name: str, like: Tensor, columns: int | None = None, dtype: torch.dtype | None = None
-    ) -> Tensor:
-        """A dense matrix with the rows (and by default columns and dtype) of `like`."""
-        columns = like.shape[1] if columns is None else columns
-        size = like.shape[0] * columns
-        if name not in self._flat or self._flat[name].numel() < size:
-            self._flat.pop(name, None)
-            self._flat[name] = like.new_empty(size, dtype=dtype or like.dtype)
-        return self._flat[name][:size].view(like.shape[0], columns)
-
-
-def _of_affine(unit: NormUnit, needs: Window, grad_gamma: Tensor, grad_beta: Tensor) -> Gradients:
-    """The gradients of a norm's weight and bias that are needed, in the parameters' dtype."""
-    gradients: Gradients = {}
-    for place, parameter, grad in ((0, unit.call.norm.weight, grad_gamma), (1, unit.call.norm.bias, grad_beta)):
-        if needs[unit.first + place]:
-            gradients[unit.first + place] = grad.to(parameter.dtype)
-    return gradients
-
-
-def _of_weight(unit: ConvUnit, grad: Tensor) -> Gradients:
-    weight = unit.conv.weight
-    return {unit.first + 2: grad.reshape(weight.shape).to(weight.dtype)}

@@ -14,10 +14,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from densebench.execution.autograd import Gradients, StageComputation, Window, compute
+from densebench.execution.autograd import StageComputation, Window, compute
 from densebench.execution.batch_norm import check_batch, commit_copies
+from densebench.execution.convolution import convolution_backward, convolve
 from densebench.execution.maps import MapShape
-from densebench.execution.plan import ConvUnit, LayerPlan, StagePlan
+from densebench.execution.plan import ConvUnit, Gradients, LayerPlan, StagePlan
 from densebench.execution.precision import compute_dtype
 from densebench.execution.structure import irregularity
 from densebench.models.stage import Stage
@@ -60,10 +61,12 @@ class _SharedBuffer(StageComputation):
     def layer(self, layer: LayerPlan, parameters: Window, keep: bool) -> list[Tensor]:
         new, kept = self.scratch.gather(self.features[:, : layer.start]), []
         for index, unit in enumerate(layer.units):
+            # Channels-last weights give a channels-last map, which the norm could not write as `out` is laid out.
+            new = new.contiguous(memory_format=self.maps.memory_format)
             kept += [new] if keep and index > 0 else []
             a = self.scratch.normalize(unit, new, parameters).a
             weight, conv = unit.weight(parameters).to(self.compute), unit.conv
-            new = F.conv2d(a.to(self.compute), weight, None, 1, conv.padding, conv.dilation)
+            new = convolve(a, conv, weight)
         if layer.drop_rate > 0:
             mask = F.dropout(torch.ones_like(new), layer.drop_rate)  # drawn as F.dropout(new) would
             new = new.mul_(mask)
@@ -129,22 +132,9 @@ class _SharedBuffer(StageComputation):
         if not needs_a and not needs_weight:
             return None
         a, statistics = self.scratch.normalize(unit, x, parameters, refill=True)
-        conv, weight = unit.conv, unit.weight(parameters)
-        grad_a, grad_weight, _ = aten.convolution_backward(
-            grad.to(self.compute),
-            a.to(self.compute),
-            weight.to(self.compute),
-            None,
-            [1, 1],
-            list(conv.padding),
-            list(conv.dilation),
-            False,
-            [0, 0],
-            1,
-            [needs_a, needs_weight, False],
-        )
-        if needs_weight:
-            gradients[unit.first + 2] = grad_weight.to(weight.dtype)
+        weight = unit.weight(parameters).to(self.compute)
+        grad_a, grad_weight = convolution_backward(grad, a, unit.conv, weight, needs_a, needs_weight)
+        gradients |= unit.weight_gradient(needs, grad_weight)
         if not needs_a:
             return None
         grad_a = grad_a.to(x.dtype)
@@ -153,10 +143,7 @@ class _SharedBuffer(StageComputation):
         grad_x, grad_gamma, grad_beta = aten.native_batch_norm_backward(
             grad_a, x, unit.affine(parameters)[0], *call.running, *statistics, call.by_batch, unit.eps, wanted
         )
-        if needs_gamma:
-            gradients[unit.first] = grad_gamma
-        if needs_beta:
-            gradients[unit.first + 1] = grad_beta
+        gradients |= unit.affine_gradients(needs, grad_gamma, grad_beta)
         return grad_x if needs_x else None
 
 

@@ -1,0 +1,64 @@
+"""Channels-last maps as matrices: pixels are rows, channels columns."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class Pixels:
+    """The pixels of a batch of maps, N x H x W."""
+
+    images: int
+    height: int
+    width: int
+
+    @property
+    def count(self) -> int:
+        return self.images * self.height * self.width
+
+    @property
+    def halved(self) -> Pixels:
+        """After 2x2 pooling with stride 2, which leaves out an odd last row or column."""
+        return Pixels(self.images, self.height // 2, self.width // 2)
+
+    def shape(self, channels: int) -> torch.Size:
+        """As a map, [N, C, H, W]."""
+        return torch.Size((self.images, channels, self.height, self.width))
+
+    def grid(self, rows: Tensor) -> Tensor:
+        """A matrix [N H W, C] as [N, H, W, C]."""
+        return rows.view(self.images, self.height, self.width, rows.shape[1])
+
+    def map(self, rows: Tensor) -> Tensor:
+        """A matrix [N H W, C] as a channels-last map [N, C, H, W]."""
+        return self.grid(rows).permute(0, 3, 1, 2)
+
+    def buffer(self, channels: int, like: Tensor, dtype: torch.dtype | None = None) -> Tensor:
+        """An uninitialized matrix [N H W, C] whose first columns a kernel can read with wide loads.
+
+        On a GPU rows start at multiples of 16 values: without that not one load is 16 bytes wide.
+        """
+        width = -(-channels // 16) * 16 if like.is_cuda else channels
+        return like.new_empty(self.count, width, dtype=dtype or like.dtype)[:, :channels]
+
+
+class Scratch:
+    """Named pieces of memory, made at their widest use so far and used again by every layer."""
+
+    def __init__(self) -> None:
+        self._flat: dict[str, Tensor] = {}
+
+    def rows(
+        self, name: str, like: Tensor, columns: int | None = None, dtype: torch.dtype | None = None
+    ) -> Tensor:
+        """A dense matrix with the rows (and by default columns and dtype) of `like`."""
+        columns = like.shape[1] if columns is None else columns
+        size = like.shape[0] * columns
+        if name not in self._flat or self._flat[name].numel() < size:
+            self._flat.pop(name, None)
+            self._flat[name] = like.new_empty(size, dtype=dtype or like.dtype)
+        return self._flat[name][:size].view(like.shape[0], columns)
