@@ -6,16 +6,22 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from densebench.report.selection import Comparison, Row
-from densebench.report.units import Unit, memory, number, times
+from densebench.report.units import Unit, duration, memory, number, times
 from densebench.statistics import Ratio, Verdict
 
-FAST_ENOUGH = 0.8  # of naive's speed: what one would give up for memory without thinking twice
+SLOW_ENOUGH = 1.25  # times naive's time: what one would give up for memory without thinking twice
 
 SPEED_WORDS: dict[Verdict, str] = {
     "FAST": "↑ faster",
     "SLOW": "↓ slower",
     "SAME": "= same speed",
     "AMBIGUOUS": "? undecided",
+}
+_IN_A_SENTENCE: dict[Verdict, str] = {
+    "FAST": "faster",
+    "SLOW": "slower",
+    "SAME": "the same within 3 %",
+    "AMBIGUOUS": "undecided: the interval crosses 3 %",
 }
 _OPENINGS = {"train": "Training", "forward": "A forward pass of", "infer": "Inference with"}
 
@@ -38,21 +44,28 @@ class Answer:
         figures: the numbers beneath it.
         comparison: the comparison it was read from, None if there is none.
         winner: its strategy, None if no strategy has results.
+        elsewhere: the same sentence for every other device in the records.
     """
 
     sentence: str
     figures: tuple[KeyFigure, ...] = ()
     comparison: Comparison | None = None
     winner: Row | None = None
+    elsewhere: tuple[str, ...] = ()
 
 
 def answer(measured: Sequence[Comparison], predicted: Sequence[Comparison]) -> Answer:
     """Read the answer from the first comparison that has one; predictions count only where nothing was run."""
-    for comparison in [*measured, *predicted]:
+    told: dict[str, tuple[Comparison, Row]] = {}
+    for comparison in measured or predicted:
         winner = best(comparison)
         if winner is not None:
-            sentence = f"{_opening(comparison)}: {_verdict(comparison, winner)}."
-            return Answer(sentence, tuple(_figures(comparison, winner)), comparison, winner)
+            told.setdefault(comparison.device, (comparison, winner))
+    if told:
+        (comparison, winner), *others = told.values()
+        elsewhere = tuple(_sentence(*other) for other in others)
+        figures = tuple(_figures(comparison, winner))
+        return Answer(_sentence(comparison, winner), figures, comparison, winner, elsewhere)
     for comparison in [*measured, *predicted]:
         if comparison.measured:
             return Answer("Only contenders without a strategy to compare were measured.", (), comparison)
@@ -60,16 +73,10 @@ def answer(measured: Sequence[Comparison], predicted: Sequence[Comparison]) -> A
 
 
 def best(comparison: Comparison) -> Row | None:
-    """The strategy with the least memory at 0.8 of naive's speed or more; failing that, with the least at all."""
+    """The strategy with the least memory within 1.25 times naive's time; failing that, with the least at all."""
     candidates = [row for row in comparison.strategies if row.record.peak_delta_bytes is not None]
-    quick = [row for row in candidates if (speed := speed_ratio(row)) and speed.median >= FAST_ENOUGH]
+    quick = [row for row in candidates if row.time_ratio and row.time_ratio.median <= SLOW_ENOUGH]
     return min(quick or candidates, key=lambda row: row.record.peak_delta_bytes or 0, default=None)
-
-
-def speed_ratio(row: Row) -> Ratio | None:
-    """Speed over naive's, the inverse of the time ratio; None where they were not timed in turns."""
-    ratio = row.time_ratio
-    return None if ratio is None else Ratio(1 / ratio.median, 1 / ratio.high, 1 / ratio.low, ratio.verdict)
 
 
 def ratio_words(ratio: Ratio) -> str:
@@ -77,12 +84,17 @@ def ratio_words(ratio: Ratio) -> str:
     return f"{times(ratio.median)} ({ratio.low:.2f} to {ratio.high:.2f})"
 
 
+def _sentence(comparison: Comparison, winner: Row) -> str:
+    return f"{_opening(comparison)}: {_verdict(comparison, winner)}."
+
+
 def _opening(comparison: Comparison) -> str:
     opening = _OPENINGS.get(comparison.case.mode, comparison.case.mode)
     if comparison.case.source == "predicted":
-        return f"Predicted, not run: {opening.lower()} " + comparison.setting.removesuffix(", predicted, not run")
-    where, _, device = comparison.setting.partition(f", {comparison.device}")
-    return f"{opening} {where} on {comparison.device}{device}"
+        where = comparison.setting.replace(", predicted, not run", "")
+        return f"Predicted, not run: {opening[0].lower()}{opening[1:]} {where}"
+    where, _, rest = comparison.setting.partition(f", {comparison.device}")
+    return f"{opening} {where} on {comparison.device}{rest}"
 
 
 def _verdict(comparison: Comparison, winner: Row) -> str:
@@ -92,19 +104,31 @@ def _verdict(comparison: Comparison, winner: Row) -> str:
         without = "naive was not measured" if naive is None else _failure(naive)
         amount = memory(bytes, comparison.unit)
         return f"{without}; {winner.name} needs {amount} of activation memory{_at_speed(winner)}"
-    share = f"{times(winner.memory_ratio or 0)} naive's activation memory"
-    amounts = (
-        f"({memory(bytes, comparison.unit)} instead of {memory(naive.record.peak_delta_bytes, comparison.unit)})"
-    )
-    speed = speed_ratio(winner)
-    if speed is None:
-        return f"{winner.name} needs {share} {amounts}"
-    at_speed = f"at {times(speed.median)} its speed"
-    if speed.median < FAST_ENOUGH:
-        at_speed += f"; no strategy reaches {times(FAST_ENOUGH)}"
+    least = memory(bytes, comparison.unit)
+    most = memory(naive.record.peak_delta_bytes, comparison.unit)
+    share = f"{times(winner.memory_ratio or 0)} the activation memory of naive ({least} instead of {most})"
+    gain = f"{winner.name} needs {share}"
     if (winner.memory_ratio or 0) >= 1:
-        return f"no strategy saves memory; {winner.name}, the smallest, needs {share} {amounts} {at_speed}"
-    return f"{winner.name} needs {share} {amounts} {at_speed}"
+        gain = f"no strategy saves memory; {winner.name}, the smallest, needs {share}"
+    return gain + _in_time(winner) + _doubts(winner, naive)
+
+
+def _in_time(winner: Row) -> str:
+    ratio = winner.time_ratio
+    if ratio is None:
+        return "" if winner.record.case.source == "predicted" else "; the two were not timed in turns"
+    words = f" in {times(ratio.median)} its time ({_IN_A_SENTENCE[ratio.verdict]})"
+    if ratio.median > SLOW_ENOUGH:
+        words += f"; no strategy stays within {times(SLOW_ENOUGH)}"
+    return words
+
+
+def _doubts(*rows: Row) -> str:
+    """What was wrong with the measurements, as far as the records know."""
+    doubts = [f"{row.name} is noisy" for row in rows if row.record.status == "noisy"]
+    doubts += [f"{row.name} was throttled" for row in rows if row.record.throttled]
+    doubts += ["the GPU was shared"] if any(row.record.shared_gpu for row in rows) else []
+    return f"; take with care: {', '.join(doubts)}" if doubts else ""
 
 
 def _failure(naive: Row) -> str:
@@ -125,10 +149,12 @@ def _figures(comparison: Comparison, winner: Row) -> list[KeyFigure]:
             _memory_note(comparison, winner),
         )
     ]
-    if record.throughput_img_s is not None:
-        speed = speed_ratio(winner)
-        note = "" if speed is None else f"{SPEED_WORDS[speed.verdict]}: {ratio_words(speed)} naive's"
-        figures.append(KeyFigure(f"throughput, {winner.name}", f"{number(record.throughput_img_s)} img/s", note))
+    if record.time_s is not None:
+        figures.append(
+            KeyFigure(
+                f"time of a step, {winner.name}", duration(record.time_s.median), _time_note(comparison, winner)
+            )
+        )
     beside = next((row for row in comparison.measured if row.family == "yardstick" and row.usable), None)
     if beside is not None:
         figures.append(_beside(beside, winner, comparison.unit))
@@ -140,7 +166,16 @@ def _memory_note(comparison: Comparison, winner: Row) -> str:
         return "naive has no figure to compare with"
     arrow = "↓ less" if winner.memory_ratio < 1 else "↑ more"
     whole = memory(comparison.naive.record.peak_delta_bytes or 0, comparison.unit)
-    return f"{arrow}: {times(winner.memory_ratio)} naive's {whole}"
+    return f"{arrow}: {times(winner.memory_ratio)} the {whole} of naive"
+
+
+def _time_note(comparison: Comparison, winner: Row) -> str:
+    naive, ratio = comparison.naive, winner.time_ratio
+    if naive is None or naive.record.time_s is None or ratio is None:
+        return "naive has no time to compare with"
+    return (
+        f"{SPEED_WORDS[ratio.verdict]}: {ratio_words(ratio)} the {duration(naive.record.time_s.median)} of naive"
+    )
 
 
 def _beside(beside: Row, winner: Row, unit: Unit) -> KeyFigure:

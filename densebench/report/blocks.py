@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from typing import ClassVar, Union
 
@@ -35,10 +36,11 @@ class Sheet:
 
 @dataclass(frozen=True)
 class Plot:
-    """A picture with its table folded beneath, unless the table stands beside it already."""
+    """A picture with its table beneath, folded unless `open`."""
 
     kind: ClassVar[str] = "plot"
     picture: Picture
+    open: bool = False
 
 
 @dataclass(frozen=True)
@@ -59,22 +61,29 @@ class Section:
 
     Attributes:
         absent: why it is empty, in one line; such a section has no blocks.
+        command: what would fill it, as typed into a shell.
     """
 
     id: str
     title: str
     blocks: tuple[Block, ...] = field(default=())
     absent: str | None = None
+    command: str | None = None
 
     def pictures(self) -> list[Picture]:
-        return _pictures(self.blocks)
+        return [block.picture for block in flat(self.blocks) if isinstance(block, Plot)]
+
+    def tables(self) -> list[Table]:
+        blocks = flat(self.blocks)
+        return [
+            *(block.picture.table for block in blocks if isinstance(block, Plot)),
+            *(block.table for block in blocks if isinstance(block, Sheet)),
+        ]
 
 
-def _pictures(blocks: tuple[Block, ...]) -> list[Picture]:
-    found: list[Picture] = []
+def flat(blocks: Iterable[Block]) -> list[Block]:
+    """All blocks, those inside folded ones too."""
+    found: list[Block] = []
     for block in blocks:
-        if isinstance(block, Plot):
-            found.append(block.picture)
-        elif isinstance(block, Folded):
-            found += _pictures(block.blocks)
+        found += flat(block.blocks) if isinstance(block, Folded) else [block]
     return found

@@ -4,13 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from densebench.report.answer import SPEED_WORDS
+from densebench.report.answer import SPEED_WORDS, ratio_words
 from densebench.report.selection import Comparison, Row
 from densebench.report.tables import Column, Table, build
-from densebench.report.units import GIB, STATUS_WORDS, Unit, memory_unit, number, times
+from densebench.report.units import STATUS_WORDS, Unit, memory_unit, number, times
 from densebench.results import Record
-
-CAPACITIES_GIB = (8, 16, 24, 40, 80)
 
 
 def main_table(comparison: Comparison) -> Table:
@@ -59,12 +57,13 @@ def extra_table(comparison: Comparison) -> Table:
         scaled("clock, MHz", "sm_clock_mhz", 1),
         Column[Row]("error against reference", _error),
         Column[Row]("notes", _notes, numeric=False),
+        Column[Row]("reason", lambda row: row.record.reason, numeric=False),
     ]
     return build(f"Everything else. {comparison.title}", columns, comparison.rows)
 
 
 def predicted_table(comparison: Comparison) -> Table:
-    """Predicted memory and work of each contender, and the largest batch that some memory sizes hold."""
+    """Predicted memory and work of each contender."""
     unit = memory_unit(row.record.peak_allocated_bytes or 0 for row in comparison.rows)
     columns = [
         Column[Row]("contender", lambda row: row.name, numeric=False),
@@ -76,18 +75,30 @@ def predicted_table(comparison: Comparison) -> Table:
     return build(comparison.title, columns, comparison.rows, strong=lambda row: row is comparison.naive)
 
 
-def batch_table(comparison: Comparison) -> Table:
-    """The largest batch that fits into devices of several sizes, if memory grows in proportion to the batch."""
+def naive_table(comparisons: Sequence[Comparison]) -> Table:
+    """Naive and the quickest strategy of each comparison."""
 
-    def column(capacity: int) -> Column[Row]:
-        return Column(f"{capacity} GiB", lambda row: _largest(row.record, capacity * GIB))
+    def naive(comparison: Comparison) -> Row:
+        assert comparison.naive is not None
+        return comparison.naive
 
+    def quickest(comparison: Comparison) -> Row:
+        timed = [row for row in comparison.strategies if row.time_ratio is not None]
+        return min(timed, key=lambda row: row.time_ratio.median if row.time_ratio else 0)
+
+    unit = memory_unit(naive(comparison).record.peak_delta_bytes or 0 for comparison in comparisons)
     columns = [
-        Column[Row]("contender", lambda row: row.name, numeric=False),
-        *(column(capacity) for capacity in CAPACITIES_GIB),
+        Column[Comparison]("case", lambda c: c.title, numeric=False),
+        Column[Comparison](
+            f"activation memory of naive, {unit.name}", lambda c: _bytes(naive(c).record.peak_delta_bytes, unit)
+        ),
+        Column[Comparison]("time of naive, ms", lambda c: _number(naive(c).milliseconds)),
+        Column[Comparison]("quickest strategy", lambda c: quickest(c).name, numeric=False),
+        Column[Comparison]("memory against naive", lambda c: _against(quickest(c).memory_ratio)),
+        Column[Comparison]("time against naive", lambda c: _time_ratio(quickest(c))),
+        Column[Comparison]("verdict", lambda c: _verdict(quickest(c), False), numeric=False),
     ]
-    caption = f"Largest batch, estimated. {comparison.title}"
-    return build(caption, columns, comparison.measured, strong=lambda row: row is comparison.naive)
+    return build("Where naive is the better choice", columns, comparisons)
 
 
 def prediction_table(rows: Sequence[tuple[str, Row]]) -> Table:
@@ -122,18 +133,6 @@ def prediction_error(record: Record) -> float | None:
     return record.predicted_peak_bytes / measured - 1
 
 
-def _largest(record: Record, capacity: int) -> str | None:
-    case = record.case
-    if record.peak_delta_bytes is None or record.baseline_allocated_bytes is None:
-        return None
-    itemsize = 8 if case.dtype == "float64" else 2 if case.dtype in ("float16", "bfloat16") else 4
-    image = itemsize
-    for extent in case.input_shape:
-        image *= extent
-    fixed = record.baseline_allocated_bytes - case.batch * image
-    return f"{max(0, int((capacity - fixed) // (image + record.peak_delta_bytes / case.batch))):,}"
-
-
 def _bytes(value: int | None, unit: Unit) -> str | None:
     return None if value is None else unit.of(value)
 
@@ -157,7 +156,7 @@ def _quartiles(row: Row) -> str | None:
 
 def _time_ratio(row: Row) -> str | None:
     ratio = row.time_ratio
-    return None if ratio is None else f"{times(ratio.median)} ({ratio.low:.2f} to {ratio.high:.2f})"
+    return None if ratio is None else ratio_words(ratio)
 
 
 def _verdict(row: Row, is_baseline: bool) -> str | None:

@@ -7,6 +7,7 @@ import math
 import re
 from collections.abc import Callable
 from dataclasses import dataclass
+from xml.sax.saxutils import quoteattr
 
 import matplotlib
 from matplotlib.axes import Axes
@@ -18,7 +19,8 @@ from densebench.report.style import CSS_VARIABLES, MUTED, PAPER, RC
 from densebench.report.tables import Table
 from densebench.report.units import Unit, number
 
-WIDTH = 7.6  # inches; at 72 points an inch the page shows it half as large again
+WIDE = 7.6  # inches; at 72 points an inch the page shows it half as large again
+NARROW = 4.3  # for phones: the same figure laid out anew, so that its text keeps its size
 _DPI = 150
 
 
@@ -32,6 +34,7 @@ class Picture:
         caption: what to look for.
         svg: on a white ground.
         inline: the same for the page: transparent, colors as CSS variables, ids made unique.
+        narrow: the same laid out for a narrow screen.
         table: its data.
     """
 
@@ -40,39 +43,77 @@ class Picture:
     caption: str
     svg: str
     inline: str
+    narrow: str
     png: bytes
     table: Table
 
 
-def draw(name: str, alt: str, caption: str, table: Table, paint: Callable[[], Figure]) -> Picture:
-    """Make a picture of what `paint` draws; the same input gives the same bytes."""
+@dataclass(frozen=True)
+class Canvas:
+    """A figure with its heading; distances are in inches, from the edges of what is beneath the heading."""
+
+    figure: Figure
+    width: float
+    heading: float
+
+    @property
+    def narrow(self) -> bool:
+        return self.width < WIDE
+
+    def place(self, left: float, bottom: float, right: float, top: float = 0.4) -> Axes:
+        """Axes that leave so much room on each side; `top` by default enough for the name of the y axis."""
+        height = self.figure.get_size_inches()[1]
+        span = (self.width - left - right) / self.width, (height - self.heading - top - bottom) / height
+        return self.figure.add_axes((left / self.width, bottom / height, *span))
+
+    def text_width(self, text: str, size: float = 8.5, weight: str = "normal") -> float:
+        return text_width(self.figure, text, size, weight)
+
+
+Paint = Callable[[float], Canvas]
+
+
+def draw(name: str, alt: str, caption: str, table: Table, paint: Paint) -> Picture:
+    """Make a picture of what `paint` draws at a width in inches; the same input gives the same bytes."""
     with matplotlib.rc_context(RC):
-        figure = paint()
+        figure = paint(WIDE).figure
         svg = _svg(figure)
         png = io.BytesIO()
         figure.savefig(png, format="png", dpi=_DPI, facecolor=PAPER, metadata={"Software": None})
+        narrow = _svg(paint(NARROW).figure)
     background = f'<rect width="100%" height="100%" fill="{PAPER}"/>'
     standalone = re.sub(r"(<svg[^>]*>)", rf"\1\n {background}", svg, count=1)
-    return Picture(name, alt, caption, standalone, _for_page(svg, name, alt), png.getvalue(), table)
+    standalone = standalone.replace("<svg", f'<svg role="img" aria-label={quoteattr(alt)}', 1)
+    inline, small = _for_page(svg, name, alt, "wide"), _for_page(narrow, f"{name}-narrow", alt, "narrow")
+    return Picture(name, alt, caption, standalone, inline, small, png.getvalue(), table)
 
 
-def canvas(title: str, subtitle: str, height: float) -> Figure:
-    """An empty figure with a title and, in smaller type, the setting; `height` in inches."""
-    figure = Figure((WIDTH, height), dpi=_DPI)
+def canvas(title: str, subtitle: str, body: float, width: float) -> Canvas:
+    """An empty figure with a title and, in smaller type, the setting; `body` is the height beneath these."""
+    figure = Figure((width, body), dpi=_DPI)
     FigureCanvasAgg(figure)
-    left = 0.06 / WIDTH
-    figure.text(left, 1 - 0.06 / height, title, size=10.5, weight="bold", va="top", ha="left")
-    size = 8.5 if len(subtitle) < 95 else 7.5
-    figure.text(left, 1 - 0.29 / height, subtitle, size=size, color=MUTED, va="top", ha="left")
-    return figure
+    size = 8.5 if width == WIDE else 8.0
+    lines = _wrapped(figure, subtitle, size, width - 0.12)
+    heading = 0.3 + 0.15 * len(lines)
+    height = heading + body
+    figure.set_size_inches(width, height)
+    figure.text(0, 1 - 0.06 / height, title, size=10.5, weight="bold", va="top", ha="left")
+    for at, line in enumerate(lines):
+        y = 1 - (0.29 + 0.15 * at) / height
+        figure.text(0, y, line, size=size, color=MUTED, va="top", ha="left")
+    return Canvas(figure, width, heading)
 
 
-def place(figure: Figure, left: float, bottom: float, right: float, top: float = 0.85) -> Axes:
-    """Axes at distances from the figure's edges, in inches; `top` leaves room for title and axis name."""
-    width, height = figure.get_size_inches()
-    return figure.add_axes(
-        (left / width, bottom / height, (width - left - right) / width, (height - top - bottom) / height)
-    )
+def _wrapped(figure: Figure, text: str, size: float, room: float) -> list[str]:
+    """A text broken at spaces into lines that fit."""
+    lines: list[str] = []
+    for word in text.split():
+        longer = f"{lines[-1]} {word}" if lines else word
+        if lines and text_width(figure, longer, size) <= room:
+            lines[-1] = longer
+        else:
+            lines.append(word)
+    return lines
 
 
 def name_axes(axes: Axes, x: str = "", y: str = "") -> None:
@@ -130,10 +171,16 @@ def _svg(figure: Figure) -> str:
     text = re.sub(r"\s*<metadata>.*?</metadata>", "", text, flags=re.DOTALL)
     text = re.sub(r"font-family: [^;\"]*", "font-family: 'DejaVu Sans', Verdana, sans-serif", text)
     text = re.sub(r" transform=\"rotate\(-0 [^\"]*\)\"", "", text)
-    return re.sub(r"(\d+\.\d\d)\d+", r"\1", text)  # hundredths of a point are plenty
+    text = re.sub(r"<!--.*?-->\s*", "", text, flags=re.DOTALL)
+    return re.sub(r"<[^>]+>", _rounded, text)
 
 
-def _for_page(svg: str, name: str, alt: str) -> str:
+def _rounded(tag: re.Match[str]) -> str:
+    """A tag with its coordinates in tenths of a point, which are plenty; texts are not in tags, and stay."""
+    return re.sub(r"(\d+\.\d)\d+", r"\1", tag[0])
+
+
+def _for_page(svg: str, name: str, alt: str, layout: str) -> str:
     """An SVG as part of a page: ids its own, colors from the page's variables, and a name for screen readers."""
     used = set(re.findall(r"(?:href=\"|url\()#([^\")]+)", svg))
     svg = re.sub(r"\s*<defs>\s*<style.*?</style>\s*</defs>", "", svg, flags=re.DOTALL)
@@ -145,9 +192,5 @@ def _for_page(svg: str, name: str, alt: str) -> str:
         svg = svg.replace(color, f"var({variable})")
     view = re.search(r'viewBox="([^"]*)"', svg)
     assert view is not None
-    start = f'<svg role="img" aria-label="{_escape(alt)}" viewBox="{view[1]}" class="plot">'
+    start = f'<svg role="img" aria-label={quoteattr(alt)} viewBox="{view[1]}" class="plot {layout}">'
     return re.sub(r"<svg[^>]*>", lambda _: start, svg, count=1)
-
-
-def _escape(text: str) -> str:
-    return text.replace("&", "&amp;").replace('"', "&quot;").replace("<", "&lt;")

@@ -3,24 +3,23 @@
 from __future__ import annotations
 
 from matplotlib.axes import Axes
-from matplotlib.figure import Figure
 from matplotlib.patches import Rectangle
 from matplotlib.ticker import FixedLocator, FuncFormatter
 from matplotlib.transforms import Bbox
 
 from densebench.report.comparison_tables import main_table
 from densebench.report.drawing import (
+    WIDE,
+    Canvas,
     Picture,
     canvas,
     draw,
     memory_ticks,
     name_axes,
-    place,
     plain,
     round_step,
-    text_width,
 )
-from densebench.report.labels import Label, place_labels
+from densebench.report.labels import MARKER, Label, place_labels
 from densebench.report.selection import Comparison, Row
 from densebench.report.style import GRID, MUTED
 from densebench.report.units import memory, number
@@ -50,35 +49,30 @@ def answer_picture(comparison: Comparison) -> Picture | None:
     absent = [row.name for row in comparison.rows if row.record.status == "oom"]
     if absent:
         caption += f" Not shown, because it did not fit in memory: {', '.join(absent)}."
-    return draw("answer", alt, caption, main_table(comparison), lambda: paint_answer(comparison))
+    return draw("answer", alt, caption, main_table(comparison), lambda width: paint_answer(comparison, width))
 
 
-def paint_answer(comparison: Comparison) -> Figure:
+def paint_answer(comparison: Comparison, width: float = WIDE) -> Canvas:
     """Draw the picture; its labels are the texts of its axes that carry a contender's name."""
     rows = _points(comparison)
-    figure = canvas(TITLE, comparison.title, 4.5)
-    axes = place(figure, 0.62, 0.55, 0.2)
+    page = canvas(TITLE, comparison.title, 4.1, width)
+    axes = page.place(0.62, 0.55, 0.12)
     _limits(axes, rows)
     unit = comparison.unit
     memory_ticks(axes, unit)
     name_axes(axes, "throughput, images a second  (→ faster)", f"activation memory, {unit.name}  (↓ less)")
     axes.grid(axis="x")
-    corner = _shade_corner(axes, comparison)
+    corner = _shade_corner(page, axes, comparison)
     joined = sorted((row for row in rows if row.family == "strategy"), key=lambda row: -_memory(row))
     path = [(_speed(row), _memory(row)) for row in joined]
     axes.plot(*zip(*path, strict=True), color=MUTED, linewidth=1.0, zorder=1.5) if path else None
+    spans = [box for row in rows if (box := _quartiles(axes, row)) is not None]
     for row in rows:
         style = row.look.marker_style(9)
-        if row.record.time_s is not None:
-            quartiles = [
-                row.record.case.batch / row.record.time_s.q3,
-                row.record.case.batch / row.record.time_s.q1,
-            ]
-            axes.plot(quartiles, [_memory(row)] * 2, color=row.look.color, linewidth=1.2, zorder=2)
         axes.plot([_speed(row)], [_memory(row)], linestyle="", zorder=3 + row.look.strong, **style)
     labels = [Label(_speed(row), _memory(row), row.label, row.look.strong) for row in rows]
-    place_labels(axes, labels, path, avoid=corner)
-    return figure
+    place_labels(axes, labels, path, avoid=[*corner, *spans])
+    return page
 
 
 def _points(comparison: Comparison) -> list[Row]:
@@ -93,9 +87,27 @@ def _speed(row: Row) -> float:
     return row.record.throughput_img_s or 0.0
 
 
+def _span(row: Row) -> tuple[float, float]:
+    """Throughput at q3 and at q1."""
+    timing = row.record.time_s
+    return (
+        (_speed(row),) * 2
+        if timing is None
+        else (row.record.case.batch / timing.q3, row.record.case.batch / timing.q1)
+    )
+
+
+def _quartiles(axes: Axes, row: Row) -> Bbox | None:
+    """Draw the middle half; returns what it covers, in pixels, where it shows beside the marker."""
+    low, high = _span(row)
+    axes.plot([low, high], [_memory(row)] * 2, color=row.look.color, linewidth=1.2, zorder=2)
+    (x0, y), (x1, _) = axes.transData.transform([(low, _memory(row)), (high, _memory(row))])
+    return Bbox.from_extents(x0, y - 2, x1, y + 2) if x1 - x0 > 2 * MARKER * axes.figure.dpi / 72 else None
+
+
 def _limits(axes: Axes, rows: list[Row]) -> None:
     """Memory from zero; throughput over the range that occurs, with room for labels at either end."""
-    speeds = [_speed(row) for row in rows]
+    speeds = [speed for row in rows for speed in (_speed(row), *_span(row))]
     width = max(max(speeds) - min(speeds), 0.1 * max(speeds))
     low, high = max(0.0, min(speeds) - 0.25 * width), max(speeds) + 0.3 * width
     axes.set_xlim(low, high)
@@ -106,7 +118,7 @@ def _limits(axes: Axes, rows: list[Row]) -> None:
     axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: plain(value)))
 
 
-def _shade_corner(axes: Axes, comparison: Comparison) -> list[Bbox]:
+def _shade_corner(page: Canvas, axes: Axes, comparison: Comparison) -> list[Bbox]:
     """Shade where a point beats naive at both memory and speed; returns what its name covers, in pixels."""
     naive = comparison.naive
     if naive is None or not naive.record.throughput_img_s or not naive.record.peak_delta_bytes:
@@ -117,10 +129,8 @@ def _shade_corner(axes: Axes, comparison: Comparison) -> list[Bbox]:
             (_speed(naive), 0), right - _speed(naive), _memory(naive), color=GRID, alpha=0.45, zorder=0, lw=0
         )
     )
-    figure = axes.figure
-    assert isinstance(figure, Figure)
     start, end = (axes.transData.transform((x, 0))[0] for x in (_speed(naive), right))
-    if (end - start) / figure.dpi < text_width(figure, _CORNER, 7.5) + 0.15:
+    if (end - start) / page.figure.dpi < page.text_width(_CORNER, 7.5) + 0.15:
         return []
     text = axes.annotate(
         _CORNER, (1, 0), (-5, 5), xycoords="axes fraction", textcoords="offset points", ha="right", size=7.5

@@ -2,24 +2,25 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable, Sequence
+from typing import Any
 
 from matplotlib.axes import Axes
-from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from matplotlib.ticker import FixedLocator, FuncFormatter
 
 from densebench.report.drawing import (
+    WIDE,
+    Canvas,
     Picture,
     canvas,
     draw,
     log2_ticks,
     memory_ticks,
     name_axes,
-    place,
     plain,
     round_step,
-    text_width,
 )
 from densebench.report.figure_strategies import device_memory
 from densebench.report.selection import Comparison, Row
@@ -44,45 +45,56 @@ def batch_picture(ladder: Sequence[Comparison], name: str) -> Picture | None:
         caption += (
             " A cross stands at the first batch that did not fit: at no throughput, and at the memory limit."
         )
-    return draw(name, alt, caption, batch_table(ladder), lambda: paint_batches(ladder))
+    return draw(name, alt, caption, batch_table(ladder), lambda width: paint_batches(ladder, width))
 
 
-def paint_batches(ladder: Sequence[Comparison]) -> Figure:
-    """Draw throughput above memory, over one axis of batches."""
-    figure = canvas(TITLE, _setting(ladder), 5.8)
-    looks = {row.label: row for comparison in ladder for row in comparison.timed}
-    margin = 0.55 + max(text_width(figure, name, 8.5, "bold") for name in looks)
-    upper = place(figure, 0.62, 3.3, margin)
-    lower = place(figure, 0.62, 0.55, margin, top=3.15)
+def paint_batches(ladder: Sequence[Comparison], width: float = WIDE) -> Canvas:
+    """Draw throughput above memory, over one axis of batches; the key beside them, or beneath where narrow."""
+    rows = {row.label: row for comparison in ladder for row in comparison.timed}
+    failures = first_failures(ladder)
+    handles = _key(list(rows.values()), bool(failures))
+    beneath = 0.2 * -(-len(handles) // 2) + 0.1 if width < WIDE else 0.0
+    page = canvas(TITLE, _setting(ladder), 5.4 + beneath, width)
+    right = 0.25 if beneath else 0.62 + max(page.text_width(name, 8.5, "bold") for name in rows)
+    upper = page.place(0.62, 3.1 + beneath, right)
+    lower = page.place(0.62, 0.5 + beneath, right, top=2.75)
     _lines(upper, ladder, lambda row: row.record.throughput_img_s)
     _lines(lower, ladder, lambda row: row.record.peak_allocated_bytes)
-    failures = first_failures(ladder)
-    limit = max((device_memory(comparison) or 0 for comparison in ladder), default=0)
-    if limit:
-        lower.axhline(limit, color=MUTED, linewidth=0.8, linestyle=(0, (2, 2)))
-        text = f"{number(limit / GIB)} GiB: the device's memory"
-        lower.annotate(
-            text, (0, limit), (3, 3), xycoords=("axes fraction", "data"), textcoords="offset points", size=7.5
-        )
-    peaks = [row.record.peak_allocated_bytes or 0 for comparison in ladder for row in comparison.rows]
-    top = max([*peaks, limit if failures else 0])
-    upper.set_ylim(0, 1.08 * upper.get_ylim()[1])
-    lower.set_ylim(0, 1.12 * top)
-    _crosses(upper, failures, 0)
-    if limit:
-        _crosses(lower, failures, limit)
     for axes in (upper, lower):
         log2_ticks(axes, [comparison.case.batch for comparison in ladder])
-    step = round_step(upper.get_ylim()[1] / 5)
-    upper.yaxis.set_major_locator(FixedLocator([step * i for i in range(6)]))
-    upper.yaxis.set_major_formatter(FuncFormatter(lambda value, _: plain(value)))
-    upper.set_xticklabels([])
+    _scale_throughput(upper, failures)
+    _scale_memory(lower, ladder, failures)
+    _draw_key(page, upper, handles, beneath)
+    return page
+
+
+def _scale_throughput(axes: Axes, failures: dict[str, tuple[int, Row]]) -> None:
+    axes.set_ylim(0, 1.08 * axes.get_ylim()[1])
+    step = round_step(axes.get_ylim()[1] / 5)
+    axes.yaxis.set_major_locator(FixedLocator([step * i for i in range(6)]))
+    axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: plain(value)))
+    axes.set_xticklabels([])
+    name_axes(axes, y="throughput, images a second  (↑ faster)")
+    _crosses(axes, failures, 0)
+
+
+def _scale_memory(axes: Axes, ladder: Sequence[Comparison], failures: dict[str, tuple[int, Row]]) -> None:
+    """Memory from zero, with the device's limit where it was met or is near."""
+    limit = max((device_memory(comparison) or 0 for comparison in ladder), default=0)
+    peaks = [row.record.peak_allocated_bytes or 0 for comparison in ladder for row in comparison.rows]
+    top = max([*peaks, limit if failures else 0])
+    axes.set_ylim(0, 1.12 * top)
     unit = memory_unit([top])
-    memory_ticks(lower, unit)
-    name_axes(upper, y="throughput, images a second")
-    name_axes(lower, "batch, images", f"peak memory, {unit.name}")
-    _key(upper, list(looks.values()), bool(failures))
-    return figure
+    memory_ticks(axes, unit)
+    name_axes(axes, "batch, images", f"peak memory, {unit.name}  (↓ less)")
+    if not limit or limit > axes.get_ylim()[1]:
+        return
+    axes.axhline(limit, color=MUTED, linewidth=0.8, linestyle=(0, (2, 2)))
+    text = f"{number(limit / GIB)} GiB: the device's memory"
+    axes.annotate(
+        text, (0, limit), (3, 3), xycoords=("axes fraction", "data"), textcoords="offset points", size=7.5
+    )
+    _crosses(axes, failures, limit)
 
 
 def first_failures(ladder: Sequence[Comparison]) -> dict[str, tuple[int, Row]]:
@@ -138,17 +150,19 @@ def _lines(axes: Axes, ladder: Sequence[Comparison], value: Value) -> None:
 
 def _crosses(axes: Axes, failures: dict[str, tuple[int, Row]], height: float) -> None:
     """Crosses at one height; those of the same batch stand side by side."""
-    beside: dict[int, int] = {}
+    batches = [batch for batch, _ in failures.values()]
+    before: Counter[int] = Counter()
     for batch, row in failures.values():
-        place_in_line = beside[batch] = beside.get(batch, -1) + 1
+        offset = 10 * (before[batch] - (batches.count(batch) - 1) / 2)
+        before[batch] += 1
         axes.annotate(
             CROSS,
             (batch, height),
-            (7.0 * place_in_line, 0),
+            (offset, 0),
             textcoords="offset points",
             ha="center",
             va="center",
-            size=13,
+            size=12,
             weight="bold",
             color=row.look.color,
             annotation_clip=False,
@@ -156,21 +170,26 @@ def _crosses(axes: Axes, failures: dict[str, tuple[int, Row]], height: float) ->
         )
 
 
-def _key(axes: Axes, rows: list[Row], failed: bool) -> None:
+def _key(rows: list[Row], failed: bool) -> list[Line2D]:
     handles = [Line2D([], [], label=row.label, **row.look.line_style()) for row in rows]
     if failed:
-        handles.append(
-            Line2D([], [], label="did not fit", color=MUTED, linestyle="", marker="x", markeredgewidth=1.8)
+        cross: dict[str, Any] = {"color": MUTED, "linestyle": "", "marker": "x", "markeredgewidth": 1.8}
+        handles.append(Line2D([], [], label="did not fit", **cross))
+    return handles
+
+
+def _draw_key(page: Canvas, axes: Axes, handles: list[Line2D], beneath: float) -> None:
+    """The key: beside the upper axes, or where the screen is narrow in two columns under everything."""
+    shared: dict[str, Any] = {
+        "handles": handles,
+        "frameon": False,
+        "handlelength": 2.4,
+        "borderpad": 0,
+        "labelspacing": 0.55,
+    }
+    if beneath:
+        page.figure.legend(
+            **shared, loc="lower left", ncols=2, bbox_to_anchor=(0.06 / page.width, 0), fontsize=8, columnspacing=1
         )
-    legend = axes.legend(
-        handles=handles,
-        loc="upper left",
-        bbox_to_anchor=(1.03, 1.02),
-        frameon=False,
-        handlelength=2.4,
-        borderpad=0,
-        labelspacing=0.55,
-    )
-    for text, row in zip(legend.get_texts(), rows, strict=False):
-        text.set_fontweight("bold" if row.look.strong else "normal")
-        text.set_color(INK)
+        return
+    axes.legend(**shared, loc="upper left", bbox_to_anchor=(1.03, 1.02), labelcolor=INK)

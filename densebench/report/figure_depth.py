@@ -10,23 +10,23 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import FixedLocator, FuncFormatter, NullLocator
 
 from densebench.report.drawing import (
-    WIDTH,
+    WIDE,
+    Canvas,
     Picture,
     canvas,
     draw,
     log2_ticks,
     memory_ticks,
     name_axes,
-    place,
-    text_width,
 )
 from densebench.report.labels import spread
-from densebench.report.selection import DepthCurve
+from densebench.report.selection import DepthCurve, DepthGroup
 from densebench.report.style import INK
 from densebench.report.tables import Column, Table, build
 from densebench.report.units import Unit, memory_unit, number
 
 TITLE = "Activation memory against depth"
+LAYERS = "dense layers"
 
 
 def exponent(points: Sequence[tuple[float, float]]) -> float | None:
@@ -53,44 +53,47 @@ def fitted(curves: Sequence[DepthCurve]) -> dict[str, float]:
     return found
 
 
-def depth_picture(curves: Sequence[DepthCurve], setting: str) -> Picture:
-    """The picture of all curves; `setting` says what they share."""
-    powers = fitted(curves)
-    grows = "; ".join(f"{name} as depth to the power {power:.2f}" for name, power in powers.items())
-    both = len({curve.source for curve in curves}) > 1
-    caption = "Left from zero, right with both axes logarithmic, where the slope is the exponent."
-    if both:
+def depth_picture(group: DepthGroup, name: str) -> Picture:
+    """The picture of all curves of one setting."""
+    powers = fitted(group.curves)
+    grows = "; ".join(f"{contender} as depth to the power {power:.2f}" for contender, power in powers.items())
+    caption = "Once from zero, once with both axes logarithmic, where the slope is the exponent."
+    if len({curve.source for curve in group.curves}) > 1:
         caption += " Markers are measured, lines predicted."
-    alt = f"{TITLE}. {setting}. Growth: {grows}."
-    return draw("depth", alt, caption, depth_table(curves), lambda: paint_depth(curves, setting))
+    alt = f"{TITLE}. {group.setting}. Growth: {grows}."
+    return draw(name, alt, caption, depth_table(group), lambda width: paint_depth(group, width))
 
 
-def paint_depth(curves: Sequence[DepthCurve], setting: str) -> Figure:
-    """Draw the curves twice: how much it is, and how it grows."""
-    figure = canvas(TITLE, setting, 3.9)
-    powers = fitted(curves)
+def paint_depth(group: DepthGroup, width: float = WIDE) -> Canvas:
+    """Draw the curves twice, side by side or where narrow one above the other: how much, and how it grows."""
+    curves, powers = group.curves, fitted(group.curves)
     names = list(dict.fromkeys(curve.name for curve in curves))
     texts = {name: f"{name}: {powers[name]:.2f}" if name in powers else name for name in names}
-    margin = max(text_width(figure, text, 8.5, "bold") for text in texts.values()) + 0.3
-    gap, left = 0.75, 0.62
-    half = (WIDTH - left - margin - gap) / 2
-    linear = place(figure, left, 0.55, WIDTH - left - half)
-    logarithmic = place(figure, left + half + gap, 0.55, margin)
+    page = canvas(TITLE, group.setting, 3.4 if width == WIDE else 6.2, width)
+    margin = max(page.text_width(text, 8.5, "bold") for text in texts.values()) + 0.3
+    left, gap = 0.62, 0.75
+    if page.narrow:
+        linear, logarithmic = page.place(left, 3.7, 0.2), page.place(left, 0.5, margin, top=3.2)
+    else:
+        half = (width - left - margin - gap) / 2
+        linear = page.place(left, 0.5, width - left - half)
+        logarithmic = page.place(left + half + gap, 0.5, margin)
     unit = memory_unit(bytes for curve in curves for _, bytes in curve.points)
     depths = sorted({depth for curve in curves for depth, _ in curve.points})
     for axes in (linear, logarithmic):
         _plot(axes, curves)
         log2_ticks(axes, depths)
     memory_ticks(linear, unit)
-    name_axes(linear, "layers of the block", f"activation memory, {unit.name}")
+    name_axes(linear, LAYERS, f"activation memory, {unit.name}")
     _decades(logarithmic, unit)
-    name_axes(logarithmic, "layers of the block", "the same, logarithmic")
+    name_axes(logarithmic, LAYERS, "the same, logarithmic")
     _name_ends(logarithmic, curves, texts)
-    return figure
+    return page
 
 
-def depth_table(curves: Sequence[DepthCurve]) -> Table:
+def depth_table(group: DepthGroup) -> Table:
     """Bytes by contender and depth, and the exponent."""
+    curves = group.curves
     unit = memory_unit(bytes for curve in curves for _, bytes in curve.points)
     depths = sorted({depth for curve in curves for depth, _ in curve.points})
 
@@ -110,7 +113,7 @@ def depth_table(curves: Sequence[DepthCurve]) -> Table:
         *(column(depth) for depth in depths),
         Column[DepthCurve]("exponent", power),
     ]
-    return build(TITLE, columns, curves)
+    return build(f"{TITLE}. {group.setting}", columns, curves)
 
 
 def _plot(axes: Axes, curves: Sequence[DepthCurve]) -> None:

@@ -4,16 +4,16 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, MaxNLocator
 
 from densebench.report.comparison_tables import prediction_error, prediction_table
-from densebench.report.drawing import Picture, canvas, draw, place, text_width
+from densebench.report.drawing import WIDE, Canvas, Picture, canvas, draw
 from densebench.report.selection import Comparison, Row
 from densebench.report.style import GRID, INK, MUTED
 from densebench.report.units import percent
 
-TITLE = "Predicted against measured peak"
+TITLE = "Error of the predicted peak"
+SUBTITLE = "Predicted peak over measured peak, less one; library workspaces apart"
 BAND = 0.1  # what PyTorch's own tests of its memory tracker allow (test_mem_tracker.py)
 
 
@@ -36,19 +36,17 @@ def prediction_picture(rows: Sequence[tuple[str, Row]]) -> Picture:
         "One point a case: how far the predicted peak lies from the measured one. The shaded band is 10 %, "
         "what PyTorch's tests of its own tracker allow."
     )
-    return draw("prediction", alt, caption, prediction_table(rows), lambda: paint_prediction(rows))
+    return draw("prediction", alt, caption, prediction_table(rows), lambda width: paint_prediction(rows, width))
 
 
-def paint_prediction(rows: Sequence[tuple[str, Row]]) -> Figure:
+def paint_prediction(rows: Sequence[tuple[str, Row]], width: float = WIDE) -> Canvas:
     """Draw a line of points for each contender."""
     names: dict[str, list[Row]] = {}
     for _, row in rows:
         names.setdefault(row.name, []).append(row)
-    figure = canvas(
-        TITLE, "predicted peak over measured peak, less one; library workspaces apart", 1.35 + 0.24 * len(names)
-    )
-    left = 0.25 + max(text_width(figure, name, 8.5, "bold") for name in names)
-    axes = place(figure, left, 0.55, 0.3, top=0.6)
+    page = canvas(TITLE, SUBTITLE, 0.75 + 0.24 * len(names), width)
+    left = 0.25 + max(page.text_width(name, 8.5, "bold") for name in names)
+    axes = page.place(left, 0.5, 0.3, top=0.15)
     reach = max(0.12, *(1.15 * abs(prediction_error(row.record) or 0.0) for _, row in rows))
     axes.set_xlim(-reach, reach)
     axes.axvspan(-BAND, BAND, color=GRID, alpha=0.5, linewidth=0, zorder=0)
@@ -72,9 +70,9 @@ def paint_prediction(rows: Sequence[tuple[str, Row]]) -> Figure:
     axes.set_yticks([])
     axes.grid(visible=False)
     axes.spines["left"].set_visible(False)
-    axes.xaxis.set_major_locator(MaxNLocator(7, symmetric=True))
+    axes.xaxis.set_major_locator(MaxNLocator(5 if page.narrow else 7, symmetric=True))
     axes.xaxis.set_major_formatter(
         FuncFormatter(lambda value, _: "0" if abs(value) < 1e-9 else f"{100 * value:+.0f} %")
     )
-    axes.set_xlabel("error  (← too low   too high →)")
-    return figure
+    axes.set_xlabel("error  (← too low, too high →)")
+    return page

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 from matplotlib.axes import Axes
@@ -9,14 +10,14 @@ from matplotlib.figure import Figure
 
 from densebench.report.answer import SPEED_WORDS
 from densebench.report.comparison_tables import main_table
-from densebench.report.drawing import Picture, canvas, draw, place, text_width
+from densebench.report.drawing import WIDE, Canvas, Picture, canvas, draw, text_width
 from densebench.report.selection import Comparison, Row
 from densebench.report.style import INK, MUTED, PAPER
 from densebench.report.units import STATUS_WORDS, duration, memory, times
 
-TITLE = "Memory and time by strategy"
+TITLE = "Activation memory and time of a step"
 _ROW = 0.27  # inches
-_SMALL = 8.0  # points
+_NAME, _SMALL = 8.5, 8.0  # points
 
 
 def strategies_picture(comparison: Comparison, name: str) -> Picture | None:
@@ -28,22 +29,35 @@ def strategies_picture(comparison: Comparison, name: str) -> Picture | None:
     )
     alt = f"{TITLE}. {comparison.title}. {described}."
     caption = "Lower is better in both. Thin lines span the middle half of the times, q1 to q3."
-    return draw(name, alt, caption, main_table(comparison), lambda: paint_strategies(comparison))
+    return draw(name, alt, caption, main_table(comparison), lambda width: paint_strategies(comparison, width))
 
 
-def paint_strategies(comparison: Comparison) -> Figure:
-    """Draw one row a contender: memory on the left, time on the right."""
+def paint_strategies(comparison: Comparison, width: float = WIDE) -> Canvas:
+    """Draw one row a contender: memory on the left and time on the right, or where narrow beneath."""
     rows = comparison.rows
-    height = 1.05 + _ROW * len(rows)
-    figure = canvas(TITLE, comparison.title, height)
-    names = max(text_width(figure, row.name, 8.5, _weight(row)) for row in rows) + 0.2
     timed = bool(comparison.timed)
-    inner = figure.get_size_inches()[0] - names - 0.1
-    half = 0.44 * inner if timed else inner
-    left = place(figure, names, 0.12, 0.1 + (inner - half))
-    _frame(left, len(rows), "activation memory")
+    panel = 0.5 + _ROW * len(rows)
+    stacked = timed and width < WIDE
+    page = canvas(TITLE, comparison.title, 2 * panel if stacked else panel, width)
+    names = max(page.text_width(row.name, _NAME, _weight(row)) for row in rows) + 0.2
+    inner = width - names - 0.1
+    half = 0.44 * inner if timed and not stacked else inner
+    memory = page.place(names, 0.12 + (panel if stacked else 0), 0.1 + inner - half, top=0.36)
+    _frame(memory, len(rows), "activation memory  (← less)")
+    _names(memory, rows)
+    _memory_bars(memory, comparison)
+    if timed:
+        time = page.place(names + inner - half + (0 if stacked else 0.1), 0.12, 0.0, 0.36 + panel * stacked)
+        _frame(time, len(rows), "time, median  (← faster)")
+        _time_bars(time, comparison)
+        if stacked:
+            _names(time, rows)
+    return page
+
+
+def _names(axes: Axes, rows: Sequence[Row]) -> None:
     for at, row in enumerate(rows):
-        left.annotate(
+        axes.annotate(
             row.name,
             (0, at),
             (-6, 0),
@@ -51,16 +65,10 @@ def paint_strategies(comparison: Comparison) -> Figure:
             textcoords="offset points",
             ha="right",
             va="center",
-            size=8.5,
+            size=_NAME,
             weight=_weight(row),
             color=INK,
         )
-    _memory_bars(left, comparison)
-    if timed:
-        right = place(figure, names + inner - half + 0.1, 0.12, 0.0)
-        _frame(right, len(rows), "time, median")
-        _time_bars(right, comparison)
-    return figure
 
 
 def _memory_bars(axes: Axes, comparison: Comparison) -> None:
@@ -77,7 +85,7 @@ def _memory_bars(axes: Axes, comparison: Comparison) -> None:
     for at, row in enumerate(comparison.rows):
         if row.record.peak_delta_bytes is not None:
             axes.barh(at, ends[at], zorder=2, **_bar(row))
-        elif ends[at]:
+        elif limit and ends[at]:
             axes.plot([limit], [at], marker="x", color=row.look.color, markersize=6, markeredgewidth=1.6)
         _write(axes, ends[at], at, texts[at], row is comparison.naive)
 

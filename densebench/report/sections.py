@@ -1,43 +1,53 @@
-"""The measured part of the report, section by section; each says 'not run' where it has no records."""
+"""What was measured of whole networks and blocks, section by section; each without records says so."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
 from densebench.report.answer import SPEED_WORDS, best
 from densebench.report.blocks import Block, Folded, Plot, Prose, Section, Sheet
-from densebench.report.comparison_tables import batch_table, extra_table, main_table, predicted_table
+from densebench.report.comparison_tables import (
+    extra_table,
+    main_table,
+    measured_peak,
+    naive_table,
+    predicted_table,
+    prediction_error,
+)
 from densebench.report.figure_batch import batch_picture
-from densebench.report.figure_depth import depth_picture, depth_table, fitted
+from densebench.report.figure_depth import depth_picture, fitted
 from densebench.report.figure_prediction import both, prediction_picture
 from densebench.report.figure_strategies import strategies_picture
-from densebench.report.figure_timeline import timeline_picture, timeline_table
-from densebench.report.selection import (
-    Comparison,
-    DepthGroup,
-    ladders,
-)
-from densebench.report.units import MODES, memory, percent, setting_words, times
+from densebench.report.figure_timeline import timeline_picture
+from densebench.report.selection import Comparison, depth_groups, ladders, naive_is_better, timeline_groups
+from densebench.report.sources import MAKE_SOME as COMMAND
+from densebench.report.style import Roster
+from densebench.report.units import memory, percent, times
 from densebench.results import Record
 
-NOT_RUN = "Not run."
+DEFAULT = f"{COMMAND} --densebench-profile default"
+_PICTURED = 6  # comparisons with a picture; of the others the tables say enough
 
 
 def strategies_section(comparisons: Sequence[Comparison]) -> Section:
     """Memory and time of every contender; the first comparison in full view, the others folded."""
     id, title = "strategies", "Memory and time by strategy"
     if not comparisons:
-        return Section(id, title, absent=f"{NOT_RUN} No whole network was measured.")
-    blocks: list[Block] = []
+        return Section(id, title, absent="No whole network was measured.", command=COMMAND)
+    blocks: list[Block] = [
+        Prose(
+            "Activation memory is the peak of one step beyond what is always there: parameters, gradients, "
+            "buffers and input. Ratios of time are formed pair by pair between steps that were timed in turns."
+        )
+    ]
     for at, comparison in enumerate(comparisons):
-        picture = strategies_picture(comparison, f"strategies-{at + 1}")
-        shown: list[Block] = [] if picture is None else [Plot(picture)]
-        extra = Folded("Every other figure that was recorded", (Sheet(extra_table(comparison)),))
+        picture = strategies_picture(comparison, f"strategies-{at + 1}") if at < _PICTURED else None
+        shown: Block = Sheet(main_table(comparison)) if picture is None else Plot(picture, open=True)
+        extra = Sheet(extra_table(comparison))
         if at == 0:
-            blocks += [*shown, Sheet(main_table(comparison)), extra]
+            blocks += [shown, Folded("Every other figure that was recorded", (extra,))]
         else:
-            shown += [Sheet(main_table(comparison)), extra] if picture is None else [extra]
-            blocks.append(Folded(f"{comparison.title} {_gist(comparison)}", tuple(shown)))
+            blocks.append(Folded(f"{comparison.title}{_gist(comparison)}", (shown, extra)))
     return Section(id, title, tuple(blocks))
 
 
@@ -48,18 +58,15 @@ def _gist(comparison: Comparison) -> str:
         return ""
     ratio = winner.time_ratio
     time = "" if ratio is None else f", {times(ratio.median)} its time ({SPEED_WORDS[ratio.verdict]})"
-    return f"— {winner.name}: {times(winner.memory_ratio)} naive's memory{time}"
+    return f" — {winner.name}: {times(winner.memory_ratio)} the memory of naive{time}"
 
 
-def depth_section(groups: Sequence[DepthGroup]) -> Section:
-    """How memory grows with the depth of a block."""
+def depth_section(records: Iterable[Record], roster: Roster) -> Section:
+    """How memory grows with the depth of a dense block."""
     id, title = "depth", "Memory against depth"
-    if not groups:
-        return Section(id, title, absent=f"{NOT_RUN} No block was measured at several depths.")
     blocks: list[Block] = []
-    for at, group in enumerate(groups):
-        powers = fitted(group.curves)
-        grows = "; ".join(f"{name} {power:.2f}" for name, power in powers.items())
+    for at, group in enumerate(depth_groups(records, roster)):
+        grows = "; ".join(f"{name} {power:.2f}" for name, power in fitted(group.curves).items())
         if grows:
             blocks.append(
                 Prose(
@@ -67,45 +74,39 @@ def depth_section(groups: Sequence[DepthGroup]) -> Section:
                     f"the exponents: {grows}. 1 is linear, 2 quadratic."
                 )
             )
-        name = "depth" if at == 0 else f"depth-{at + 1}"
-        blocks.append(Plot(depth_picture(group.curves, group.setting, name)))
-        blocks.append(Sheet(depth_table(group.curves)))
+        blocks.append(Plot(depth_picture(group, "depth" if at == 0 else f"depth-{at + 1}")))
+    if not blocks:
+        return Section(
+            id, title, absent="No block was measured at several depths.", command=f"{COMMAND} -k memory"
+        )
     return Section(id, title, tuple(blocks))
 
 
-def timeline_section(records: Sequence[Record]) -> Section:
-    """Memory over one step; records with a timeline that differ in the strategy alone."""
+def timeline_section(records: Iterable[Record]) -> Section:
+    """Memory over one step, by category."""
     id, title = "timeline", "Memory over one training step"
-    if not records:
-        return Section(id, title, absent=f"{NOT_RUN} No memory was recorded over time.")
-    case = records[0].case
-    device = str(records[0].environment.get("device", case.device))
-    setting = f"{MODES.get(case.mode, case.mode)}: {setting_words(case, device)}"
-    picture = timeline_picture(records, setting)
-    return Section(id, title, (Plot(picture), Sheet(timeline_table(records))))
+    groups = timeline_groups(records)
+    if not groups:
+        command = f"{COMMAND} -k timeline"
+        return Section(id, title, absent="No memory was recorded over time.", command=command)
+    pictures = [
+        timeline_picture(members, setting, "timeline" if at == 0 else f"timeline-{at + 1}")
+        for at, (setting, members) in enumerate(groups)
+    ]
+    return Section(id, title, tuple(Plot(picture) for picture in pictures))
 
 
 def predicted_section(predicted: Sequence[Comparison]) -> Section:
     """Sizes that were not run."""
     id, title = "predicted", "Predicted at full size"
     if not predicted:
-        return Section(id, title, absent=f"{NOT_RUN} Nothing was predicted in these records.")
-    blocks: list[Block] = [
-        Prose(
-            "Predicted from the shapes of all tensors of a step, without running it. What a library allocates for "
-            "itself is not in it; the section on predicted against measured peaks says how far off that is."
-        )
-    ]
-    for comparison in predicted:
-        blocks.append(Sheet(predicted_table(comparison)))
-        estimate = Prose(
-            "Estimated from the predicted peak, in proportion to the batch. The device's context, library workspaces "
-            "and fragmentation come on top."
-        )
-        blocks.append(
-            Folded("Largest batch for 8, 16, 24, 40 and 80 GiB", (estimate, Sheet(batch_table(comparison))))
-        )
-    return Section(id, title, tuple(blocks))
+        command = f"{COMMAND} -k predicted"
+        return Section(id, title, absent="Nothing was predicted in these records.", command=command)
+    text = (
+        "Predicted from the shapes of all tensors of a step, without running it. What a library allocates for "
+        "itself is not in it; the section on predicted and measured peaks says how far off that is."
+    )
+    return Section(id, title, (Prose(text), *(Sheet(predicted_table(comparison)) for comparison in predicted)))
 
 
 def batch_section(comparisons: Sequence[Comparison]) -> Section:
@@ -117,7 +118,8 @@ def batch_section(comparisons: Sequence[Comparison]) -> Section:
     ]
     plots = tuple(Plot(picture) for picture in pictures if picture is not None)
     if not plots:
-        return Section(id, title, absent=f"{NOT_RUN} No network was timed at more than one batch.")
+        why = "No network was timed at more than one batch; the default profile does so on a GPU."
+        return Section(id, title, absent=why, command=DEFAULT)
     return Section(id, title, plots)
 
 
@@ -126,12 +128,32 @@ def prediction_section(comparisons: Sequence[Comparison]) -> Section:
     id, title = "prediction", "Predicted against measured peak"
     rows = both(comparisons)
     if not rows:
-        return Section(id, title, absent=f"{NOT_RUN} No record has both a predicted and a measured peak.")
-    picture = prediction_picture(rows)
-    errors = [row.prediction_error or 0.0 for _, row in rows]
+        why = "No record has both a predicted and a measured peak."
+        return Section(id, title, absent=why, command=COMMAND)
+    errors = [prediction_error(row.record) or 0.0 for _, row in rows]
+    largest = memory(max(measured_peak(row.record) or 0 for _, row in rows))
     text = (
-        f"{len(rows)} cases were predicted and measured: the prediction is off by {percent(min(errors))} to "
-        f"{percent(max(errors))}, and the largest measured peak was "
-        f"{memory(max(row.measured_peak or 0 for _, row in rows))}."
+        f"{len(rows)} cases were both predicted and measured: the prediction is off by {percent(min(errors))} to "
+        f"{percent(max(errors))}, with peaks of up to {largest}."
     )
-    return Section(id, title, (Prose(text), Plot(picture)))
+    return Section(id, title, (Prose(text), Plot(prediction_picture(rows))))
+
+
+def naive_section(comparisons: Sequence[Comparison]) -> Section:
+    """Where a strategy is not worth it."""
+    id, title = "naive", "When naive is the better choice"
+    compared = [c for c in comparisons if c.naive is not None and c.naive.record.time_s and c.strategies]
+    if not compared:
+        why = "Naive and a strategy were not timed together anywhere."
+        return Section(id, title, absent=why, command=COMMAND)
+    found = [comparison for comparison in compared if naive_is_better(comparison)]
+    if found:
+        text = (
+            f"In {len(found)} of {len(compared)} compared settings naive fits, and every strategy is slower, or "
+            "no faster and no smaller. Where memory is not what limits you, take naive there."
+        )
+    else:
+        text = (
+            f"In none of the {len(compared)} compared settings: some strategy is faster, or no slower and smaller."
+        )
+    return Section(id, title, (Prose(text), *([Sheet(naive_table(found))] if found else [])))

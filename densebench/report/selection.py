@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 
 from densebench.report.console import fastest_naive
@@ -14,6 +14,7 @@ from densebench.results import Case, Record
 from densebench.statistics import Ratio, time_ratio
 
 USABLE = ("ok", "noisy")
+_DEPTH_OPTIONS = ("depth", "block_config")
 
 
 @dataclass(frozen=True)
@@ -193,14 +194,16 @@ def device_of(record: Record) -> str:
 
 
 def depth_of(record: Record) -> int | None:
-    """Layers of the one block of a record of kind "depth"; None if it does not say."""
-    blocks = record.case.options.get("block_config") or [None]
-    return blocks[0] if isinstance(blocks[0], int) else None
+    """Dense layers of a record of kind "depth"; None if it does not say."""
+    options = record.case.options
+    depth = options.get("depth", options.get("block_config"))
+    layers = depth if isinstance(depth, list | tuple) else [depth]
+    return sum(layers) if layers and all(isinstance(layer, int) for layer in layers) else None
 
 
 @dataclass(frozen=True)
 class DepthCurve:
-    """Activation bytes of one contender against the depth of its block, by increasing depth."""
+    """Activation bytes of one contender against depth, by increasing depth."""
 
     name: str
     look: Look
@@ -208,19 +211,76 @@ class DepthCurve:
     points: tuple[tuple[int, int], ...]
 
 
-def depth_curves(records: Iterable[Record], roster: Roster) -> list[DepthCurve]:
-    """One curve for each contender and source, measured ones first."""
-    points: dict[tuple[str, str], dict[int, int]] = {}
+@dataclass(frozen=True)
+class DepthGroup:
+    """The curves of one network that differ in contender and source; `setting` says what they share."""
+
+    setting: str
+    curves: tuple[DepthCurve, ...]
+
+
+def depth_groups(records: Iterable[Record], roster: Roster) -> list[DepthGroup]:
+    """Records of kind "depth" by run and setting; the measured curves of each before the predicted ones."""
+    groups: dict[str, list[Record]] = {}
     for record in records:
-        depth = depth_of(record)
-        if record.case.kind != "depth" or depth is None or not record.peak_delta_bytes:
-            continue
+        if record.case.kind == "depth" and record.peak_delta_bytes and depth_of(record) is not None:
+            groups.setdefault(_depth_key(record), []).append(record)
+    runs = {members[0].run for members in groups.values()}
+    return [_depth_group(members, roster, len(runs) > 1) for members in groups.values()]
+
+
+def _depth_key(record: Record) -> str:
+    case = record.case
+    options = {key: value for key, value in case.options.items() if key not in _DEPTH_OPTIONS}
+    shared = (record.run, case.model, case.mode, case.batch, case.input_shape, case.dtype, case.autocast)
+    return json.dumps([*shared, options], sort_keys=True)
+
+
+def _depth_group(members: list[Record], roster: Roster, run_shown: bool) -> DepthGroup:
+    points: dict[tuple[str, str], dict[int, int]] = {}
+    for record in members:
         key = (record.case.source, record.case.strategy)
-        points.setdefault(key, {})[depth] = record.peak_delta_bytes  # a later run replaces an earlier one
-    return [
+        points.setdefault(key, {})[depth_of(record) or 0] = record.peak_delta_bytes or 0
+    curves = [
         DepthCurve(name, roster[name].look, source, tuple(sorted(points[source, name].items())))
         for source, name in sorted(points, key=lambda key: (key[0], roster.rank(key[1])))
     ]
+    first = min(members, key=lambda record: record.case.source)
+    options = {key: value for key, value in first.case.options.items() if key not in _DEPTH_OPTIONS}
+    case = replace(first.case, options=options)
+    run = f", run {first.run}" if run_shown else ""
+    setting = f"{MODES.get(case.mode, case.mode)}: {setting_words(case, device_of(first))}{run}"
+    return DepthGroup(setting, tuple(curves))
+
+
+def timeline_groups(records: Iterable[Record]) -> list[tuple[str, list[Record]]]:
+    """Records with a timeline that differ in the strategy alone, and what they share in words."""
+    groups: dict[str, list[Record]] = {}
+    for record in records:
+        if record.timeline is not None and record.timeline.events:
+            key = f"{_setting_key(record)} {record.case.model}"
+            groups.setdefault(key, []).append(record)
+    runs = {members[0].run for members in groups.values()}
+    found = []
+    for members in groups.values():
+        case = members[0].case
+        run = f", run {members[0].run}" if len(runs) > 1 else ""
+        mode = MODES.get(case.mode, case.mode)
+        found.append((f"{mode}: {setting_words(case, device_of(members[0]))}{run}", members))
+    return found
+
+
+def naive_is_better(comparison: Comparison) -> bool:
+    """Whether naive fits and no strategy is faster, nor as fast (or undecided) with less memory."""
+    naive, rivals = comparison.naive, [row for row in comparison.strategies if row.time_ratio is not None]
+    if naive is None or not naive.usable or not rivals:
+        return False
+    return all(_loses(row) for row in rivals)
+
+
+def _loses(row: Row) -> bool:
+    verdict = None if row.time_ratio is None else row.time_ratio.verdict
+    return verdict == "SLOW" or (verdict != "FAST" and (row.memory_ratio or 0) >= 1)
 
 
 def ladders(found: Sequence[Comparison]) -> list[list[Comparison]]:

@@ -120,7 +120,20 @@ def gpu_run() -> list[Record]:
         make_case(model="densenet_bc", input_shape=(3, 32, 32), autocast=None), memory_scale=0.3
     )
     records += network_group(make_case(model="densenet201"), memory_scale=1.6, time_scale=1.5)
-    return [*records, *depth_records("measured"), *depth_records("predicted"), *timelines(), *full_size()]
+    records += [*depth_records("measured"), *depth_records("predicted"), *timelines(), *full_size()]
+    return [*records, *kernel_records(), *fit_records()]
+
+
+def cpu_run() -> list[Record]:
+    """A quick run on a processor: small batches, no limit to meet, no kernels."""
+    case = make_case(batch=2, autocast=None, device="cpu")
+    records = [
+        *network_group(case, time_scale=20.0),
+        *network_group(dataclasses.replace(case, mode="infer"), 0.04),
+    ]
+    depth = [dataclasses.replace(r.case, device="cpu") for r in depth_records()]
+    records += [power_law(c.strategy, c.options["block_config"][0], device="cpu") for c in depth]
+    return [*records, *timelines(), *full_size()]
 
 
 def network_group(case: Case, memory_scale: float = 1.0, time_scale: float = 1.0) -> list[Record]:
@@ -221,6 +234,53 @@ def full_size() -> list[Record]:
             )
         )
     return records
+
+
+def kernel_records() -> list[Record]:
+    """Two operators on the shapes of some layers: one bound by memory, one nearer to the matmul rate."""
+    facts = environment() | {"ceilings": {"copy_gb_s": 800.0, "matmul_tflops": 100.0}}
+    records = []
+    for operator, outputs in (("bn_relu_conv1x1", 128), ("bn_relu_pool", 0)):
+        for layer, columns in enumerate((64, 128, 256, 512)):
+            rows = 64 * 56 * 56
+            moved = 2 * rows * (columns + outputs)
+            draw = random.Random(f"{operator} {layer}")
+            for name, slowdown in (("ours", 1.25), ("eager", 2.9), ("compiled", 1.8), ("cudnn", 1.6)):
+                seconds = slowdown * moved / 800e9
+                options = {"block": 1, "layer": layer, "rows": rows, "columns": columns, "outputs": outputs}
+                case = make_case(name, kind="kernel", model=operator, mode="forward", options=options)
+                record = timed(case, MIB, [seconds * (1 + 0.01 * draw.random()) for _ in range(20)], "kernels")
+                flops = 2 * rows * columns * outputs or None
+                records.append(
+                    dataclasses.replace(record, bytes_moved=moved, flops_executed=flops, environment=facts)
+                )
+    return records
+
+
+def fit_records() -> list[Record]:
+    """The largest batches that were found by trying, for two of the capacities."""
+    return [
+        make_record(
+            make_case(name, kind="fit", batch=1, options={"capacity_gib": gib, "largest_batch": gib * per_gib})
+        )
+        for name, per_gib in (("naive", 7), ("fused", 30))
+        for gib in (8, 16)
+    ]
+
+
+CODE = [
+    {
+        "kernel": "bn_relu_conv1x1",
+        "target": "sm_90",
+        "triton": "0.0.0",
+        "registers": 128,
+        "spill_bytes": 0,
+        "shared_bytes": 98304,
+        "instructions": 1400,
+        "wgmma": 16,
+        "configuration": {"BLOCK_ROWS": 128, "warps": 4},
+    }
+]
 
 
 def write(records: Iterable[Record], path: Path) -> Path:

@@ -1,0 +1,119 @@
+"""The rest of the report: kernels, the machines and their software, and what each column means."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+from densebench.report.blocks import Block, Folded, Items, Plot, Prose, Section, Sheet
+from densebench.report.figure_kernels import kernels_picture
+from densebench.report.glossary import explain
+from densebench.report.kernels import code_table, failures, operator_table, operators, overview_table
+from densebench.report.sources import MAKE_SOME as COMMAND
+from densebench.report.tables import Column, Table, build
+from densebench.report.units import memory
+from densebench.results import Record
+
+
+def kernels_section(records: Sequence[Record], code: Sequence[dict[str, Any]]) -> Section:
+    """Kernels against the device's ceilings, and the machine code they became."""
+    id, title = "kernels", "Kernels"
+    found = operators(records)
+    blocks: list[Block] = []
+    if found:
+        picture = kernels_picture(found)
+        blocks.append(Sheet(overview_table(found)) if picture is None else Plot(picture, open=True))
+        blocks += [
+            Folded(f"{operator.name}: every shape ({operator.setting})", (Sheet(operator_table(operator)),))
+            for operator in found
+        ]
+    if code:
+        if not found:
+            blocks.append(Prose(f"Not timed: no record of a kernel. On a machine with a GPU: {COMMAND}"))
+        blocks.append(Folded("Machine code of the kernels", (Sheet(code_table(code)),)))
+    if failed := failures(records):
+        blocks.append(Items(failed))
+    if not blocks:
+        why = "No kernel was timed: that takes a GPU."
+        return Section(id, title, absent=why, command=f"{COMMAND} --densebench-device cuda")
+    return Section(id, title, tuple(blocks))
+
+
+def environment_section(records: Sequence[Record]) -> Section:
+    """Where each run was made."""
+    runs: dict[str, list[Record]] = {}
+    for record in records:
+        runs.setdefault(record.run, []).append(record)
+    return Section("environment", "Environment", (Sheet(environment_table(runs)),))
+
+
+def environment_table(runs: dict[str, list[Record]]) -> Table:
+    """One column a run, one row a fact."""
+    facts = {run: run_facts(members) for run, members in runs.items()}
+    names = list(dict.fromkeys(name for known in facts.values() for name in known))
+
+    def column(run: str) -> Column[str]:
+        return Column(run or "(unnamed run)", lambda name: facts[run].get(name), numeric=False)
+
+    columns = [Column[str]("fact", lambda name: name, numeric=False), *map(column, facts)]
+    return build("Environment of each run", columns, names)
+
+
+def run_facts(records: Sequence[Record]) -> dict[str, str]:
+    """What is known of where a run was made, in words; values that changed within the run are all given."""
+    found: dict[str, dict[str, None]] = {}
+    for record in records:
+        for name, value in _facts(record.environment):
+            found.setdefault(name, {})[value] = None
+    dates = sorted(record.created[:16].replace("T", " ") for record in records if record.created)
+    span = " to ".join(dict.fromkeys([dates[0], dates[-1]])) if dates else "unknown"
+    counts = {"records": f"{len(records)}", "measured (UTC)": span}
+    return {**counts, **{name: "; ".join(values) for name, values in found.items()}}
+
+
+def _facts(environment: dict[str, Any]) -> list[tuple[str, str]]:
+    facts = []
+    for key, value in environment.items():
+        if value in (None, {}, [], ""):
+            continue
+        if key == "commit":
+            changed = " with changes not committed" if environment.get("dirty") else ""
+            facts.append(("commit", f"{value}{changed}"))
+        elif key == "argv" and isinstance(value, list):
+            facts.append(("command", " ".join(_without_folder(str(part)) for part in value)))
+        elif key == "gpu" and isinstance(value, dict):
+            facts += [(f"GPU {name}", _fact(name, item)) for name, item in value.items() if item is not None]
+        elif isinstance(value, dict):
+            label = {"packages": "", "flags": "flag "}.get(key, f"{key} ")
+            facts += [(f"{label}{name}", _fact(name, item)) for name, item in value.items()]
+        elif key != "dirty":
+            facts.append((key.replace("_bytes", "").replace("_", " "), _fact(key, value)))
+    return facts
+
+
+def _fact(name: str, value: Any) -> str:
+    if name.endswith("bytes") and isinstance(value, int):
+        return memory(value)
+    if isinstance(value, bool):
+        return "on" if value else "off"
+    return ", ".join(map(str, value)) if isinstance(value, list | tuple) else str(value)
+
+
+def _without_folder(word: str) -> str:
+    """A program by its name: where somebody's home lies is no concern of the reader's."""
+    return re.sub(r"^/.*/", "", word)
+
+
+def glossary_section(sections: Iterable[Section]) -> Section:
+    """Every column of every table of the report, in the order of appearance."""
+    columns = dict.fromkeys(
+        name
+        for section in sections
+        if section.id != "environment"
+        for table in section.tables()
+        for name in table.columns
+    )
+    entries = dict(explain(name) for name in columns)
+    rows = [Column[str]("column", lambda name: name, numeric=False), Column[str]("meaning", entries.get, False)]
+    return Section("glossary", "Glossary", (Sheet(build("What each column means", rows, entries)),))

@@ -1,0 +1,101 @@
+"""The whole report as data: the answer, its picture and all sections, ready for page and Markdown."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from densebench.report.answer import Answer, answer
+from densebench.report.blocks import Section
+from densebench.report.capacity import capacity_section
+from densebench.report.context_sections import environment_section, glossary_section, kernels_section
+from densebench.report.drawing import Picture
+from densebench.report.figure_answer import answer_picture
+from densebench.report.figure_strategies import strategies_picture
+from densebench.report.published import published_section
+from densebench.report.sections import (
+    batch_section,
+    depth_section,
+    naive_section,
+    predicted_section,
+    prediction_section,
+    strategies_section,
+    timeline_section,
+)
+from densebench.report.selection import comparisons
+from densebench.report.sources import MAKE_SOME, Loaded
+from densebench.report.style import Roster
+from densebench.results import Record
+
+
+@dataclass(frozen=True)
+class Report:
+    """What page, Markdown and files are made from.
+
+    Attributes:
+        notice: what the reader must know before anything else (that these are samples), or None.
+        picture: beside the answer; None where fewer than two contenders have results.
+    """
+
+    notice: str | None
+    answer: Answer
+    picture: Picture | None
+    sections: tuple[Section, ...]
+    records: tuple[Record, ...]
+
+    def pictures(self) -> list[Picture]:
+        own = [] if self.picture is None else [self.picture]
+        return [*own, *(picture for section in self.sections for picture in section.pictures())]
+
+
+def make_report(loaded: Loaded) -> Report:
+    """Everything the report says about some records; takes a few seconds."""
+    records = loaded.records
+    roster = Roster.of(record for record in records if record.case.kind != "kernel")
+    steps = [record for record in records if record.case.kind != "kernel"]
+    measured, predicted = comparisons(steps, roster), comparisons(steps, roster, "predicted")
+    said = answer(measured, predicted)
+    sections = [
+        strategies_section(measured),
+        depth_section(steps, roster),
+        timeline_section(steps),
+        predicted_section(predicted),
+        capacity_section(steps, roster),
+        batch_section(measured),
+        kernels_section(records, loaded.code),
+        prediction_section(measured),
+        published_section(measured),
+        naive_section(measured),
+        environment_section(records),
+    ]
+    sections.append(glossary_section(sections))
+    return Report(notice(loaded), said, _picture(said), tuple(sections), tuple(records))
+
+
+def notice(loaded: Loaded) -> str | None:
+    """That these are sample or published records and not the reader's own: machine, date and commit."""
+    own = [record for record in loaded.records if record.run not in loaded.published]
+    if loaded.samples and own:
+        return f"These are sample records, not yours: {_origin(own)}. To measure on your machine: {MAKE_SOME}"
+    if loaded.published and not own:
+        return f"These are published records, not yours: {_origin(loaded.records)}. To measure: {MAKE_SOME}"
+    return None
+
+
+def _origin(records: Sequence[Record]) -> str:
+    """Machine, date and commit of each run."""
+    origins = []
+    for run in dict.fromkeys(record.run for record in records):
+        first = next(record for record in records if record.run == run)
+        device = first.environment.get("device") or "an unknown machine"
+        commit = str(first.environment.get("commit") or "unknown")[:10]
+        date = first.created[:10] or "an unknown date"
+        origins.append(f"measured on {device} on {date} at commit {commit}")
+    return "; ".join(dict.fromkeys(origins))
+
+
+def _picture(said: Answer) -> Picture | None:
+    """Memory against throughput; bars of memory alone where nothing was timed."""
+    if said.comparison is None:
+        return None
+    return answer_picture(said.comparison) or strategies_picture(said.comparison, "answer")

@@ -1,0 +1,127 @@
+"""The answer: it says what the records say, and no more."""
+
+from __future__ import annotations
+
+import dataclasses
+import re
+from collections.abc import Sequence
+
+import pytest
+
+from densebench.report.answer import Answer, answer
+from densebench.report.selection import comparisons
+from densebench.report.style import Roster
+from densebench.results import Record
+from densebench.statistics import time_ratio
+from tests.report.conftest import Made
+from tests.report.records import GIB, MIB, make_case, make_record, timed
+
+CROSS = "\N{MULTIPLICATION SIGN}"
+
+
+def _answer(records: Sequence[Record]) -> Answer:
+    roster = Roster.of(records)
+    return answer(comparisons(records, roster), comparisons(records, roster, "predicted"))
+
+
+def _pair(share: float, slowdown: float, **changes: object) -> list[Record]:
+    samples = [0.1 + 0.001 * (i % 3) for i in range(20)]
+    naive = timed(make_case("naive", **changes), GIB, samples)
+    slower = [slowdown * sample for sample in samples]
+    return [naive, timed(make_case("fused", **changes), int(share * GIB), slower)]
+
+
+def test_numbers_are_the_ratios_of_the_records(gpu: Made) -> None:
+    said = _answer([record for record in gpu.records if record.case.kind != "kernel"])
+    assert said.winner is not None
+    assert said.sentence in gpu.page
+    own = [r for r in gpu.records if r.case == said.winner.record.case]
+    naive = [r for r in gpu.records if r.case == dataclasses.replace(said.winner.record.case, strategy="naive")]
+    (winner, base) = own[-1], naive[-1]
+    assert winner.time_s is not None
+    assert base.time_s is not None
+    memory = (winner.peak_delta_bytes or 0) / (base.peak_delta_bytes or 1)
+    time = time_ratio(winner.time_s.samples, base.time_s.samples).median
+    assert re.findall(rf"([\d.]+){CROSS} the activation memory", said.sentence) == [f"{memory:.2f}"]
+    assert re.findall(rf"in ([\d.]+){CROSS} its time", said.sentence) == [f"{time:.2f}"]
+    for words in (winner.case.strategy, "batch 128", "bfloat16 autocast", "Synthetic GPU", "Training", "faster"):
+        assert words in said.sentence
+
+
+@pytest.mark.parametrize(
+    ("share", "slowdown", "words"),
+    [
+        (0.4, 0.9, "(faster)"),
+        (0.4, 1.0, "(the same within 3 %)"),
+        (0.4, 1.2, "(slower)"),
+        (0.4, 1.6, f"(slower); no strategy stays within 1.25{CROSS}"),
+        (1.2, 0.9, "no strategy saves memory"),
+    ],
+)
+def test_verdict_in_words(share: float, slowdown: float, words: str) -> None:
+    said = _answer(_pair(share, slowdown)).sentence
+    assert words in said
+    assert f"{share:.2f}{CROSS} the activation memory" in said
+    assert f"{slowdown:.2f}{CROSS} its time" in said
+
+
+def test_undecided_is_said() -> None:
+    naive, fused = _pair(0.5, 1.0)
+    wild = timed(fused.case, GIB // 2, [0.08, 0.13] * 10)
+    assert "undecided" in _answer([naive, wild]).sentence
+
+
+def test_the_smallest_quick_strategy_wins_over_a_smaller_slow_one() -> None:
+    naive, fused = _pair(0.4, 1.1)
+    slow = timed(make_case("shared_buffer"), GIB // 5, [0.2] * 20)
+    assert "fused needs 0.40" in _answer([naive, fused, slow]).sentence
+
+
+def test_a_wrong_strategy_is_never_the_answer() -> None:
+    naive, fused = _pair(0.4, 1.1)
+    wrong = dataclasses.replace(fused, case=make_case("shared_buffer"), status="incorrect", peak_delta_bytes=MIB)
+    said = _answer([naive, fused, wrong]).sentence
+    assert "shared_buffer" not in said
+    assert "fused needs" in said
+
+
+def test_where_naive_does_not_fit_no_ratio_is_claimed() -> None:
+    fused = _pair(0.4, 1.1)[1]
+    said = _answer([make_record(make_case("naive"), "oom"), fused]).sentence
+    assert "naive does not fit" in said
+    assert CROSS not in said.replace(f"224{CROSS}224", "")
+
+
+def test_doubts_are_said() -> None:
+    naive, fused = _pair(0.4, 1.1)
+    doubtful = dataclasses.replace(fused, status="noisy", throttled=True, shared_gpu=True)
+    said = _answer([naive, doubtful]).sentence
+    assert "take with care: fused is noisy, fused was throttled, the GPU was shared" in said
+
+
+def test_not_timed_in_turns_is_no_ratio_of_times() -> None:
+    naive, fused = _pair(0.4, 1.1)
+    said = _answer([naive, dataclasses.replace(fused, group="another")]).sentence
+    assert "not timed in turns" in said
+    assert "its time" not in said
+
+
+def test_predictions_are_called_so_and_count_only_where_nothing_ran() -> None:
+    predicted = [dataclasses.replace(r, time_s=None) for r in _pair(0.4, 1.0, source="predicted", batch=512)]
+    assert _answer(predicted).sentence.startswith("Predicted, not run: training DenseNet-121, batch 512")
+    assert "batch 64" in _answer([*predicted, *_pair(0.5, 1.0)]).sentence
+
+
+def test_each_device_has_its_sentence() -> None:
+    both = [*_pair(0.4, 0.9), *_pair(0.6, 1.1, device="cpu", autocast=None)]
+    said = _answer(both)
+    assert "on Synthetic GPU" in said.sentence
+    assert len(said.elsewhere) == 1
+    assert "on Synthetic CPU" in said.elsewhere[0]
+    assert f"0.60{CROSS}" in said.elsewhere[0]
+
+
+def test_without_records_nothing_is_claimed() -> None:
+    assert "no comparison" in _answer([]).sentence
+    lonely = timed(make_case("torchvision"), GIB, [0.1] * 5)
+    assert "without a strategy" in _answer([lonely]).sentence

@@ -1,0 +1,142 @@
+"""Figures: no text covers another or leaves the picture, at either width; axes start where they should."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Callable
+
+import matplotlib
+import pytest
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.text import Text
+
+from densebench.report.drawing import NARROW, WIDE, Canvas
+from densebench.report.figure_answer import paint_answer
+from densebench.report.figure_batch import paint_batches
+from densebench.report.figure_depth import exponent, fitted, paint_depth
+from densebench.report.figure_kernels import paint_kernels
+from densebench.report.figure_prediction import both, paint_prediction
+from densebench.report.figure_strategies import paint_strategies
+from densebench.report.figure_timeline import paint_timelines
+from densebench.report.kernels import operators
+from densebench.report.selection import comparisons, depth_groups, ladders, timeline_groups
+from densebench.report.style import RC, Roster
+from densebench.results import Record
+from tests.report.records import cpu_run, gpu_run, make_case, power_law, timed
+
+Paint = Callable[[float], Canvas]
+
+
+def _paints(records: list[Record]) -> dict[str, Paint]:
+    steps = [record for record in records if record.case.kind != "kernel"]
+    roster = Roster.of(steps)
+    found = comparisons(steps, roster)
+    setting, members = timeline_groups(steps)[0]
+    paints: dict[str, Paint] = {
+        "answer": lambda width: paint_answer(found[0], width),
+        "strategies": lambda width: paint_strategies(found[0], width),
+        "depth": lambda width: paint_depth(depth_groups(steps, roster)[0], width),
+        "timeline": lambda width: paint_timelines(members, setting, width),
+        "prediction": lambda width: paint_prediction(both(found), width),
+    }
+    if ladders(found):
+        paints["batch"] = lambda width: paint_batches(ladders(found)[0], width)
+    if operators(records):
+        paints["kernels"] = lambda width: paint_kernels(operators(records), width)
+    return paints
+
+
+GPU, CPU = _paints(gpu_run()), _paints(cpu_run())
+PAINTS = [pytest.param(paint, id=f"gpu-{name}") for name, paint in GPU.items()]
+PAINTS += [pytest.param(paint, id=f"cpu-{name}") for name, paint in CPU.items()]
+
+
+def _draw(paint: Paint, width: float) -> Canvas:
+    with matplotlib.rc_context(RC):
+        page = paint(width)
+        page.figure.canvas.draw()
+    return page
+
+
+def _texts(page: Canvas) -> list[Text]:
+    """All texts that are drawn; matplotlib also keeps labels of ticks beyond the ends of an axis."""
+    hidden = set()
+    for axes in page.figure.axes:
+        for axis, (low, high) in ((axes.xaxis, axes.get_xlim()), (axes.yaxis, sorted(axes.get_ylim()))):
+            ticks = [*axis.get_major_ticks(), *axis.get_minor_ticks()]
+            hidden |= {tick.label1 for tick in ticks if not low <= tick.get_loc() <= high}
+    found = [text for text in page.figure.findobj(Text) if isinstance(text, Text) and text not in hidden]
+    return [text for text in found if text.get_visible() and text.get_text().strip()]
+
+
+@pytest.mark.parametrize("width", [WIDE, NARROW], ids=["wide", "narrow"])
+@pytest.mark.parametrize("paint", PAINTS)
+def test_texts_are_apart_and_inside(paint: Paint, width: float) -> None:
+    page = _draw(paint, width)
+    canvas = page.figure.canvas
+    assert isinstance(canvas, FigureCanvasAgg)
+    renderer = canvas.get_renderer()
+    boxes = [(text.get_text(), Text.get_window_extent(text, renderer).padded(-1)) for text in _texts(page)]
+    assert len(boxes) > 8
+    for (one, here), (other, there) in itertools.combinations(boxes, 2):
+        assert not here.overlaps(there), f"{one!r} covers {other!r}"
+    edge = page.figure.bbox.padded(2)
+    for text, box in boxes:
+        within = edge.x0 <= box.x0 and box.x1 <= edge.x1 and edge.y0 <= box.y0 and box.y1 <= edge.y1
+        assert within, f"{text!r} leaves the picture"
+
+
+@pytest.mark.parametrize("paint", PAINTS)
+def test_texts_keep_their_size_on_a_narrow_screen(paint: Paint) -> None:
+    pixels = 390 - 32  # of a phone, less the page's margins
+    page = _draw(paint, NARROW)
+    smallest = min(float(text.get_fontsize()) for text in _texts(page))
+    assert smallest * pixels / (72 * NARROW) >= 8
+
+
+@pytest.mark.parametrize("name", ["answer", "batch", "depth", "timeline"])
+def test_memory_is_linear_from_zero(name: str) -> None:
+    axes = [a for a in _draw(GPU[name], WIDE).figure.axes if a.get_yscale() == "linear"]
+    assert axes
+    assert all(a.get_ylim()[0] == 0 for a in axes)
+
+
+def test_batches_and_depths_are_to_base_2() -> None:
+    for name, ticks in (("batch", [1, 4, 16, 64, 128, 256]), ("depth", [48, 68, 96, 136, 192])):
+        for axes in _draw(GPU[name], WIDE).figure.axes:
+            assert axes.get_xscale() == "log"
+            assert list(axes.get_xticks()) == ticks
+
+
+def test_titles_say_what_was_measured() -> None:
+    for name in ("answer", "strategies", "batch"):
+        texts = " ".join(text.get_text() for text in _texts(_draw(GPU[name], WIDE)))
+        for words in ("memory", "Training step", "DenseNet-121", "bfloat16 autocast", "Synthetic GPU"):
+            assert words in texts
+
+
+def test_one_look_a_strategy() -> None:
+    roster = Roster(["naive", "fused", "shared_buffer", "one_new", "another_new", "third_new", "eager"])
+    looks = [entry.look for entry in roster]
+    assert len({(look.color, look.marker, str(look.line)) for look in looks}) == len(looks)
+    assert roster["eager"].look.hollow
+    assert Roster(["fused", "naive"])["fused"].look == roster["fused"].look
+
+
+def test_exponents_are_those_of_the_records() -> None:
+    records = [power_law(name, depth) for name in ("naive", "fused") for depth in (48, 96, 192)]
+    (group,) = depth_groups(records, Roster.of(records))
+    assert fitted(group.curves) == pytest.approx({"naive": 1.9, "fused": 1.0}, abs=1e-3)
+    assert exponent([(2, 12.0), (4, 48.0), (8, 192.0)]) == pytest.approx(2.0)
+    assert exponent([(48, 1.0)]) is None
+
+
+def test_a_picture_is_not_drawn_of_nothing() -> None:
+    from densebench.report.figure_answer import answer_picture
+    from densebench.report.figure_strategies import strategies_picture
+    from tests.report.records import make_record
+
+    lonely = [timed(make_case(), 10**9, [0.1] * 5)]
+    assert answer_picture(comparisons(lonely, Roster.of(lonely))[0]) is None
+    failed = [make_record(make_case(name), "oom") for name in ("naive", "fused")]
+    assert strategies_picture(comparisons(failed, Roster.of(failed))[0], "none") is None

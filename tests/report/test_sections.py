@@ -1,0 +1,181 @@
+"""What the sections work out from the records, and that every column is explained."""
+
+from __future__ import annotations
+
+import dataclasses
+import html
+import re
+
+import pytest
+
+from densebench.report.capacity import affine, capacity_table, settings
+from densebench.report.comparison_tables import main_table, prediction_error, prediction_table
+from densebench.report.context_sections import kernels_section
+from densebench.report.figure_prediction import both
+from densebench.report.glossary import explain
+from densebench.report.kernels import failures, operator_table, operators, overview_table
+from densebench.report.published import PUBLISHED, ours, published_table
+from densebench.report.sections import naive_section
+from densebench.report.selection import comparisons, naive_is_better
+from densebench.report.style import Roster
+from densebench.report.tables import Link, Table
+from densebench.results import Record
+from tests.report.conftest import Made
+from tests.report.records import (
+    CODE,
+    GIB,
+    MIB,
+    fit_records,
+    full_size,
+    gpu_run,
+    kernel_records,
+    make_case,
+    timed,
+)
+
+
+def _cells(table: Table, row: str) -> dict[str, str]:
+    line = next(line for line in table.rows if line[0] == row)
+    return {name: str(cell) for name, cell in zip(table.columns, line, strict=True)}
+
+
+def test_every_column_is_explained(gpu: Made) -> None:
+    tables, glossary = (part.split('id="environment"')[0] for part in gpu.page.split('<section id="glossary"'))
+    columns = {html.unescape(name) for name in re.findall(r'<th scope="col"[^>]*>([^<]+)</th>', tables)}
+    assert len(columns) > 40
+    own = {name.replace("_", " ") for name in CODE[0]}
+    assert own <= columns
+    unexplained = [column for column in columns - own if explain(column)[1].startswith("Of the compiled kernel")]
+    assert unexplained == []
+    explained = {html.unescape(name) for name in re.findall(r'<th scope="row">([^<]+)</th>', glossary)}
+    assert {explain(column)[0] for column in columns} == explained
+
+
+def test_largest_batch_is_that_of_the_line() -> None:
+    fixed, image = 100 * MIB, 128 * MIB
+    records = []
+    for batch in (8, 32):
+        record = timed(make_case(batch=batch), image * batch, [0.1] * 5)
+        records.append(dataclasses.replace(record, peak_allocated_bytes=fixed + image * batch))
+    line = affine(records)
+    assert line is not None
+    assert line.largest(8 * GIB) == (8 * GIB - fixed) // image
+    assert line.largest(MIB) == 0
+    alone = affine(records[:1])
+    assert alone is not None
+    pixels = 4 * 3 * 224 * 224
+    assert alone.per_image == pytest.approx(image + pixels), "one batch: activations and input grow, nothing else"
+    assert affine([]) is None
+
+
+def test_batches_that_were_tried_stand_for_themselves() -> None:
+    records = [timed(make_case(name), GIB, [0.1] * 5) for name in ("naive", "fused")]
+    roster = Roster.of(records)
+    (members,) = settings([*records, *fit_records()], roster)
+    naive = _cells(capacity_table(members, roster), "naive")
+    assert naive["8 GiB"] == "56"
+    assert naive["24 GiB"].startswith("≈")
+    assert "tried at 8, 16 GiB" in naive["known from"]
+
+
+def test_what_ran_on_a_gpu_comes_before_what_was_predicted() -> None:
+    measured = [timed(make_case(autocast=None), GIB, [0.1] * 5)]
+    roster = Roster.of([*measured, *full_size()])
+    (members,) = settings([*full_size(), *measured], roster)
+    assert {record.case.source for record in members} == {"measured"}
+    (members,) = settings(full_size(), roster)
+    assert {record.case.source for record in members} == {"predicted"}
+
+
+def test_networks_are_not_mixed(gpu: Made) -> None:
+    roster = Roster.of(r for r in gpu.records if r.case.kind != "kernel")
+    for members in settings(gpu.records, roster):
+        own = {r.case.model for r in members if roster[r.case.strategy].family != "yardstick"}
+        assert len(own) == 1
+        names = [row[0] for row in capacity_table(members, roster).rows]
+        assert len(names) == len(set(names))
+
+
+def _against_naive(share: float, slowdown: float) -> list[Record]:
+    naive = timed(make_case(), GIB, [0.1] * 20)
+    return [naive, timed(make_case("fused"), int(share * GIB), [slowdown * 0.1] * 20)]
+
+
+@pytest.mark.parametrize(
+    ("share", "slowdown", "better"),
+    [(0.5, 1.2, True), (1.1, 1.0, True), (0.5, 1.0, False), (0.5, 0.9, False), (1.1, 0.9, False)],
+)
+def test_naive_is_better_where_no_strategy_gains(share: float, slowdown: float, better: bool) -> None:
+    records = _against_naive(share, slowdown)
+    found = comparisons(records, Roster.of(records))
+    assert naive_is_better(found[0]) is better
+    assert len(naive_section(found).tables()) == better
+
+
+def test_every_error_of_the_prediction_is_there() -> None:
+    records = [record for record in gpu_run() if record.case.kind == "step"]
+    rows = both(comparisons(records, Roster.of(records)))
+    known = [r for r in records if r.case.source == "measured" and prediction_error(r) is not None]
+    assert len(prediction_table(rows).rows) == len(known) > 50
+    record = known[0]
+    measured = (record.peak_allocated_bytes or 0) - (record.workspace_bytes or 0)
+    assert prediction_error(record) == pytest.approx((record.predicted_peak_bytes or 0) / measured - 1)
+
+
+def test_kernels_are_held_against_the_ceilings() -> None:
+    records = kernel_records()
+    operator = operators(records)[0]
+    run = operator.by("ours")[0]
+    assert run.gb_s == pytest.approx(800 / 1.25, rel=0.02)
+    assert run.copy_share == pytest.approx(1 / 1.25, rel=0.02)
+    assert run.ratio == pytest.approx(1.25 / 2.9, rel=0.02)
+    assert run.roof_share == max(run.copy_share or 0, run.matmul_share or 0)
+    assert len(operator_table(operator).rows) == 16
+    assert _cells(overview_table(operators(records)), "bn_relu_conv1x1")["contender"] == "ours"
+
+
+def test_kernels_without_ceilings_have_no_shares() -> None:
+    bare = [dataclasses.replace(r, environment={"device": "Synthetic GPU"}) for r in kernel_records()]
+    table = operator_table(operators(bare)[0])
+    assert "of copy rate" not in table.columns
+    assert "GB/s" in table.columns
+
+
+def test_kernels_that_failed_are_named() -> None:
+    wrong = [
+        dataclasses.replace(r, status="incorrect", reason="off by 0.1", time_s=None)
+        for r in kernel_records()
+        if r.case.strategy == "cudnn" and r.case.model == "bn_relu_pool"
+    ]
+    assert failures(wrong) == ("bn_relu_pool, cudnn: incorrect (off by 0.1), on 4 shapes",)
+    assert failures(kernel_records()) == ()
+    assert [type(block).__name__ for block in kernels_section(wrong, []).blocks] == ["Items"]
+
+
+def test_published_figures_have_sources() -> None:
+    table = published_table([])
+    sources = [row[table.columns.index("source")] for row in table.rows]
+    assert all(isinstance(cell, Link) and cell.url.startswith("https://") for cell in sources)
+    assert {row[table.columns.index("ours")] for row in table.rows} == {"not run", "not comparable"}
+    assert "our memory ratio" not in table.columns
+
+
+def test_ours_beside_published_only_where_conditions_agree() -> None:
+    titan = next(row.conditions for row in PUBLISHED if row.method == "DTR")
+    same = _against_naive(0.5, 1.2)
+    same = [dataclasses.replace(r, case=dataclasses.replace(r.case, batch=84, autocast=None)) for r in same]
+    found = ours(titan, comparisons(same, Roster.of(same)))
+    assert "1,024 → 512 MiB" in found.text
+    assert found.memory == pytest.approx(0.5)
+    other = ours(titan, comparisons(_against_naive(0.5, 1.2), Roster.of(same)))
+    assert "but batch 64 in bfloat16 autocast" in other.text
+    assert "→" not in other.text
+    inference = [dataclasses.replace(r, case=dataclasses.replace(r.case, mode="infer")) for r in same]
+    assert ours(titan, comparisons(inference, Roster.of(same))).text == "not run"
+
+
+def test_an_unknown_strategy_has_a_place_in_the_table() -> None:
+    records = [*_against_naive(0.5, 1.2), timed(make_case("brand_new"), GIB // 4, [0.09] * 20)]
+    table = main_table(comparisons(records, Roster.of(records))[0])
+    assert _cells(table, "brand_new")["memory against naive"].startswith("0.25")
+    assert _cells(table, "brand_new")["verdict"] == "↑ faster"
