@@ -15,7 +15,7 @@ from torch import Tensor
 from densebench.kernels.bn_relu import reference as bn_relu
 from densebench.kernels.device import load_norm, relu
 from densebench.kernels.language import tl, triton
-from densebench.kernels.launch import cdiv, elementwise_tile, launch
+from densebench.kernels.launch import cdiv, elementwise_tile, launch, pixel_stride
 from densebench.kernels.library import NORM, operator
 from densebench.kernels.rows import TILE_BYTES, Norm, accumulate_dtype, relu_norm
 
@@ -151,7 +151,7 @@ def launch_pool(x: Tensor, norm: Norm, pool: str, out: Tensor | None, chosen: Te
         _kernel, (cdiv(windows, tile.rows), cdiv(columns, tile.columns)),
         x, *norm[:4], out, chosen,
         windows, columns, height, width, out_height, out_width,
-        x.stride(2), 0 if out is None else out.stride(2),
+        pixel_stride(x), 0 if out is None else pixel_stride(out),
         tile=tile, eps=norm.eps, POOL=pool, BLOCK_ROWS=tile.rows, BLOCK_COLUMNS=tile.columns,
     )  # fmt: skip
 

@@ -23,7 +23,7 @@ from densebench.kernels.bn_relu_pool import (
 from densebench.kernels.deferred import reduce_terms, settle_rows, terms_of
 from densebench.kernels.device import load_norm, relu, relu_backward
 from densebench.kernels.language import tl, triton
-from densebench.kernels.launch import Share, cdiv, device_of, elementwise_tile, launch, share
+from densebench.kernels.launch import Share, cdiv, device_of, elementwise_tile, launch, pixel_stride, share
 from densebench.kernels.library import NORM, operator
 from densebench.kernels.rows import Norm, as_rows, norm_backward
 
@@ -196,7 +196,7 @@ def _launch(
         _kernel, (shared.parts, cdiv(columns, tile.columns)),
         grad, x, *norm[:4], chosen, grad_x, terms, partial,
         images * height * width, columns, height, width, grad.shape[1], grad.shape[2], shared.rows,
-        grad.stride(2), x.stride(2), 0 if grad_x is None else grad_x.stride(2),
+        pixel_stride(grad), pixel_stride(x), 0 if grad_x is None else pixel_stride(grad_x),
         tile=tile, eps=norm.eps, BLOCK_ROWS=tile.rows, BLOCK_COLUMNS=tile.columns,
     )  # fmt: skip
 

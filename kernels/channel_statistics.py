@@ -23,10 +23,13 @@ def reference(x: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def _cpu(x: Tensor, mean: Tensor, var: Tensor) -> None:
-    """Native two-pass statistics of each tile, merged by Chan's formula, which never subtracts large squares."""
-    rows = 0
+    """Native two-pass statistics of each tile, merged by Chan's formula, which never subtracts large squares.
+
+    Everything is relative to the first row: where means are large beside the spread, they round it away.
+    """
+    rows, pivot = 0, x[0].to(mean.dtype)
     for part, (tile,) in tiles(x, 1):
-        tile.copy_(x[part])
+        torch.sub(x[part], pivot, out=tile)
         tile_mean, tile_var = torch.ops.aten.batch_norm_update_stats(as_map(tile), None, None, 0.0)
         count = tile.shape[0]
         total, share = rows + count, count / (rows + count)
@@ -38,6 +41,7 @@ def _cpu(x: Tensor, mean: Tensor, var: Tensor) -> None:
             var.mul_(1 - share).add_(tile_var, alpha=share).addcmul_(delta, delta, value=share * (1 - share))
             mean.add_(delta, alpha=share)
         rows = total
+    mean += pivot
 
 
 @triton.jit
@@ -47,11 +51,16 @@ def _partial_statistics_kernel(
     x_stride,
     BLOCK_ROWS: tl.constexpr, BLOCK_COLUMNS: tl.constexpr,
 ):  # fmt: skip
-    """Mean and sum of squared differences over a range of rows: partial [parts, 2, C]."""
+    """Mean and sum of squared differences over a range of rows: partial [parts, 2, C].
+
+    Means are kept relative to the first row of all: where they are large beside the differences between parts,
+    these would drown in their rounding.
+    """
     part = tl.program_id(0)
     column = tl.program_id(1) * BLOCK_COLUMNS + tl.arange(0, BLOCK_COLUMNS)
     kept = column < columns
     dtype = partial_pointer.dtype.element_ty
+    pivot = tl.load(x_pointer + column, mask=kept, other=0.0).to(dtype)
     first = part * rows_a_program
     last = tl.minimum(first + rows_a_program, rows)
     count = tl.zeros((1,), dtype)
@@ -62,6 +71,7 @@ def _partial_statistics_kernel(
         mask = (row < last)[:, None]
         offsets = row.to(tl.int64)[:, None] * x_stride + column[None, :]
         x = tl.load(x_pointer + offsets, mask=mask & kept[None, :], other=0.0).to(dtype)  # [rows, columns]
+        x = x - pivot[None, :]
         here = tl.minimum(last - start, BLOCK_ROWS).to(dtype)
         tile_mean, tile_squares = tile_statistics(x, mask, here)
         count, mean, squares = merge_statistics(count, mean, squares, here, tile_mean, tile_squares)
@@ -72,7 +82,7 @@ def _partial_statistics_kernel(
 
 @triton.jit
 def _merge_statistics_kernel(
-    partial_pointer, mean_pointer, var_pointer,
+    partial_pointer, pivot_pointer, mean_pointer, var_pointer,
     parts, rows, columns, rows_a_part,
     BLOCK_PARTS: tl.constexpr, BLOCK_COLUMNS: tl.constexpr,
 ):  # fmt: skip
@@ -92,17 +102,26 @@ def _merge_statistics_kernel(
     total_shift = tl.sum(shifted * counts, axis=0) / rows
     between = tl.where(mask, shifted - total_shift[None, :], 0.0)
     total = tl.sum(squares + between * between * counts, axis=0)
-    tl.store(mean_pointer + column, first + total_shift, mask=kept)
+    mean = first + total_shift
+    if pivot_pointer is not None:
+        mean += tl.load(pivot_pointer + column, mask=kept, other=0.0).to(dtype)
+    tl.store(mean_pointer + column, mean, mask=kept)
     tl.store(var_pointer + column, total / rows, mask=kept)
 
 
-def merge_partial_statistics(partial: Tensor, rows: int, shared: Share, mean: Tensor, var: Tensor) -> None:
-    """Mean and biased variance [C] over all rows from those of the parts, [parts, 2, C]."""
+def merge_partial_statistics(
+    partial: Tensor, rows: int, shared: Share, mean: Tensor, var: Tensor, pivot: Tensor | None = None
+) -> None:
+    """Mean and biased variance [C] over all rows from those of the parts, [parts, 2, C].
+
+    Args:
+        pivot: [C], what the parts' means are relative to; None for 0.
+    """
     parts, _, columns = partial.shape
     tile = Tile(power_of_two(parts, 16, 4096), 8, warps=4, stages=1)
     launch(
         _merge_statistics_kernel, (cdiv(columns, tile.columns),),
-        partial, mean, var, parts, rows, columns, shared.rows,
+        partial, pivot, mean, var, parts, rows, columns, shared.rows,
         tile=tile, BLOCK_PARTS=tile.rows, BLOCK_COLUMNS=tile.columns,
     )  # fmt: skip
 
@@ -119,7 +138,7 @@ def _cuda(x: Tensor, mean: Tensor, var: Tensor) -> None:
         x, partial, rows, columns, shared.rows, x.stride(0),
         tile=tile, BLOCK_ROWS=tile.rows, BLOCK_COLUMNS=tile.columns,
     )  # fmt: skip
-    merge_partial_statistics(partial, rows, shared, mean, var)
+    merge_partial_statistics(partial, rows, shared, mean, var, pivot=x[0])
 
 
 def _fake(x: Tensor, mean: Tensor, var: Tensor) -> None:

@@ -245,13 +245,12 @@ def compile_launch(launch: Launch, target: str, dtype: torch.dtype, growth_rates
         "shared_bytes": built.metadata.shared,
         "narrow_offsets": _narrow_offsets(built.asm["ttir"]),
     }
-    facts = (
-        _amd(built.asm["amdgcn"]) if target.startswith("gfx") else _nvidia(built.asm["ptx"], built.asm["cubin"])
-    )
-    return Compiled(**shared, **facts)
+    if target.startswith("gfx"):
+        return Compiled(**shared, **_amd(built.asm["amdgcn"]))
+    return Compiled(**shared, **_nvidia(built.asm["ptx"], built.asm["cubin"]))
 
 
-def _nvidia(ptx: str, cubin: bytes) -> dict[str, int]:
+def _nvidia(ptx: str, cubin: bytes) -> dict[str, Any]:
     from triton import knobs
 
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
@@ -277,7 +276,7 @@ def _nvidia(ptx: str, cubin: bytes) -> dict[str, int]:
     }
 
 
-def _amd(assembly: str) -> dict[str, int]:
+def _amd(assembly: str) -> dict[str, Any]:
     def number(key: str) -> int:
         found = re.search(rf"\.{key}:\s+(\d+)", assembly)
         return int(found[1]) if found else 0

@@ -102,6 +102,11 @@ def loadable(x: Tensor) -> int:
     return stride if rows_end <= x.untyped_storage().nbytes() else columns
 
 
+def pixel_stride(x: Tensor) -> int:
+    """Values from one pixel of [N, H, W, C] to the next; the stride of an extent of 1 means nothing."""
+    return next((x.stride(extent) for extent in (2, 1, 0) if x.shape[extent] > 1), x.shape[3])
+
+
 def cdiv(a: int, b: int) -> int:
     return -(-a // b)
 

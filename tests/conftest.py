@@ -1,4 +1,4 @@
-"""Every strategy as a fixture, markers that never pass in silence, and threads shared among workers."""
+"""Every strategy as a fixture, and markers that never pass in silence."""
 
 from __future__ import annotations
 
@@ -8,6 +8,9 @@ from pathlib import Path
 
 import pytest
 import torch
+
+if not torch.cuda.is_available():  # before any kernel is defined: Triton decides then
+    os.environ.setdefault("TRITON_INTERPRET", "1")
 
 from densebench.registry import get_strategy, list_strategies
 
@@ -21,10 +24,8 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
 
 def pytest_configure(config: pytest.Config) -> None:
-    # Under xdist every worker would start a thread for each core, and they would wait for one another.
-    workers = int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", "1"))
-    if workers > 1:
-        torch.set_num_threads(max(1, (os.cpu_count() or 1) // workers))
+    # The networks are tiny: on a busy machine a second thread only waits, for minutes where one takes seconds.
+    torch.set_num_threads(1)
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
@@ -71,6 +72,12 @@ def strategy(request: pytest.FixtureRequest) -> str:
 def every_strategy(request: pytest.FixtureRequest) -> str:
     """The name of a strategy that this machine can run."""
     return _runnable(request)
+
+
+@pytest.fixture(params=["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
+def device(request: pytest.FixtureRequest) -> torch.device:
+    """The CPU, and the GPU where there is one."""
+    return torch.device(request.param)
 
 
 @pytest.fixture(autouse=True)

@@ -151,4 +151,4 @@ class StagePlan:
 def _norms_and_convs(layer: DenseLayer) -> Iterator[tuple[nn.BatchNorm2d, nn.Conv2d]]:
     yield layer.norm1, layer.conv1
     if layer.bottleneck:
-        yield cast("nn.BatchNorm2d", layer.norm2), cast("nn.Conv2d", layer.conv2)
+        yield cast("nn.BatchNorm2d", layer.norm2), layer.conv2

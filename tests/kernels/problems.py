@@ -1,4 +1,4 @@
-"""Calls of every operator on drawn data, and what each must produce: the truth comes from the references, in float64.
+"""Calls of every operator on drawn data, and what each must produce by the references in float64.
 
 A gradient buffer is compared as the gradient that it stands for, so implementations may defer what they like.
 """
@@ -174,7 +174,8 @@ class Buffer:
 
     def meant(self, grad: Tensor, pending: Tensor) -> Tensor:
         centered = self.x.double() - self.norm.mean.double()
-        return grad.double() - pending[0].double() - centered * pending[1].double()
+        slope = pending[1].double()
+        return grad.double() - pending[0].double() - torch.where(slope == 0, 0, centered * slope)
 
 
 def _bn_relu_backward_into(shape: Shape) -> Problem:
@@ -290,7 +291,7 @@ def _pool_backward(pool: str) -> Callable[[Shape], Problem]:
         draw = Draw(shape)
         rows = draw.slice(shape.rows, shape.columns)
         x, norm = _grid(rows, shape), draw.norm(rows)
-        exact = x.double().requires_grad_()
+        exact = x.to(torch.float64, copy=True).requires_grad_()
         pooled = bn_relu_pool.reference(exact, doubled(norm), pool)
         grad = draw.values(*pooled.shape)
         # Through ReLU and pooling by autograd; through the norm by the reference.
