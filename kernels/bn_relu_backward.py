@@ -23,7 +23,7 @@ from densebench.kernels.launch import (
     share,
 )
 from densebench.kernels.library import NORM, operator
-from densebench.kernels.rows import Norm, norm_backward, tile_bytes, tiles
+from densebench.kernels.rows import Norm, norm_sums, store_scaled, tile_bytes, tiles
 
 threshold_backward = torch.ops.aten.threshold_backward
 
@@ -82,25 +82,16 @@ def _cpu_backward_into(
     for rows, (x_tile, z, dz) in tiles(x, 3):
         torch.addcmul(shift, x_tile.copy_(x[rows]), scale, out=z)
         threshold_backward(dz.copy_(grad[rows]), z, 0, grad_input=dz)
-        scaled, more_gamma, more_beta = norm_backward(dz, x_tile, norm, needs_x=grad_x is not None)
+        more_gamma, more_beta = norm_sums(dz, x_tile, norm)
         grad_gamma += more_gamma
         grad_beta += more_beta
-        if grad_x is not None and scaled is not None:
-            store(scaled, grad_x[rows], accumulate)
+        if grad_x is not None:
+            store_scaled(dz, scale, grad_x[rows], spare=x_tile if accumulate else None)
+    del x_tile, z, dz  # settling makes a tile of its own
     if by_batch and grad_x is not None:
         terms = terms_of(norm, grad_gamma, grad_beta, x.shape[0])
         defer(terms, pending, grad_x, x, mean)
     return grad_gamma, grad_beta
-
-
-def store(values: Tensor, out: Tensor, accumulate: bool) -> None:
-    """out = values, or out += values, rounded to out's dtype once."""
-    if not accumulate:
-        out.copy_(values)
-    elif out.dtype == values.dtype:
-        out += values
-    else:
-        out.copy_(values.add_(out))
 
 
 @triton.jit
@@ -220,7 +211,7 @@ bn_relu_backward = operator(
     cpu=_cpu_backward,
     cuda=_cuda_backward,
     fake=_fake_sums,
-    workspace=lambda grad, x, *_: 5 * tile_bytes(x),
+    workspace=lambda grad, x, *_: 3 * tile_bytes(x),
 )
 
 bn_relu_backward_into = operator(
@@ -229,5 +220,5 @@ bn_relu_backward_into = operator(
     cpu=_cpu_backward_into,
     cuda=_cuda_backward_into,
     fake=_fake_sums,
-    workspace=lambda grad, x, *_: 5 * tile_bytes(x),
+    workspace=lambda grad, x, *_: 3 * tile_bytes(x),
 )

@@ -24,7 +24,7 @@ from densebench.kernels.launch import (
     share,
 )
 from densebench.kernels.library import NORM, operator
-from densebench.kernels.rows import Norm, relu_norm, tile_bytes, tiles
+from densebench.kernels.rows import Norm, relu_norm, tile_bytes, tile_rows, tiles
 
 
 def reference(x: Tensor, norm: Norm, weight: Tensor) -> Tensor:
@@ -55,15 +55,18 @@ def _cpu(
     direct = out.dtype == scale.dtype
     if out_scale is not None and out_shift is not None:
         transposed, bias = transposed * out_scale, out_shift.to(scale.dtype)
+    scratch = None if direct else scale.new_empty(tile_rows(x), weight.shape[0])
     for rows, (tile,) in tiles(x, 1):
         a = relu_norm(x[rows], scale, shift, tile)
+        product = out[rows] if scratch is None else scratch[: a.shape[0]]
         if out_scale is not None:
-            product = torch.addmm(bias, a, transposed, out=out[rows] if direct else None).relu_()
+            torch.addmm(bias, a, transposed, out=product).relu_()
         else:
-            product = torch.mm(a, transposed, out=out[rows] if direct else None)
-        if not direct:
+            torch.mm(a, transposed, out=product)
+        if scratch is not None:
             out[rows] = product
     if out_mean is not None and out_var is not None:
+        tile = a = scratch = product = None  # type: ignore[assignment]  # freed: the statistics need their own
         channel_statistics(out, out_mean, out_var)
 
 
@@ -145,13 +148,13 @@ def _tile(x: Tensor, weight: Tensor) -> Tile:
     if x.element_size() == 8:
         return Tile(32, 16, outputs, warps=4, stages=2)
     if x.element_size() == 4:
-        return Tile(32, 32, outputs, warps=8, stages=3)
+        return Tile(32, 16, outputs, warps=8, stages=3)
     if device.is_hopper and columns > 128 and outputs == 128 and cdiv(x.shape[0], 128) >= device.multiprocessors:
         return Tile(128, 32, outputs, warps=16, stages=4)
     if cdiv(x.shape[0], 64) >= device.multiprocessors:
         two_fit = device.is_hopper and outputs <= 128
         return Tile(64, 32, outputs, warps=8, stages=4, registers=128 if two_fit else None)
-    return Tile(32, 64, outputs, warps=4 if outputs <= 64 else 8, stages=4)
+    return Tile(32, 32, outputs, warps=4 if outputs <= 64 else 8, stages=4)
 
 
 def _cuda(
@@ -192,6 +195,15 @@ def _flops(x: Tensor, *arguments: Tensor, out_val: object = None) -> int:
     return 2 * x.shape[0] * x.shape[1] * arguments[5].shape[0]
 
 
+def _workspace(x: Tensor, *arguments: Tensor) -> int:
+    """One tile of x, and one of the product where it has to be converted; or one of the product's statistics."""
+    mean, weight, out, out_mean = arguments[0], *arguments[5:8]
+    inside = tile_bytes(x)
+    if out.dtype != mean.dtype:
+        inside += (tile_rows(x) + x.shape[1]) * weight.shape[0] * mean.element_size()
+    return inside if out_mean is None else max(inside, tile_bytes(out))
+
+
 bn_relu_conv1x1 = operator(
     f"bn_relu_conv1x1(Tensor x, {NORM}, Tensor weight, Tensor(a!) out, Tensor(b!)? out_mean,"
     " Tensor(c!)? out_var, Tensor? out_scale, Tensor? out_shift) -> ()",
@@ -199,5 +211,5 @@ bn_relu_conv1x1 = operator(
     cuda=_cuda,
     fake=_fake,
     flops=_flops,
-    workspace=lambda x, *_: 2 * tile_bytes(x),
+    workspace=_workspace,
 )

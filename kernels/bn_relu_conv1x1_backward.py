@@ -12,7 +12,7 @@ from torch import Tensor
 
 from densebench.kernels.bn_relu import reference as bn_relu
 from densebench.kernels.bn_relu_backward import reference as bn_relu_backward
-from densebench.kernels.bn_relu_backward import store, threshold_backward
+from densebench.kernels.bn_relu_backward import threshold_backward
 from densebench.kernels.bn_relu_conv1x1 import packed
 from densebench.kernels.deferred import defer, reduce_terms, terms_of
 from densebench.kernels.device import load_norm, relu, relu_backward
@@ -29,7 +29,7 @@ from densebench.kernels.launch import (
     share,
 )
 from densebench.kernels.library import NORM, operator
-from densebench.kernels.rows import Norm, norm_backward, relu_norm, tile_bytes, tiles
+from densebench.kernels.rows import Norm, norm_sums, relu_norm, store_scaled, tile_bytes, tile_rows, tiles
 
 
 def reference(
@@ -65,25 +65,28 @@ def _cpu_backward(
     scale, shift = norm.folded()
     weight = weight.to(scale.dtype)
     grad_gamma, grad_beta = torch.zeros_like(mean), torch.zeros_like(mean)
-    grad_weight = scale.new_zeros(weight.shape[1], weight.shape[0])  # transposed: the faster product
+    outputs = grad.shape[1] if needs_weight else 0
+    grad_weight = scale.new_zeros(x.shape[1], outputs)  # transposed: the faster product
+    converted = None if grad.dtype == scale.dtype else scale.new_empty(tile_rows(x), grad.shape[1])
     for rows, (x_tile, a, dz) in tiles(x, 3):
         relu_norm(x_tile.copy_(x[rows]), scale, shift, a)
-        grad_tile = grad[rows].to(scale.dtype)
+        grad_tile = grad[rows] if converted is None else converted[: a.shape[0]].copy_(grad[rows])
         if needs_weight:
             grad_weight.addmm_(a.t(), grad_tile)
         if grad_x is None and not needs_affine:
             continue
         torch.mm(grad_tile, weight, out=dz)
         threshold_backward(dz, a, 0, grad_input=dz)
-        scaled, more_gamma, more_beta = norm_backward(dz, x_tile, norm, needs_x=grad_x is not None)
+        more_gamma, more_beta = norm_sums(dz, x_tile, norm)
         grad_gamma += more_gamma
         grad_beta += more_beta
-        if grad_x is not None and scaled is not None:
-            store(scaled, grad_x[rows], accumulate)
+        if grad_x is not None:
+            store_scaled(dz, scale, grad_x[rows], spare=x_tile if accumulate else None)
+    del x_tile, a, dz, grad_tile, converted  # settling makes a tile of its own
     if by_batch and grad_x is not None:
         terms = terms_of(norm, grad_gamma, grad_beta, x.shape[0])
         defer(terms, pending, grad_x, x, mean)
-    return grad_gamma, grad_beta, grad_weight.t()
+    return grad_gamma, grad_beta, grad_weight.t().contiguous()
 
 
 @triton.jit
@@ -231,9 +234,17 @@ def _cuda_backward(
     return *reduce_terms(joined, norm, None if grad_x is None else pending, rows, by_batch), grad_weight
 
 
-def _fake(grad: Tensor, x: Tensor, mean: Tensor, *_: object) -> tuple[Tensor, Tensor, Tensor]:
-    weight = mean.new_empty(x.shape[1], grad.shape[1]).t()
+def _fake(grad: Tensor, x: Tensor, mean: Tensor, *arguments: object) -> tuple[Tensor, Tensor, Tensor]:
+    needs_weight = arguments[-1]
+    weight = mean.new_empty(grad.shape[1] if needs_weight else 0, x.shape[1])
     return torch.empty_like(mean), torch.empty_like(mean), weight
+
+
+def _workspace(grad: Tensor, x: Tensor, mean: Tensor, *_: object) -> int:
+    """Three tiles of x's columns; one of the outputs' and the weight, where they have to be converted."""
+    if grad.dtype == mean.dtype:
+        return 3 * tile_bytes(x)
+    return 3 * tile_bytes(x) + (tile_rows(x) + x.shape[1]) * grad.shape[1] * mean.element_size()
 
 
 def _flops(grad: Tensor, x: Tensor, *arguments: object, out_val: object = None) -> int:
@@ -250,5 +261,5 @@ bn_relu_conv1x1_backward = operator(
     cuda=_cuda_backward,
     fake=_fake,
     flops=_flops,
-    workspace=lambda grad, x, *_: 5 * tile_bytes(x),
+    workspace=_workspace,
 )

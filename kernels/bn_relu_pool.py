@@ -29,13 +29,14 @@ def reference(x: Tensor, norm: Norm, pool: str) -> Tensor:
     return pooled.permute(0, 2, 3, 1)
 
 
-def image_tiles(x: Tensor) -> Iterator[tuple[slice, Tensor, Tensor]]:
-    """A few images at a time, with two pieces of dense scratch for them."""
+def image_tiles(x: Tensor, count: int) -> Iterator[tuple[slice, list[Tensor]]]:
+    """A few images at a time, with `count` pieces of dense scratch for them."""
     step, dtype = _images_a_tile(x), accumulate_dtype(x)
-    scratch = x.new_empty(2, min(step, x.shape[0]), *x.shape[1:], dtype=dtype)
+    size = (min(step, x.shape[0]), *x.shape[1:])
+    scratch = [x.new_empty(size, dtype=dtype) for _ in range(count)]
     for start in range(0, x.shape[0], step):
-        count = min(step, x.shape[0] - start)
-        yield slice(start, start + count), scratch[0, :count], scratch[1, :count]
+        images = slice(start, min(start + step, x.shape[0]))
+        yield images, [piece[: images.stop - start] for piece in scratch]
 
 
 def _images_a_tile(x: Tensor) -> int:
@@ -57,18 +58,20 @@ def _cpu_max(
     x: Tensor, mean: Tensor, var: Tensor, gamma: Tensor | None, beta: Tensor | None, eps: float, out: Tensor
 ) -> None:
     norm = Norm(mean, var, gamma, beta, eps)
-    for images, scratch, _ in image_tiles(x):
+    for images, (scratch,) in image_tiles(x, 1):
         pooled = F.max_pool2d(activate(x[images], norm, scratch), *STEM)
         out[images] = pooled.permute(0, 2, 3, 1)
+        del pooled  # before the next is made
 
 
 def _cpu_avg(
     x: Tensor, mean: Tensor, var: Tensor, gamma: Tensor | None, beta: Tensor | None, eps: float, out: Tensor
 ) -> None:
     norm = Norm(mean, var, gamma, beta, eps)
-    for images, scratch, _ in image_tiles(x):
+    for images, (scratch,) in image_tiles(x, 1):
         pooled = F.avg_pool2d(activate(x[images], norm, scratch), 2)
         out[images] = pooled.permute(0, 2, 3, 1)
+        del pooled  # before the next is made
 
 
 @triton.jit
@@ -181,7 +184,8 @@ bn_relu_max_pool = operator(
     cpu=_cpu_max,
     cuda=_cuda_max,
     fake=_fake,
-    workspace=lambda x, *_: 4 * scratch_bytes(x),
+    # The activations; a quarter of them pooled, in the accumulating dtype, and their places in 8 bytes each.
+    workspace=lambda x, mean, *_: scratch_bytes(x) * 5 // 4 + scratch_bytes(x) * 2 // mean.element_size(),
 )
 
 bn_relu_avg_pool = operator(
@@ -189,5 +193,5 @@ bn_relu_avg_pool = operator(
     cpu=_cpu_avg,
     cuda=_cuda_avg,
     fake=_fake,
-    workspace=lambda x, *_: 3 * scratch_bytes(x),
+    workspace=lambda x, *_: scratch_bytes(x) * 5 // 4,
 )

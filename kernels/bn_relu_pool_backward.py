@@ -25,7 +25,7 @@ from densebench.kernels.device import load_norm, relu, relu_backward
 from densebench.kernels.language import tl, triton
 from densebench.kernels.launch import Share, cdiv, device_of, elementwise_tile, launch, pixel_stride, share
 from densebench.kernels.library import NORM, operator
-from densebench.kernels.rows import Norm, as_rows, norm_backward
+from densebench.kernels.rows import Norm, as_rows, norm_sums, store_scaled
 
 aten = torch.ops.aten
 
@@ -83,16 +83,16 @@ def _backward(
 ) -> tuple[Tensor, Tensor]:
     """Through pooling, ReLU and norm: grad_x = scale * dz, and the norm's terms join `pending`."""
     grad_gamma, grad_beta = torch.zeros_like(norm.mean), torch.zeros_like(norm.mean)
-    for images, scratch, x_tile in image_tiles(x):
+    scale, _ = norm.folded()
+    for images, (scratch, x_tile) in image_tiles(x, 2):
         a = activate(x_tile.copy_(x[images]), norm, scratch)
         dz = unpool(grad[images].to(a.dtype).permute(0, 3, 1, 2), a)
         dz = threshold_backward(dz, a, 0, grad_input=dz)
-        rows = x_tile.view(-1, x.shape[-1])
-        scaled, more_gamma, more_beta = norm_backward(as_rows(dz), rows, norm)
+        more_gamma, more_beta = norm_sums(as_rows(dz), x_tile.view(-1, x.shape[-1]), norm)
         grad_gamma += more_gamma
         grad_beta += more_beta
-        assert scaled is not None
-        grad_x[images] = scaled.view(x_tile.shape)
+        store_scaled(dz.permute(0, 2, 3, 1), scale, grad_x[images])
+        del dz  # before the next is made
     if by_batch:
         pending += terms_of(norm, grad_gamma, grad_beta, x[..., 0].numel())
     return grad_gamma, grad_beta
@@ -245,13 +245,22 @@ def _fake_backward(grad: Tensor, x: Tensor, mean: Tensor, *_: object) -> tuple[T
     return torch.empty_like(mean), torch.empty_like(mean)
 
 
+def _workspace(grad: Tensor, x: Tensor, mean: Tensor) -> int:
+    """x, its activations and their gradient; the pooled gradient, a quarter as large, where it is converted."""
+    converted = 0 if grad.dtype == mean.dtype else scratch_bytes(x) // 4
+    return 3 * scratch_bytes(x) + converted
+
+
 bn_relu_max_pool_backward = operator(
     f"bn_relu_max_pool_backward(Tensor grad, Tensor x, {NORM}, bool by_batch, Tensor(a!) grad_x)"
     " -> (Tensor, Tensor)",
     cpu=_cpu_max_backward,
     cuda=_cuda_max_backward,
     fake=_fake_backward,
-    workspace=lambda grad, x, *_: 6 * scratch_bytes(x),
+    # And the maxima with their places, a quarter as many, 8 bytes a place.
+    workspace=lambda grad, x, mean, *_: (
+        _workspace(grad, x, mean) + scratch_bytes(x) // 4 + scratch_bytes(x) * 2 // mean.element_size()
+    ),
 )
 
 bn_relu_avg_pool_backward = operator(
@@ -260,5 +269,5 @@ bn_relu_avg_pool_backward = operator(
     cpu=_cpu_avg_backward,
     cuda=_cuda_avg_backward,
     fake=_fake_backward,
-    workspace=lambda grad, x, *_: 5 * scratch_bytes(x),
+    workspace=lambda grad, x, mean, *_: _workspace(grad, x, mean),
 )

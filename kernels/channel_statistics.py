@@ -29,7 +29,7 @@ def _cpu(x: Tensor, mean: Tensor, var: Tensor) -> None:
     """
     rows, pivot = 0, x[0].to(mean.dtype)
     for part, (tile,) in tiles(x, 1):
-        torch.sub(x[part], pivot, out=tile)
+        torch.sub(x[part] if x.dtype == tile.dtype else tile.copy_(x[part]), pivot, out=tile)
         tile_mean, tile_var = torch.ops.aten.batch_norm_update_stats(as_map(tile), None, None, 0.0)
         count = tile.shape[0]
         total, share = rows + count, count / (rows + count)

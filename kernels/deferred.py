@@ -62,7 +62,10 @@ def _cpu(grad: Tensor, x: Tensor, mean: Tensor, pending: Tensor, out: Tensor) ->
     for rows, (tile,) in tiles(x, 1):
         tile.copy_(x[rows]).sub_(mean)
         torch.addcmul(pending[0], tile, pending[1], out=tile)
-        out[rows] = torch.sub(grad[rows], tile, out=tile)
+        if grad.dtype == tile.dtype:
+            torch.sub(grad[rows], tile, out=out[rows])
+        else:
+            out[rows] = torch.sub(grad[rows], tile, out=tile)
 
 
 @triton.jit
@@ -159,5 +162,6 @@ settled_gradient = operator(
     cpu=_cpu,
     cuda=_cuda,
     fake=lambda grad, x, mean, pending, out: torch._check(out.shape == grad.shape == x.shape),
-    workspace=lambda grad, x, *_: tile_bytes(x),
+    # In low precision the subtraction makes a converted copy of the gradient.
+    workspace=lambda grad, x, mean, *_: (1 if grad.dtype == mean.dtype else 2) * tile_bytes(x),
 )

@@ -19,7 +19,7 @@ class Device(NamedTuple):
 
     @property
     def is_hopper(self) -> bool:
-        return self.capability[0] == 9
+        return self.capability == (9, 0)  # AMD calls its MI300 9.4
 
 
 H100 = Device(132, (9, 0))

@@ -91,23 +91,29 @@ def as_map(rows: Tensor) -> Tensor:
     return rows.view(1, rows.shape[0], 1, rows.shape[1]).permute(0, 3, 1, 2)
 
 
-def norm_backward(
-    grad: Tensor, x: Tensor, norm: Norm, needs_x: bool = True
-) -> tuple[Tensor | None, Tensor, Tensor]:
-    """Backward of a norm whose statistics are constants: (grad * scale, dgamma, dbeta).
+def norm_sums(dz: Tensor, x: Tensor, norm: Norm) -> tuple[Tensor, Tensor]:
+    """(dgamma, dbeta) = column sums of (dz * xhat, dz), in one pass of PyTorch's native kernel.
 
     Args:
-        grad, x: dense [M, C] of the accumulating dtype.
-        needs_x: without it the first result is None.
-
-    The sums are those of a batch norm in training, too; only the two terms through the statistics are missing
-    from the first result (see `Deferred`).
+        dz, x: dense [M, C] of the accumulating dtype.
     """
-    wanted = [needs_x, True, True]
-    grad_x, grad_gamma, grad_beta = torch.ops.aten.native_batch_norm_backward(
-        as_map(grad), as_map(x), norm.affine()[0], norm.mean, norm.var, None, None, False, norm.eps, wanted
+    wanted = [False, True, True]  # without the gradient of x: that would cost two tiles, and time
+    _, grad_gamma, grad_beta = torch.ops.aten.native_batch_norm_backward(
+        as_map(dz), as_map(x), norm.affine()[0], norm.mean, norm.var, None, None, False, norm.eps, wanted
     )
-    return (grad_x.permute(0, 2, 3, 1).view_as(x) if needs_x else None), grad_gamma, grad_beta
+    return grad_gamma, grad_beta
+
+
+def store_scaled(dz: Tensor, scale: Tensor, out: Tensor, spare: Tensor | None = None) -> None:
+    """out = scale * dz, or with `spare` out += scale * dz, rounded to out's dtype once.
+
+    dz and `spare`, of its shape and dtype, may be overwritten.
+    """
+    if out.dtype == dz.dtype:
+        torch.mul(dz, scale, out=out) if spare is None else out.addcmul_(dz, scale)
+    else:
+        dz.mul_(scale)
+        out.copy_(dz if spare is None else dz.add_(spare.copy_(out)))
 
 
 def as_rows(channels_last: Tensor) -> Tensor:

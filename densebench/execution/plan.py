@@ -130,7 +130,12 @@ class StagePlan:
         return any(call.by_batch for call in readers)
 
     def _tail(self, tail: Transition | FinalNorm) -> NormUnit:
-        return self._conv_unit(tail.norm, tail.conv) if isinstance(tail, Transition) else self._unit(tail.norm)
+        norm = cast("nn.BatchNorm2d", tail.norm)
+        return (
+            self._conv_unit(norm, cast("nn.Conv2d", tail.conv))
+            if isinstance(tail, Transition)
+            else self._unit(norm)
+        )
 
     def _unit(self, norm: nn.BatchNorm2d) -> NormUnit:
         unit = NormUnit(self._call(norm), len(self.parameters))
@@ -151,4 +156,4 @@ class StagePlan:
 def _norms_and_convs(layer: DenseLayer) -> Iterator[tuple[nn.BatchNorm2d, nn.Conv2d]]:
     yield layer.norm1, layer.conv1
     if layer.bottleneck:
-        yield cast("nn.BatchNorm2d", layer.norm2), layer.conv2
+        yield layer.norm2, layer.conv2

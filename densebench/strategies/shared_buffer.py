@@ -173,7 +173,9 @@ class _Scratch:
         call = unit.call
         if call.by_batch:
             check_batch(x.shape)
-        a, (mean, inv_std) = self.maps.view(self.normalized, x.shape[1]), call.statistics(x)
+        # Under autocast a bottleneck's output may be narrower than the features: so is what is made of it.
+        a = self.maps.view(self.normalized.view(x.dtype), x.shape[1])
+        mean, inv_std = call.statistics(x)
         running = (None, None) if refill and call.by_batch else call.running
         mode = (call.by_batch, call.momentum, unit.eps)
         aten.native_batch_norm.out(

@@ -1,0 +1,99 @@
+"""What every operator promises PyTorch: its schema, its shapes, the memory it uses inside, its FLOPs."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+from torch.utils.flop_counter import FlopCounterMode
+
+from densebench.kernels.library import IMPLEMENTATIONS, WORKSPACE
+from densebench.measure.memory import measure_peak
+from tests.kernels.problems import PROBLEMS, Problem, Shape
+
+SHAPES = {
+    "odd": Shape(columns=17, outputs=5),
+    "whole": Shape(images=1, height=4, width=4, columns=32, extra=0, outputs=16),
+    "float32": Shape(dtype=torch.float32, affine=False),
+    "bfloat16": Shape(dtype=torch.bfloat16, by_batch=False),
+    "fresh": Shape(accumulate=False, before=2),
+}
+
+
+def dense(problem: Problem) -> list[Any]:
+    """The arguments without what lies beside slices: opcheck copies tensors without it."""
+    return [a.clone() if isinstance(a, Tensor) else a for a in problem.arguments]
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+@pytest.mark.parametrize("name", PROBLEMS)
+def test_opcheck(name: str, shape: str) -> None:
+    """Failure mode 36: schema (what is written, what aliases), fake implementation, dispatch under compile."""
+    problem = PROBLEMS[name](SHAPES[shape])
+    torch.library.opcheck(getattr(torch.ops.densebench, problem.operator).default, dense(problem))
+
+
+def test_every_operator_is_here() -> None:
+    assert {PROBLEMS[name](Shape()).operator for name in PROBLEMS} == set(IMPLEMENTATIONS)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("name", PROBLEMS)
+def test_workspace_is_what_the_allocator_saw(name: str, dtype: torch.dtype) -> None:
+    """The declared bytes, plus results that the operator returns, against the allocator's peak: within 5 %."""
+    shape = Shape(images=4, height=56, width=56, columns=128, outputs=128, extra=0, dtype=dtype)
+    problem = PROBLEMS[name](shape)
+    operator = getattr(torch.ops.densebench, problem.operator)
+    declared = WORKSPACE[operator](*problem.arguments)
+    results = operator(*problem.arguments)
+    returned = sum(t.nbytes for t in (results or ()) if isinstance(t, Tensor))
+    peak = measure_peak(lambda: _Call(operator, problem), torch.device("cpu"), repeats=1).peak_allocated_bytes
+    assert peak - returned == pytest.approx(declared, rel=0.05, abs=64 * 1024)
+
+
+class _Call:
+    """One call as a step to measure."""
+
+    def __init__(self, operator: Any, problem: Problem) -> None:
+        self.operator, self.arguments = operator, problem.arguments
+
+    def step(self) -> None:
+        self.operator(*self.arguments)
+
+    def clear_gradients(self) -> None:
+        return
+
+    def constant_bytes(self) -> int:
+        return 0
+
+
+@pytest.mark.parametrize(
+    ("name", "products"), [("bn_relu_conv1x1", 1), ("bn_relu_conv1x1_backward", 2), ("bn_relu", 0)]
+)
+def test_flops_are_those_of_the_products(name: str, products: int) -> None:
+    """Two operations a multiply-add, so that utilization compares with PyTorch's own convolutions."""
+    shape = Shape(columns=24, outputs=48)
+    problem = PROBLEMS[name](shape)
+    with FlopCounterMode(display=False) as counter:
+        getattr(torch.ops.densebench, problem.operator)(*problem.arguments)
+    assert counter.get_total_flops() == products * 2 * shape.rows * shape.columns * shape.outputs
+
+
+@pytest.mark.parametrize(("needs_x", "needs_weight"), [(True, False), (False, True)])
+def test_backward_skips_what_is_not_needed(needs_x: bool, needs_weight: bool) -> None:
+    problem = PROBLEMS["bn_relu_conv1x1_backward"](Shape())
+    arguments = list(problem.arguments)
+    arguments[9] = arguments[9] if needs_x else None
+    arguments[12], arguments[13] = needs_x, needs_weight
+    full = problem.solve("cpu")
+    for implementation in ("cpu", "cuda"):
+        copies = [a.clone() if isinstance(a, Tensor) else a for a in arguments]
+        *_, grad_weight = getattr(IMPLEMENTATIONS[problem.operator], implementation)(*copies)
+        if needs_weight:
+            torch.testing.assert_close(grad_weight, full["grad_weight"])
+    with FlopCounterMode(display=False) as counter:
+        torch.ops.densebench.bn_relu_conv1x1_backward(*arguments)
+    shape = Shape()
+    assert counter.get_total_flops() == 2 * shape.rows * shape.columns * shape.outputs
