@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from densebench.kernels.bn_relu import reference as bn_relu
-from densebench.kernels.channel_statistics import channel_statistics, merge_partial_statistics
+from densebench.kernels.channel_statistics import RunningStatistics, merge_partial_statistics
 from densebench.kernels.device import load_norm, merge_statistics, relu, tile_statistics
 from densebench.kernels.language import tl, triton
 from densebench.kernels.launch import (
@@ -55,6 +55,7 @@ def _cpu(
     direct = out.dtype == scale.dtype
     if out_scale is not None and out_shift is not None:
         transposed, bias = transposed * out_scale, out_shift.to(scale.dtype)
+    statistics = None if out_mean is None or out_var is None else RunningStatistics(out_mean, out_var)
     scratch = None if direct else scale.new_empty(tile_rows(x), weight.shape[0])
     for rows, (tile,) in tiles(x, 1):
         a = relu_norm(x[rows], scale, shift, tile)
@@ -65,9 +66,8 @@ def _cpu(
             torch.mm(a, transposed, out=product)
         if scratch is not None:
             out[rows] = product
-    if out_mean is not None and out_var is not None:
-        tile = a = scratch = product = None  # type: ignore[assignment]  # freed: the statistics need their own
-        channel_statistics(out, out_mean, out_var)
+        if statistics is not None:  # of the product as stored, while its tile is in the cache
+            statistics.add(product if scratch is None else product.copy_(out[rows]))
 
 
 @triton.jit
@@ -196,12 +196,10 @@ def _flops(x: Tensor, *arguments: Tensor, out_val: object = None) -> int:
 
 
 def _workspace(x: Tensor, *arguments: Tensor) -> int:
-    """One tile of x, and one of the product where it has to be converted; or one of the product's statistics."""
-    mean, weight, out, out_mean = arguments[0], *arguments[5:8]
-    inside = tile_bytes(x)
-    if out.dtype != mean.dtype:
-        inside += (tile_rows(x) + x.shape[1]) * weight.shape[0] * mean.element_size()
-    return inside if out_mean is None else max(inside, tile_bytes(out))
+    """One tile of x; one of the product and the weight, where they have to be converted."""
+    mean, weight, out = arguments[0], *arguments[5:7]
+    converted = (tile_rows(x) + x.shape[1]) * weight.shape[0] * mean.element_size()
+    return tile_bytes(x) + (converted if out.dtype != mean.dtype else 0)
 
 
 bn_relu_conv1x1 = operator(

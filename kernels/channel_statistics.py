@@ -22,25 +22,36 @@ def reference(x: Tensor) -> tuple[Tensor, Tensor]:
     return mean, var
 
 
-def _cpu(x: Tensor, mean: Tensor, var: Tensor) -> None:
-    """Native two-pass statistics of each tile, merged by Chan's formula, which never subtracts large squares.
+class RunningStatistics:
+    """Mean and biased variance [C] of all rows seen so far, tile by tile (CPU).
 
-    Everything is relative to the first row: where means are large beside the spread, they round it away.
+    Each tile by PyTorch's native two-pass kernel, merged by Chan's formula, which never subtracts large squares.
     """
-    rows, pivot = 0, x[0].to(mean.dtype)
+
+    def __init__(self, mean: Tensor, var: Tensor) -> None:
+        self.mean, self.var, self.rows = mean, var, 0
+
+    def add(self, tile: Tensor) -> None:
+        """Take in a dense tile [rows, C] of the accumulating dtype."""
+        mean, var = torch.ops.aten.batch_norm_update_stats(as_map(tile), None, None, 0.0)
+        total = self.rows + tile.shape[0]
+        share = tile.shape[0] / total
+        if self.rows == 0:
+            self.mean.copy_(mean)
+            self.var.copy_(var)
+        else:
+            delta = mean - self.mean
+            self.var.lerp_(var, share).addcmul_(delta, delta, value=share * (1 - share))
+            self.mean.add_(delta, alpha=share)
+        self.rows = total
+
+
+def _cpu(x: Tensor, mean: Tensor, var: Tensor) -> None:
+    """Relative to the first row: where means are large beside the spread, they round it away."""
+    statistics, pivot = RunningStatistics(mean, var), x[0].to(mean.dtype)
     for part, (tile,) in tiles(x, 1):
         torch.sub(x[part] if x.dtype == tile.dtype else tile.copy_(x[part]), pivot, out=tile)
-        tile_mean, tile_var = torch.ops.aten.batch_norm_update_stats(as_map(tile), None, None, 0.0)
-        count = tile.shape[0]
-        total, share = rows + count, count / (rows + count)
-        if rows == 0:
-            mean.copy_(tile_mean)
-            var.copy_(tile_var)
-        else:
-            delta = tile_mean - mean
-            var.mul_(1 - share).add_(tile_var, alpha=share).addcmul_(delta, delta, value=share * (1 - share))
-            mean.add_(delta, alpha=share)
-        rows = total
+        statistics.add(tile)
     mean += pivot
 
 
