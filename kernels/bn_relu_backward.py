@@ -194,12 +194,16 @@ def _cuda_backward_into(
     mean: Tensor, var: Tensor, gamma: Tensor | None, beta: Tensor | None, eps: float, by_batch: bool,
     grad_x: Tensor | None, accumulate: bool, pending: Tensor,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
-    """What is pending is settled in the same pass; then the reader's own terms take its place."""
+    """What is pending is settled in the same pass; then the reader's own terms take its place.
+
+    A reader without terms leaves what is pending to the next.
+    """
     norm, shared = Norm(mean, var, gamma, beta, eps), _shared(x)
     partial = mean.new_empty(shared.parts, 2, x.shape[1])
-    settled = pending if accumulate and grad_x is not None else None
+    deferred = pending if by_batch and grad_x is not None else None
+    settled = deferred if accumulate else None
     _launch(grad, x, norm, grad_x, settled, partial, shared, accumulate)
-    return reduce_terms(partial, norm, None if grad_x is None else pending, x.shape[0], by_batch)
+    return reduce_terms(partial, norm, deferred, x.shape[0])
 
 
 def _fake_sums(grad: Tensor, x: Tensor, mean: Tensor, *_: object) -> tuple[Tensor, Tensor]:

@@ -205,7 +205,8 @@ def _cuda_backward(
     weight: Tensor, grad_x: Tensor | None, accumulate: bool, pending: Tensor,
     needs_affine: bool, needs_weight: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
-    """What is pending is settled in the same pass; then the reader's own terms take its place.
+    """What is pending is settled in the same pass; then the reader's own terms take its place. A reader without
+    terms leaves what is pending to the next.
 
     More outputs than a tile takes are worked through in slices: the ReLU's mask is the same for all, so their
     gradients of x add up, and so do their sums.
@@ -216,6 +217,7 @@ def _cuda_backward(
     tile = _tile(x, outputs)
     shared = share(rows, tile.rows, cdiv(device_of(x).multiprocessors, cdiv(columns, tile.columns)))
     slices = [slice(start, start + tile.outputs) for start in range(0, outputs, tile.outputs)]
+    deferred = pending if by_batch and grad_x is not None else None
     needs_sums = grad_x is not None or needs_affine
     partial = mean.new_empty(len(slices), shared.parts, 2, columns) if needs_sums else None
     grad_weight = mean.new_empty(outputs if needs_weight else 0, columns)
@@ -223,7 +225,7 @@ def _cuda_backward(
         count = min(tile.outputs, outputs - chosen.start)
         weights = mean.new_empty(shared.parts, count, columns) if needs_weight else None
         accumulates = grad_x is not None and (accumulate or at > 0)
-        settled = pending if accumulates and at == 0 else None
+        settled = deferred if accumulates and at == 0 else None
         sums = None if partial is None else partial[at]
         _pass(grad[:, chosen], x, norm, weight[chosen], grad_x, settled, sums, weights, shared, tile, accumulates)
         if weights is not None:
@@ -231,7 +233,7 @@ def _cuda_backward(
     if partial is None:
         return torch.zeros_like(mean), torch.zeros_like(mean), grad_weight
     joined = partial.flatten(0, 1)
-    return *reduce_terms(joined, norm, None if grad_x is None else pending, rows, by_batch), grad_weight
+    return *reduce_terms(joined, norm, deferred, rows), grad_weight
 
 
 def _fake(grad: Tensor, x: Tensor, mean: Tensor, *arguments: object) -> tuple[Tensor, Tensor, Tensor]:

@@ -238,7 +238,7 @@ def _cuda_avg_backward(
     norm, shared = Norm(mean, var, gamma, beta, eps), _shared(x)
     partial = mean.new_empty(shared.parts, 2, x.shape[-1])
     _launch(grad, x, norm, None, grad_x, None, partial, shared)
-    return reduce_terms(partial, norm, pending, x.numel() // x.shape[-1], by_batch, adds=True)
+    return reduce_terms(partial, norm, pending if by_batch else None, x.numel() // x.shape[-1], adds=True)
 
 
 def _fake_backward(grad: Tensor, x: Tensor, mean: Tensor, *_: object) -> tuple[Tensor, Tensor]:

@@ -107,7 +107,7 @@ def _terms_kernel(
     partial_pointer, mean_pointer, var_pointer, gamma_pointer, beta_pointer,
     grad_gamma_pointer, grad_beta_pointer, pending_pointer,
     parts, rows, columns, pending_stride,
-    eps: tl.constexpr, BY_BATCH: tl.constexpr, ADDS: tl.constexpr,
+    eps: tl.constexpr, ADDS: tl.constexpr,
     BLOCK_PARTS: tl.constexpr, BLOCK_COLUMNS: tl.constexpr,
 ):  # fmt: skip
     """Second step of a reader's sums, in one fixed order, and its terms from them."""
@@ -122,11 +122,8 @@ def _terms_kernel(
     tl.store(grad_beta_pointer + column, grad_beta, mask=kept)
     tl.store(grad_gamma_pointer + column, grad_gamma, mask=kept)
     if pending_pointer is not None:
-        constant = tl.zeros_like(mean)
-        slope = tl.zeros_like(mean)
-        if BY_BATCH:
-            constant = scale * grad_beta / rows
-            slope = scale * inv_std * grad_gamma / rows
+        constant = scale * grad_beta / rows
+        slope = scale * inv_std * grad_gamma / rows
         pending = pending_pointer + column
         if ADDS:
             constant += tl.load(pending, mask=kept, other=0.0)
@@ -136,13 +133,13 @@ def _terms_kernel(
 
 
 def reduce_terms(
-    partial: Tensor, norm: Norm, pending: Tensor | None, rows: int, by_batch: bool = True, adds: bool = False
+    partial: Tensor, norm: Norm, pending: Tensor | None, rows: int, adds: bool = False
 ) -> tuple[Tensor, Tensor]:
     """(dgamma, dbeta) from the sums of the parts [parts, 2, C] of dz and dz * xhat (GPU).
 
     Args:
-        pending: [2, C], takes the reader's terms (none, where it did not normalize by the batch) in place of
-            what it held, or with `adds` beside it; None if nobody wants them.
+        pending: [2, C], takes the reader's terms in place of what it held, or with `adds` beside it; None for a
+            reader that has none (it did not normalize by the batch) or that nobody asks for them.
     """
     parts, _, columns = partial.shape
     grad_gamma, grad_beta = torch.empty_like(norm.mean), torch.empty_like(norm.mean)
@@ -151,7 +148,7 @@ def reduce_terms(
         _terms_kernel, (cdiv(columns, tile.columns),),
         partial, *norm[:4], grad_gamma, grad_beta, pending,
         parts, rows, columns, 0 if pending is None else pending.stride(0),
-        tile=tile, eps=norm.eps, BY_BATCH=by_batch, ADDS=adds,
+        tile=tile, eps=norm.eps, ADDS=adds,
         BLOCK_PARTS=tile.rows, BLOCK_COLUMNS=tile.columns,
     )  # fmt: skip
     return grad_gamma, grad_beta

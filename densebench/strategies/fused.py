@@ -362,8 +362,11 @@ class _Fused(StageComputation):
     def _settled(self, channels: slice, mask: Tensor | None) -> Tensor:
         """The gradient of some channels with nothing pending, [M, k], through their dropout."""
         grad = self.features.new_empty(self.pixels.count, channels.stop - channels.start)
-        slices = (self.features[:, channels], self.statistics.mean[channels], self.pending[:, channels])
-        settled_gradient(self.gradient[:, channels], *slices, grad)
+        if self.plan.shares_statistics:
+            slices = (self.features[:, channels], self.statistics.mean[channels], self.pending[:, channels])
+            settled_gradient(self.gradient[:, channels], *slices, grad)
+        else:  # nothing was ever pending; and a feature that is NaN, times 0, would be something
+            grad.copy_(self.gradient[:, channels])
         return grad if mask is None else grad.mul_(as_rows(mask))
 
     def _take_statistics(self, channels: slice) -> None:

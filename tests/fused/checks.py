@@ -1,0 +1,153 @@
+"""Checks that seeded faults must not pass, and the right code must."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+import densebench
+from densebench.models import DenseNet
+from tests.comparison import assert_as_naive, everything, step
+from tests.kernels.problems import PROBLEMS, Shape
+from tests.networks import images, lone_block, norms, small
+
+CHECKS: dict[str, Callable[[], None]] = {}
+
+
+def check(function: Callable[[], None]) -> Callable[[], None]:
+    CHECKS[function.__name__] = function
+    return function
+
+
+def _equivalent(network: nn.Module, x: Tensor, **options: Any) -> None:
+    for strategy in ("fused", "fused_recompute"):
+        densebench.assert_equivalent(network, strategy, x, **options)
+
+
+def _imagenet() -> DenseNet:
+    return small(stem="imagenet", block_config=(2, 2), growth_rate=5)
+
+
+@check
+def training() -> None:
+    _equivalent(_imagenet(), images(3, 24))
+
+
+@check
+def several_steps() -> None:
+    _equivalent(small(), [images(seed=seed) for seed in (1, 2, 3)], learning_rate=0.1)
+
+
+@check
+def evaluation() -> None:
+    _equivalent(_imagenet().eval(), images(3, 24))
+
+
+@check
+def inference() -> None:
+    network = _imagenet().eval()
+    with torch.no_grad():
+        expected = densebench.set_strategy(network, "naive")(images(3, 24))
+        actual = densebench.set_strategy(network, "fused")(images(3, 24))
+    torch.testing.assert_close(actual, expected, rtol=1e-12, atol=1e-12)
+
+
+@check
+def mixed_modes() -> None:
+    network = small()
+    for norm in norms(network)[::2]:
+        norm.eval()
+    _equivalent(network, images())
+
+
+@check
+def cumulative_average() -> None:
+    network = small()
+    for norm in norms(network):
+        norm.momentum = None
+    _equivalent(network, [images(seed=1), images(seed=2)])
+
+
+@check
+def frozen() -> None:
+    network = small()
+    for norm in norms(network)[::2]:
+        norm.weight.requires_grad_(False)
+    _equivalent(network, images())
+
+
+@check
+def dropout() -> None:
+    _equivalent(small(drop_rate=0.3), images())
+
+
+@check
+def plain_layers() -> None:
+    _equivalent(small(bn_size=None), images())
+
+
+@check
+def nan() -> None:
+    x = images(channels=5)
+    x[1, 2, 3, 4] = math.nan
+    _equivalent(lone_block().eval(), x)
+
+
+@check
+def two_forwards() -> None:
+    """Two forwards, then both backwards, the older one first."""
+
+    def scenario(network: nn.Module) -> dict[str, Tensor | None]:
+        first, second = network(images(seed=1)), network(images(seed=2))
+        first.square().sum().backward()
+        second.square().sum().backward()
+        return everything(network)
+
+    assert_as_naive("fused", scenario, small())
+
+
+@check
+def incoming_gradient() -> None:
+    """Backward leaves the gradient that it is given as it was."""
+    network = lone_block("fused")
+    output = network(images(channels=5).requires_grad_())
+    grad = torch.randn_like(output)
+    before = grad.clone()
+    output.backward(grad)
+    assert torch.equal(grad, before)
+    assert_as_naive("fused", lambda n: step(n, images(channels=5)), lone_block())
+
+
+def _operators(names: tuple[str, ...], implementation: str, **shape: Any) -> None:
+    for name in names:
+        problem = PROBLEMS[name](Shape(**shape))
+        produced = problem.solve(implementation)
+        for quantity, truth in problem.expected.items():
+            torch.testing.assert_close(produced[quantity].double(), truth, rtol=1e-11, atol=1e-11, msg=quantity)
+
+
+SUMS = ("channel_statistics", "bn_relu_backward", "bn_relu_conv1x1", "bn_relu_conv1x1_backward")
+
+
+@check
+def triton_values() -> None:
+    for shape in ({}, {"columns": 40, "extra": 8, "images": 3, "height": 8, "width": 8}):
+        _operators((*SUMS, "bn_relu", "bn_relu_backward_into", "settled_gradient"), "cuda", **shape)
+
+
+@check
+def triton_pools() -> None:
+    pools = ("bn_relu_max_pool", "bn_relu_max_pool_backward", "bn_relu_avg_pool", "bn_relu_avg_pool_backward")
+    for integers in (False, True):
+        _operators(pools, "cuda", integers=integers, extra=3)
+
+
+@check
+def triton_nan() -> None:
+    problem = PROBLEMS["bn_relu"](Shape(extra=0))
+    problem.arguments[0][3, 4] = math.nan
+    assert bool(problem.solve("cuda")["out"].isnan()[3, 4])

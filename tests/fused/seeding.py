@@ -1,0 +1,78 @@
+"""Seeding a fault into the code that runs: one piece of one function's source replaced, for the time of a check.
+
+The source is taken from the file as it is, and the piece must stand in it exactly once, so a fault that no longer
+applies fails instead of passing.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import importlib
+import inspect
+import textwrap
+from collections.abc import Iterator
+from pathlib import Path
+from types import FunctionType
+from typing import Any, NamedTuple
+
+
+class Fault(NamedTuple):
+    """What is broken: `old` becomes `new` in `module`'s function or kernel `place`; `check` has to notice."""
+
+    name: str
+    module: str
+    place: str
+    old: str
+    new: str
+    check: str
+
+
+@contextlib.contextmanager
+def seeded(fault: Fault, folder: Path) -> Iterator[None]:
+    """The fault is in the code inside the `with` block.
+
+    A plain function gets other code, wherever it has been registered already; a Triton kernel is compiled anew
+    from a file, which its interpreter reads.
+    """
+    module = importlib.import_module(f"densebench.{fault.module}")
+    owner, function = _found(module, fault.place)
+    kernel = function if not isinstance(function, FunctionType) else None
+    plain = function if kernel is None else kernel.fn
+    source = textwrap.dedent(inspect.getsource(plain))
+    assert source.count(fault.old) == 1, f"{fault.old!r} stands {source.count(fault.old)} times in {fault.place}"
+    file = folder / f"{fault.name.replace(' ', '_')}.py"
+    file.write_text(source.replace(fault.old, fault.new))
+    mutated = _defined(file, plain.__name__, module)
+    if kernel is None:
+        original = plain.__code__
+        plain.__code__ = mutated.__code__
+        try:
+            yield
+        finally:
+            plain.__code__ = original
+    else:
+        setattr(owner, plain.__name__, mutated)
+        try:
+            yield
+        finally:
+            setattr(owner, plain.__name__, kernel)
+
+
+def _found(module: Any, place: str) -> tuple[Any, Any]:
+    owner = module
+    *path, name = place.split(".")
+    for part in path:
+        owner = getattr(owner, part)
+    found = inspect.getattr_static(owner, name)
+    return owner, inspect.unwrap(found) if isinstance(found, FunctionType) else found
+
+
+def _defined(file: Path, name: str, module: Any) -> Any:
+    """The definition in `file`, with the module's globals; its decorators apply (a kernel stays a kernel)."""
+    names = dict(vars(module))
+    source = file.read_text()
+    kept = source if "@triton.jit" in source else source[source.index("def ") :]
+    exec(compile("from __future__ import annotations\n" + kept, str(file), "exec"), names)
+    if "@triton.jit" in source:  # the interpreter reads the file
+        file.write_text("from __future__ import annotations\n" + kept)
+    return names[name]

@@ -1,0 +1,129 @@
+"""Faults seeded into the fused path, one at a time: each is noticed by the check named for it.
+
+They are the ways in which fused batch norms and shared buffers have been wrong in published code.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+
+from densebench.kernels import bn_relu_pool, rows
+from tests.fused.checks import CHECKS
+from tests.fused.seeding import Fault, seeded
+
+NORM, ROWS = "execution.batch_norm", "kernels.rows"
+FUSED = "strategies.fused"
+FAULTS = [
+    # What the statistics do to the gradient
+    Fault("statistics detached", "kernels.deferred", "terms_of", "/ rows", "* 0", "training"),
+    Fault("only the last reader's terms", "kernels.deferred", "defer", "pending += terms", "pending.copy_(terms)",
+          "training"),
+    Fault("mean's term missing", "kernels.deferred", "terms_of", "scale * grad_beta", "0 * grad_beta", "training"),
+    Fault("variance's term missing", "kernels.deferred", "_cpu", "pending[1], out", "0 * pending[1], out",
+          "training"),
+    Fault("eps in xhat twice", "kernels.deferred", "terms_of", "(norm.var + norm.eps)",
+          "(norm.var + 2 * norm.eps)", "training"),
+    Fault("norm2 as if in evaluation", "kernels.bn_relu_backward", "_cpu_backward", "if by_batch:", "if False:",
+          "training"),
+    Fault("training's backward in evaluation", FUSED, "_Fused._product_backward", "unit.call.by_batch", "True",
+          "mixed_modes"),
+    # Running statistics
+    Fault("momentum swapped", NORM, "commit_observed", "(running, batch, momentum)",
+          "(running, batch, 1 - momentum)", "several_steps"),
+    Fault("biased running variance", NORM, "commit_observed", "one.count / (one.count - 1)", "1.0", "training"),
+    Fault("counted twice", NORM, "_count_batch", "(counters, 1)", "(counters, 2)", "training"),
+    Fault("moved twice", FUSED, "fused", "commit_observed(computation.plan.calls, computation.observed)",
+          "commit_observed(computation.plan.calls, computation.observed * 2)", "training"),
+    Fault("cumulative average one behind", NORM, "call_norm", "num_batches_tracked + 1", "num_batches_tracked + 2",
+          "cumulative_average"),
+    # The norm itself
+    Fault("absolute gamma", ROWS, "Norm.folded", "self.gamma.to(scale.dtype)", "self.gamma.to(scale.dtype).abs()",
+          "training"),
+    Fault("beta missing", ROWS, "Norm.folded", "shift + self.beta.to(scale.dtype)", "shift", "evaluation"),
+    Fault("eps outside the root", ROWS, "Norm.folded", "(self.var + self.eps).rsqrt()",
+          "1 / (self.var.sqrt() + self.eps)", "evaluation"),
+    Fault("NaN swallowed", ROWS, "relu_norm", "out.relu_()", "out.relu_().nan_to_num_(0)", "nan"),
+    # Tiles and slices
+    Fault("last tile dropped", ROWS, "row_slices", "range(0, x.shape[0], step)",
+          "range(0, max(1, x.shape[0] - step), step)", "evaluation"),
+    Fault("between tiles forgotten", "kernels.channel_statistics", "RunningStatistics.add",
+          "value=share * (1 - share)", "value=0", "training"),
+    Fault("last image dropped", "kernels.bn_relu_pool", "image_tiles", "range(0, x.shape[0], step)",
+          "range(0, max(1, x.shape[0] - 1), step)", "training"),
+    Fault("statistics of the channels before", FUSED, "_Fused._take_statistics", "(self.features, channels)",
+          "(self.features, slice(0, channels.stop - channels.start))", "training"),
+    Fault("stale scratch in backward", FUSED, "_Fused._bottleneck_backward", "bn_relu(y, *inner, a)", "pass",
+          "training"),
+    Fault("overwrites the other readers", FUSED, "_Fused.layer_backward",
+          "grad_y, grad_prefix, True,", "grad_y, grad_prefix, False,", "training"),
+    Fault("other readers overwritten, plain", FUSED, "_Fused.layer_backward",
+          "grad_a, grad_prefix, True,", "grad_a, grad_prefix, False,", "plain_layers"),
+    # Masks
+    Fault("ReLU passes everything back", "kernels.bn_relu_conv1x1_backward", "_cpu_backward",
+          "threshold_backward(dz, a, 0, grad_input=dz)", "threshold_backward(dz, a, -1, grad_input=dz)",
+          "training"),
+    Fault("dropout not in backward", FUSED, "_Fused._settled", "grad.mul_(as_rows(mask))", "grad", "dropout"),
+    Fault("dropout redrawn", FUSED, "_Fused._settled", "as_rows(mask)", "as_rows(mask).flip(0)", "dropout"),
+    # Who gets what
+    Fault("no gradient of weights", "execution.plan", "ConvUnit.weight_gradient", "if self.weight(needs)",
+          "if False", "training"),
+    Fault("trained norms get none", "execution.plan", "NormUnit.affine_gradients", "if needed", "if not needed",
+          "frozen"),
+    Fault("epilogue without its scale", "kernels.bn_relu_conv1x1", "_cpu", "transposed * out_scale", "transposed",
+          "inference"),
+    Fault("pooled by three", "kernels.bn_relu_pool", "_cpu_avg", "activate(x[images], norm, scratch), 2)",
+          "activate(x[images], norm, scratch), 2, divisor_override=3)", "evaluation"),
+    Fault("incoming gradient as the buffer", FUSED, "_Fused.leave_backward",
+          "self.pixels.grid(self.gradient)[...] = grad_output.permute(0, 2, 3, 1)",
+          "self.gradient = grad_output.permute(0, 2, 3, 1).flatten(0, 2)", "incoming_gradient"),
+    # The same in Triton's kernels
+    Fault("triton: columns beyond the last", "kernels.bn_relu_conv1x1", "_kernel",
+          "tl.where(kept[None, :], a, 0.0)", "a", "triton_values"),
+    Fault("triton: last row dropped", "kernels.bn_relu_conv1x1_backward", "_kernel",
+          "tl.minimum(first + rows_a_program, rows)", "tl.minimum(first + rows_a_program, rows - 1)",
+          "triton_values"),
+    Fault("triton: others overwritten", "kernels.bn_relu_conv1x1_backward", "_kernel", "value = before + tl.where",
+          "value = 0 * before + tl.where", "triton_values"),
+    Fault("triton: nothing settled", "kernels.bn_relu_conv1x1_backward", "_kernel",
+          "constant[None, :] + centered * slope[None, :]", "constant[None, :]", "triton_values"),
+    Fault("triton: sum instead of mean", "kernels.deferred", "_terms_kernel", "scale * grad_beta / rows",
+          "scale * grad_beta", "triton_values"),
+    Fault("triton: between parts forgotten", "kernels.channel_statistics", "_merge_statistics_kernel",
+          "squares + between * between * counts", "squares", "triton_values"),
+    Fault("triton: pivot forgotten", "kernels.channel_statistics", "_merge_statistics_kernel",
+          "mean += tl.load(pivot_pointer + column, mask=kept, other=0.0).to(dtype)", "pass", "triton_values"),
+    Fault("triton: last of equal maxima", "kernels.bn_relu_pool", "largest_of_window", "(a > best)", "(a >= best)",
+          "triton_pools"),
+    Fault("triton: window one pixel off", "kernels.bn_relu_pool_backward", "_gradient_of_largest",
+          "row - 2 * window_row + 1", "row - 2 * window_row", "triton_pools"),
+    Fault("triton: NaN swallowed", "kernels.bn_relu", "_kernel", "a = relu((x.to(mean.dtype)",
+          "a = tl.maximum(0.0, (x.to(mean.dtype)", "triton_nan"),
+]  # fmt: skip
+
+
+@pytest.fixture(autouse=True)
+def many_tiles(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Scratch of a few rows, so that small networks are worked through in many tiles; fresh memory is NaN, so that
+    nobody finds the right values of the last run in it."""
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    monkeypatch.setattr(rows, "TILE_BYTES", 2048)
+    monkeypatch.setattr(bn_relu_pool, "TILE_BYTES", 2048)
+
+
+@pytest.mark.parametrize("name", CHECKS)
+def test_right_code_passes(name: str) -> None:
+    CHECKS[name]()
+
+
+@pytest.mark.parametrize("fault", FAULTS, ids=[fault.name.replace(" ", "_") for fault in FAULTS])
+def test_fault_is_noticed(fault: Fault, tmp_path: Path) -> None:
+    with seeded(fault, tmp_path), pytest.raises(AssertionError):
+        CHECKS[fault.check]()
+
+
+def test_there_are_enough() -> None:
+    assert len(FAULTS) >= 22
+    assert len({fault.name for fault in FAULTS}) == len(FAULTS)
