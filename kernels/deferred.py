@@ -113,7 +113,7 @@ def _terms_kernel(
     """Second step of a reader's sums, in one fixed order, and its terms from them."""
     column = tl.program_id(0) * BLOCK_COLUMNS + tl.arange(0, BLOCK_COLUMNS)
     kept = column < columns
-    mean, inv_std, scale, _ = load_norm(mean_pointer, var_pointer, gamma_pointer, beta_pointer, eps, column, kept)
+    _, inv_std, scale, _ = load_norm(mean_pointer, var_pointer, gamma_pointer, beta_pointer, eps, column, kept)
     part = tl.arange(0, BLOCK_PARTS)
     offsets = part[:, None] * 2 * columns + column[None, :]
     mask = (part < parts)[:, None] & kept[None, :]

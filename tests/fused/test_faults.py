@@ -31,8 +31,8 @@ FAULTS = [
     Fault("training's backward in evaluation", FUSED, "_Fused._product_backward", "unit.call.by_batch", "True",
           "mixed_modes"),
     # Running statistics
-    Fault("momentum swapped", NORM, "commit_observed", "(running, batch, momentum)",
-          "(running, batch, 1 - momentum)", "several_steps"),
+    Fault("momentum swapped", NORM, "commit_observed", "(running, unbiased, momentum)",
+          "(running, unbiased, 1 - momentum)", "several_steps"),
     Fault("biased running variance", NORM, "commit_observed", "one.count / (one.count - 1)", "1.0", "training"),
     Fault("counted twice", NORM, "_count_batch", "(counters, 1)", "(counters, 2)", "training"),
     Fault("moved twice", FUSED, "fused", "commit_observed(computation.plan.calls, computation.observed)",
