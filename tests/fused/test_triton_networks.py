@@ -1,0 +1,70 @@
+"""Whole networks through the Triton kernels, in the interpreter: what a GPU runs, save its arithmetic.
+
+The strategy calls the launchers instead of the CPU path, and its buffers have the padded rows that they have on
+a GPU; the rest of the code is the same.
+"""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+import densebench
+from densebench.execution import pixels, shared_statistics
+from densebench.kernels.library import IMPLEMENTATIONS
+from densebench.strategies import fused
+from tests.networks import images, small
+
+
+@pytest.fixture(autouse=True)
+def as_on_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    if torch.cuda.is_available():
+        pytest.skip("a GPU runs them for real (tests/gpu)")
+    replaced = 0
+    for module in (fused, shared_statistics):
+        for name, implementations in IMPLEMENTATIONS.items():
+            if hasattr(module, name):
+                monkeypatch.setattr(module, name, implementations.cuda)
+                replaced += 1
+    assert replaced == len(IMPLEMENTATIONS), "an operator is called from elsewhere"
+    padded = pixels.Pixels.buffer
+
+    def buffer(self: pixels.Pixels, channels: int, like: torch.Tensor, dtype: torch.dtype | None = None) -> object:
+        wide = padded(self, -(-channels // 16) * 16, like, dtype)
+        return wide.fill_(float("nan"))[:, :channels]
+
+    monkeypatch.setattr(pixels.Pixels, "buffer", buffer)
+
+
+NETWORKS = {
+    "bottleneck": ({}, 8),
+    "imagenet stem": ({"stem": "imagenet", "block_config": (2, 1), "growth_rate": 5}, 20),
+    "plain": ({"bn_size": None, "block_config": (2, 1)}, 8),
+    "dilated": ({"stem": "imagenet", "block_config": (1, 1, 2), "output_stride": 8}, 16),
+    "dropout": ({"drop_rate": 0.3, "block_config": (2, 1)}, 8),
+    "odd map": ({"block_config": (2, 2), "growth_rate": 3}, 9),
+}
+
+
+@pytest.mark.parametrize("variant", ["fused", "fused_recompute"])
+@pytest.mark.parametrize("name", NETWORKS)
+def test_training_step(name: str, variant: str) -> None:
+    options, size = NETWORKS[name]
+    densebench.assert_equivalent(small(**options), variant, images(2, size))
+
+
+@pytest.mark.parametrize("name", ["imagenet stem", "plain"])
+def test_evaluation(name: str) -> None:
+    options, size = NETWORKS[name]
+    densebench.assert_equivalent(small(**options).eval(), "fused", images(2, size))
+
+
+def test_inference_with_the_second_norm_in_the_epilogue() -> None:
+    network, x = small().eval(), images(2)
+    with torch.no_grad():
+        expected = network(x)
+        torch.testing.assert_close(densebench.set_strategy(network, "fused")(x), expected, rtol=1e-12, atol=1e-12)
+
+
+def test_half_precision() -> None:
+    densebench.assert_equivalent(small().float(), "fused", images(2, dtype=torch.float32), autocast=torch.float16)
