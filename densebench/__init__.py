@@ -37,6 +37,8 @@ _HOME = {
     "list_strategies": "registry",
     "strategy": "registry",
     "assert_equivalent": "equivalence",
+    "Prediction": "prediction",
+    "predict_memory": "prediction",
 }
 __all__ = ["__version__", *_HOME]
 

@@ -1,0 +1,67 @@
+"""Predictions kept on disk: a trace of a deep network takes seconds, and its answer never changes.
+
+A key holds everything an answer depends on, the sources of this package among it, so that nothing stale is ever
+found. A folder that cannot be written costs time, not the answer.
+"""
+
+from __future__ import annotations
+
+import functools
+import hashlib
+import json
+import os
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+
+import densebench
+
+
+def cached(question: dict[str, Any], answer: Callable[[], dict[str, Any]]) -> dict[str, Any]:
+    """The answer to a question (both JSON), from the disk where it was asked before."""
+    text = json.dumps(question | versions(), sort_keys=True)
+    path = folder() / f"{hashlib.sha256(text.encode()).hexdigest()[:24]}.json"
+    try:
+        found = json.loads(path.read_text(encoding="utf-8"))
+        if isinstance(found, dict):
+            return found
+    except (OSError, ValueError):
+        pass
+    found = answer()
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        partial = path.with_suffix(f".{os.getpid()}.partial")
+        partial.write_text(json.dumps(found), encoding="utf-8")
+        partial.replace(path)  # whoever reads meanwhile finds all of it or nothing
+    except OSError:
+        pass
+    return found
+
+
+def folder() -> Path:
+    """Where answers lie: $XDG_CACHE_HOME/densebench, by default ~/.cache/densebench."""
+    base = os.environ.get("XDG_CACHE_HOME")
+    return (Path(base) if base else Path.home() / ".cache") / "densebench" / "predictions"
+
+
+@functools.cache
+def versions() -> dict[str, Any]:
+    """What an answer depends on besides the question."""
+    return {
+        "python": list(sys.version_info[:2]),
+        "torch": torch.__version__,
+        "sources": _hash_of_sources(),
+        "cpu": torch.backends.cpu.get_cpu_capability(),
+    }
+
+
+def _hash_of_sources() -> str:
+    root = Path(densebench.__file__).parent
+    digest = hashlib.sha256()
+    for path in sorted((*root.rglob("*.py"), *(root / "kernels").glob("*.py"))):
+        digest.update(str(path.relative_to(root)).encode())
+        digest.update(path.read_bytes())
+    return digest.hexdigest()

@@ -1,0 +1,1 @@
+"""Predictions held against what the allocator does."""

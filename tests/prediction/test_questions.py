@@ -1,0 +1,223 @@
+"""Bad questions get one sentence with the remedy; sizes are read as written; answers are kept."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+import densebench
+from densebench import predict
+from densebench.prediction import Prediction, PredictionError, cache, networks
+from densebench.prediction.sizes import parse_size, size_note
+
+SMALL = ["densenet_d2l", "--size", "64", "--strategy", "naive"]
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        ("24GiB", 24 * 2**30),
+        ("24GB", 24 * 10**9),
+        ("24 gib", 24 * 2**30),
+        ("0.5GiB", 2**29),
+        ("512MiB", 2**29),
+        ("1000", 1000),
+        (4096, 4096),
+    ],
+)
+def test_sizes(text: str | int, expected: int) -> None:
+    assert parse_size(text) == expected
+
+
+def test_size_note_shows_the_difference() -> None:
+    assert size_note("24GB") == "24GB = 22.35 GiB"
+    assert size_note("24GiB") is None
+
+
+@pytest.mark.parametrize("text", ["24Gx", "", "lots", "-3GiB", "GiB", "0GiB", 0])
+def test_sizes_that_are_none(text: str | int) -> None:
+    with pytest.raises(ValueError, match="24GiB"):
+        parse_size(text)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "named"),
+    [
+        (("densenet12", (1, 3, 224, 224)), "known: densenet121"),
+        (("densenet121", (0, 3, 224, 224)), "batch of 0"),
+        (("densenet121", (2, 3, 0, 224)), "every size must be 1 or more"),
+        (("densenet121", (2, 3, 64, 64), "foo"), "known: naive"),
+        (("densenet121", (2, 3, 64, 64), "naive", "sleep"), "known: train, forward, infer"),
+    ],
+)
+def test_values_that_are_none(arguments: tuple[Any, ...], named: str) -> None:
+    with pytest.raises(ValueError, match=named):
+        densebench.predict_memory(*arguments)
+
+
+@pytest.mark.parametrize(
+    ("option", "named"),
+    [
+        ({"optimizer": "magic"}, "known: sgd"),
+        ({"dtype": "int8"}, "known: fp32"),
+        ({"gpu": "Voodoo2"}, "known: H200"),
+        ({"device": "tpu"}, "known: cuda, cpu"),
+        ({"device_memory": "24"}, None),
+        ({"memory_format": "diagonal"}, "known: channels_last"),
+    ],
+)
+def test_options_that_are_none(option: dict[str, Any], named: str | None) -> None:
+    if named is None:
+        assert densebench.predict_memory("densenet_d2l", (2, 1, 64, 64), **option).largest_batch == 0
+        return
+    with pytest.raises(ValueError, match=named):
+        densebench.predict_memory("densenet_d2l", (2, 1, 64, 64), **option)
+
+
+@pytest.mark.parametrize(
+    ("shape", "named"),
+    [
+        ((2, 4, 224, 224), "input has 4 channels"),
+        ((2, 3, 16, 16), "too small"),
+        ((1, 3, 32, 32), "more than 1 value per channel"),
+        ((2, 3, 32, 32, 32), "must be"),
+    ],
+)
+def test_a_network_that_cannot_run_that_input(shape: tuple[int, ...], named: str) -> None:
+    """Its own error, with the shape."""
+    with pytest.raises(PredictionError, match=named) as caught:
+        densebench.predict_memory("densenet121", shape)
+    assert str(list(shape)) in str(caught.value)
+
+
+class _Calls(nn.Module):
+    def __init__(self, function: Any) -> None:
+        super().__init__()
+        self.conv = nn.Conv2d(3, 4, 3)
+        self.function = [function]
+
+    def forward(self, x: Tensor) -> Tensor:
+        result: Tensor = self.function[0](self.conv(x))
+        return result
+
+
+def test_an_operator_without_fake_implementation() -> None:
+    library = torch.library.Library("densebench_test_prediction", "DEF")
+    library.define("odd(Tensor x) -> Tensor")
+    library.impl("odd", lambda x: x.clone(), "CPU")
+    model = _Calls(torch.ops.densebench_test_prediction.odd)
+    with pytest.raises(PredictionError, match=r"densebench_test_prediction\W+odd.*register_fake"):
+        densebench.predict_memory(model, (2, 3, 8, 8), mode="infer")
+
+
+def test_a_network_that_branches_on_values() -> None:
+    model = _Calls(lambda x: x if x.sum() > 0 else -x)
+    with pytest.raises(PredictionError, match="branches on values"):
+        densebench.predict_memory(model, (2, 3, 8, 8))
+
+
+def test_nothing_to_train() -> None:
+    with pytest.raises(PredictionError, match="mode='infer'"):
+        densebench.predict_memory(_Calls(lambda x: x.detach()), (2, 3, 8, 8))
+
+
+def test_a_module_is_not_run_by_a_strategy_it_cannot_have() -> None:
+    with pytest.raises(ValueError, match="contains no densebench DenseNet"):
+        densebench.predict_memory(nn.Conv2d(3, 4, 3), (2, 3, 8, 8), "fused")
+
+
+def test_answers_are_kept(monkeypatch: pytest.MonkeyPatch, own_cache: Path) -> None:
+    first = densebench.predict_memory("densenet_d2l", (4, 1, 64, 64), "checkpointed")
+    assert len(list(own_cache.iterdir())) == 1
+
+    def no_trace(*arguments: Any) -> None:
+        raise AssertionError("traced again")
+
+    monkeypatch.setattr("densebench.prediction.predictor.trace_network", no_trace)
+    assert densebench.predict_memory("densenet_d2l", (4, 1, 64, 64), "checkpointed") == first
+    monkeypatch.setattr(cache, "versions", lambda: {"sources": "another"})
+    with pytest.raises(AssertionError, match="traced again"):
+        densebench.predict_memory("densenet_d2l", (4, 1, 64, 64), "checkpointed")
+
+
+def test_a_damaged_or_forbidden_cache_costs_time_only(own_cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    first = densebench.predict_memory("densenet_d2l", (4, 1, 64, 64))
+    for path in own_cache.iterdir():
+        path.write_text("{torn")
+    assert densebench.predict_memory("densenet_d2l", (4, 1, 64, 64)) == first
+    monkeypatch.setenv("XDG_CACHE_HOME", "/proc/nowhere")
+    assert densebench.predict_memory("densenet_d2l", (4, 1, 64, 64)) == first
+
+
+def test_predictions_survive_json() -> None:
+    prediction = densebench.predict_memory("densenet_d2l", (4, 1, 64, 64))
+    assert Prediction.from_dict(json.loads(json.dumps(prediction.to_dict()))) == prediction
+    with pytest.raises(dataclasses.FrozenInstanceError):
+        prediction.peak_bytes = 0  # type: ignore[misc]
+
+
+def test_table(capsys: pytest.CaptureFixture[str]) -> None:
+    assert predict.main([*SMALL[:3], "--memory", "2GB", "--optimizer", "adamw"]) == 0
+    shown = capsys.readouterr()
+    lines = shown.out.splitlines()
+    assert max(map(len, lines)) <= 80
+    for name in densebench.list_strategies():
+        assert sum(line.startswith(name + " ") and "yes" in line for line in lines) == 1
+    assert "2GB = 1.86 GiB" in shown.out
+    assert "tracing" in shown.err
+    assert "tracing" not in shown.out
+
+
+def test_json(capsys: pytest.CaptureFixture[str]) -> None:
+    assert predict.main([*SMALL, "--json"]) == 0
+    data = json.loads(capsys.readouterr().out)
+    assert data["predictions"]["naive"]["peak_bytes"] > 0
+
+
+@pytest.mark.parametrize(
+    ("arguments", "named"),
+    [
+        (["densenet12"], "unknown model"),
+        ([*SMALL, "--memory", "24Gx"], "24GiB"),
+        (["densenet_d2l", "--batch", "0"], "--batch 1"),
+        (["densenet121", "--strategy", "foo"], "known: all, naive"),
+        (["densenet121", "--size", "20", "--strategy", "naive"], "too small"),
+        ([*SMALL, "--autocast", "int8"], "unknown dtype"),
+    ],
+)
+def test_bad_questions_end_in_one_line(
+    arguments: list[str], named: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert predict.main(arguments) == 2
+    shown = capsys.readouterr()
+    assert shown.out == ""
+    errors = [line for line in shown.err.splitlines() if not line.startswith("  tracing")]
+    assert len(errors) == 1
+    assert named in errors[0]
+
+
+def test_help_does_not_import_torch() -> None:
+    """Importing torch takes seconds; help is to come at once."""
+    code = "import sys, densebench.predict as p; p.parser().format_help(); sys.exit('torch' in sys.modules)"
+    start = time.perf_counter()
+    assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
+    assert time.perf_counter() - start < 5  # a tenth of a second on a quiet machine
+
+
+def test_models_are_built_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    networks._named.cache_clear()
+    built: list[str] = []
+    build = networks.build_model
+    monkeypatch.setattr(networks, "build_model", lambda name: (built.append(name), build(name))[1])
+    for strategy in densebench.list_strategies():
+        densebench.predict_memory("densenet_d2l", (2, 1, 64, 64), strategy)
+    assert built == ["densenet_d2l"]
