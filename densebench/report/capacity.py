@@ -1,4 +1,4 @@
-"""The largest batch for memories of several sizes: tried where it was, else estimated from peaks."""
+"""The largest batch for memories of several sizes: searched for where it was, else estimated from peaks."""
 
 from __future__ import annotations
 
@@ -71,7 +71,9 @@ def capacity_section(records: Iterable[Record], roster: Roster) -> Section:
     text = (
         "A number with ≈ is an estimate: peak memory grows in proportion to the batch, and the line through the "
         "known peaks is drawn on to the card's memory. The device's context, library workspaces and "
-        "fragmentation come on top, so expect a few percent less. A number without ≈ was tried."
+        "fragmentation come on top, so expect a few percent less. A number without ≈ was found by tracing that "
+        "very batch and the next larger one (or by running them), with the allocator's rounding, cuBLAS's "
+        "workspaces and half a GiB for the driver counted in."
     )
     return Section(id, title, (Prose(text), *map(Sheet, tables)))
 
