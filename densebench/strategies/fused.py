@@ -206,6 +206,7 @@ class _Fused(StageComputation):
         self.pending = mean.new_zeros(2, self.plan.channels)
         self.scratch = Scratch()
         tail = self.plan.tail
+        self.left_pending = tail is not None and tail.call.by_batch
         if tail is None:
             self.pixels.grid(self.gradient)[...] = grad_output.permute(0, 2, 3, 1)
             return {}
@@ -238,6 +239,7 @@ class _Fused(StageComputation):
         norm = self._norm(first, self.statistics.restored(first, layer.start, kept), parameters)
         mask = kept.pop() if layer.drop_rate > 0 else None
         new = self._settled(layer.new, mask)
+        self.left_pending |= first.call.by_batch
         grad_prefix = self.gradient[:, : layer.start] if needs_prefix else None
         if not inner:
             prefix = self.features[:, : layer.start]
@@ -362,7 +364,7 @@ class _Fused(StageComputation):
     def _settled(self, channels: slice, mask: Tensor | None) -> Tensor:
         """The gradient of some channels with nothing pending, [M, k], through their dropout."""
         grad = self.features.new_empty(self.pixels.count, channels.stop - channels.start)
-        if self.plan.shares_statistics:
+        if self.left_pending:
             slices = (self.features[:, channels], self.statistics.mean[channels], self.pending[:, channels])
             settled_gradient(self.gradient[:, channels], *slices, grad)
         else:  # nothing was ever pending; and a feature that is NaN, times 0, would be something
