@@ -103,9 +103,9 @@ def get_strategy(name: str) -> Strategy:
     Raises:
         ValueError: if there is none; the message lists the known names.
     """
-    if name not in _strategies:
-        _discover()
-    try:
-        return _strategies[name]
-    except (KeyError, TypeError):
-        raise ValueError(f"unknown strategy {name!r}; known: {', '.join(list_strategies())}") from None
+    if isinstance(name, str):
+        if name not in _strategies:
+            _discover()
+        if name in _strategies:
+            return _strategies[name]
+    raise ValueError(f"unknown strategy {name!r}; known: {', '.join(list_strategies())}")

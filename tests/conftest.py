@@ -53,6 +53,10 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
         metafunc.parametrize("strategy", others, indirect=True)
     if "every_strategy" in metafunc.fixturenames:
         metafunc.parametrize("every_strategy", list_strategies(), indirect=True)
+    if "device" in metafunc.fixturenames:
+        gpu = torch.cuda.is_available() or metafunc.config.getoption("--require-gpu")
+        devices = ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)] if gpu else ["cpu"]
+        metafunc.parametrize("device", devices, indirect=True)
 
 
 def _runnable(request: pytest.FixtureRequest) -> str:
@@ -74,9 +78,9 @@ def every_strategy(request: pytest.FixtureRequest) -> str:
     return _runnable(request)
 
 
-@pytest.fixture(params=["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
+@pytest.fixture
 def device(request: pytest.FixtureRequest) -> torch.device:
-    """The CPU, and the GPU where there is one."""
+    """The CPU, and the GPU where there is one or one was promised."""
     return torch.device(request.param)
 
 

@@ -80,12 +80,12 @@ def test_03_gradient_through_shared_statistics(every_strategy: str, training: bo
 
     Against finite differences, so no strategy is the reference.
     """
-    network = lone_block(growth_rate=2, channels=3)
+    network = lone_block(growth_rate=2, channels=3, bn_size=1)
     if tail:
         network.add_module("transition1", Transition(9))
         draw_norms(network)
     network = with_strategy(network.double().train(training), every_strategy)
-    inputs = (images(2, 4, 3).requires_grad_(), *network.parameters())
+    inputs = (images(2, 3, 3).requires_grad_(), *network.parameters())
     # The parameters are the network's own tensors: gradcheck moves them in place.
     torch.autograd.gradcheck(lambda x, *_: network(x), inputs, eps=1e-6, atol=1e-6, rtol=1e-4)
 
@@ -112,6 +112,17 @@ def test_07_gradient_of_the_output_is_left_alone(every_strategy: str) -> None:
     before = given.clone()
     output.backward(given)
     assert torch.equal(given, before)
+
+
+@pytest.mark.parametrize("name", [n for n, _ in lone_block(layers=1).named_parameters() if not n.endswith("bias")])
+def test_07_parameter_changed_before_backward(every_strategy: str, name: str) -> None:
+    """An optimizer step between forward and backward: autograd refuses, and what is recomputed must too."""
+    network = lone_block(every_strategy)
+    output = network(images(channels=5).requires_grad_())
+    with torch.no_grad():
+        network.get_parameter(name).add_(0.1)
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        _backward(output)
 
 
 def _strided(values: Tensor) -> dict[str, Tensor]:
@@ -238,15 +249,20 @@ def test_26_gradients_of_some_tensors_only(strategy: str) -> None:
 
 
 def test_34_second_derivative_right_or_refused(strategy: str) -> None:
-    """A custom backward built on detached numbers gives a wrong second derivative in silence."""
+    """A custom backward built on detached numbers gives a wrong second derivative in silence.
+
+    A gradient penalty added to another loss, as it is trained with: a penalty whose gradient is a constant to
+    autograd would just drop out of the sum.
+    """
     network = lone_block()
 
     def scenario(network: Features) -> Quantities:
         x = images(2, 4, 5).requires_grad_()
         output = network(x)
         (gradient,) = torch.autograd.grad(output, x, upstream(output), create_graph=True)
-        (second,) = torch.autograd.grad(gradient, x, upstream(gradient, seed=8))
-        return {"second derivative": second}
+        assert gradient.requires_grad
+        (output.square().sum() + gradient.square().sum()).backward()
+        return everything(network, input=x.grad)
 
     expected = play(scenario, network, "naive")
     try:

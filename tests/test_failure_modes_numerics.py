@@ -1,4 +1,4 @@
-"""What goes wrong with numbers: masks, variances, NaN, odd norm options, degenerate shapes, memory layouts.
+"""What goes wrong with numbers: masks, variances, dropout, NaN, odd norm options.
 
 Numbers are those of the project's list of failure modes.
 """
@@ -6,38 +6,50 @@ Numbers are those of the project's list of failure modes.
 from __future__ import annotations
 
 import math
+import statistics
 from itertools import combinations
 from typing import Any
 
 import pytest
 import torch
-from hypothesis import given, settings
-from hypothesis import strategies as st
-from torch import Tensor, nn
+from torch import nn
 
 from tests.comparison import (
+    FLOAT32,
+    MOMENTS_FLOAT32,
+    NEGLIGIBLE_FLOAT32,
     TIGHT,
+    VARIANCE_FLOAT32,
     Quantities,
     assert_as_naive,
     everything,
     play,
     relative_error,
+    relative_errors,
     step,
+    step_or_error,
     upstream,
 )
-from tests.networks import align_masks, images, lone_block, norms, small, with_strategy
+from tests.networks import align_masks, images, lone_block, norms, small
 
 
-def test_09_gradients_in_float32_with_masks_aligned(strategy: str) -> None:
-    """Without values near zero in any ReLU float32 agrees to 1e-5, so a larger error is no mask flip."""
-    network = small(block_config=(2, 2, 2)).float()
-    align_masks(network)
-    x = images(dtype=torch.float32)
-    assert_as_naive(strategy, lambda n: _without_buffers(step(n, x)), network, gate=1e-5)
+def test_09_gradients_in_float32_with_masks_aligned(every_strategy: str) -> None:
+    """Without values near zero in any ReLU float32 is nearly exact, so a larger error is no mask flip.
 
-
-def _without_buffers(quantities: Quantities) -> Quantities:
-    return {name: value for name, value in quantities.items() if not name.startswith("buffer")}
+    The median of some networks: a single one may cancel so well that naive itself is off by more.
+    """
+    errors: dict[str, list[float]] = {}
+    for seed in range(5):
+        network = small(block_config=(2, 2, 2), seed=seed).float()
+        align_masks(network)
+        x = images(dtype=torch.float32, seed=seed)
+        truth = play(lambda n, x=x: step(n.double(), x.double()), network, "naive")
+        actual = play(lambda n, x=x: step(n, x), network, every_strategy)
+        for name, error in relative_errors(actual, truth, NEGLIGIBLE_FLOAT32).items():
+            errors.setdefault(name, []).append(error)
+    medians = {name: statistics.median(values) for name, values in errors.items()}
+    assert all(error <= FLOAT32 for error in medians.values()), max(medians.items(), key=lambda item: item[1])
+    assert max(medians.values()) > 0
 
 
 @pytest.mark.parametrize("spread", [0, 1, 1e1, 1e2, 1e3, 1e4])
@@ -49,13 +61,24 @@ def test_10_variance_of_values_far_from_zero(every_strategy: str, spread: float)
     x = (images(8, 8, 5) + spread).float()
     network(x)
     error = (norm.running_var.double() / x.double().var((0, 2, 3)) - 1).abs().max()
-    assert error <= 2e-5
+    assert error <= VARIANCE_FLOAT32
 
 
-def test_10_values_near_the_end_of_float32(strategy: str) -> None:
-    """Squares overflow and the norms become whatever PyTorch's become, not something else."""
-    x = images(channels=5, dtype=torch.float32) * 1e30
-    assert_as_naive(strategy, lambda n: step(n, x), lone_block().float(), gate=1e-5)
+@pytest.mark.parametrize("magnitude", [1e18, 1e30])
+def test_10_values_near_the_end_of_float32(strategy: str, magnitude: float) -> None:
+    """At 1e30 squares overflow, and the norms become what PyTorch's become: the bias, nothing else.
+
+    Without bottlenecks: there the norm of what the first norm leaves would magnify rounding errors.
+    """
+    x = images(channels=5, dtype=torch.float32) * magnitude
+
+    def scenario(network: Any) -> Quantities:
+        results = step(network, x)
+        return results | {"new channels": results["output"][:, 5:]}  # beside the input they are nothing
+
+    results = assert_as_naive(strategy, scenario, lone_block(bn_size=None).float(), FLOAT32)
+    overflown = results["buffer denseblock1.denselayer1.norm1.running_var"].isinf().all()
+    assert overflown == (magnitude == 1e30)
 
 
 def test_14_no_result_is_left_uncomputed(strategy: str) -> None:
@@ -68,22 +91,6 @@ def test_14_no_result_is_left_uncomputed(strategy: str) -> None:
     assert torch.empty(3).isnan().all(), "this PyTorch does not poison fresh memory"
     assert_as_naive(strategy, lambda n: step(n, images()), small())
     assert_as_naive(strategy, lambda n: step(n.eval(), images()), small())
-
-
-@settings(max_examples=15, deadline=None, derandomize=True, database=None)
-@given(data=st.data())
-def test_16_odd_shapes(strategy: str, data: st.DataObject) -> None:
-    """Tails: channels, pixels and images that are no power of two or multiple of a tile (NVIDIA/apex#1768)."""
-    block = {
-        "layers": data.draw(st.integers(1, 4)),
-        "channels": data.draw(st.sampled_from([1, 3, 17, 63, 64, 65])),
-        "growth_rate": data.draw(st.sampled_from([1, 3, 12, 17])),
-        "bn_size": data.draw(st.sampled_from([None, 1, 4])),
-    }
-    batch, height, width = (data.draw(st.integers(1, top)) for top in (9, 7, 14))
-    x = images(batch, 14, block["channels"])[:, :, : height + 1, :width]
-    network = lone_block(**block).train(data.draw(st.booleans()))
-    assert_as_naive(strategy, lambda n: step(n, x), network)
 
 
 def test_20_dropout_mask_is_drawn_once(strategy: str) -> None:
@@ -182,8 +189,8 @@ def test_23_statistics_of_half_precision_maps(every_strategy: str, dtype: torch.
     with torch.autocast("cpu", dtype):
         network(x)
     assert norm.running_var.dtype == norm.running_mean.dtype == torch.float32
-    assert relative_error(norm.running_mean, x.double().mean((0, 2, 3))) < 1e-6
-    assert relative_error(norm.running_var, x.double().var((0, 2, 3))) < 1e-4
+    assert relative_error(norm.running_mean, x.double().mean((0, 2, 3))) < MOMENTS_FLOAT32
+    assert relative_error(norm.running_var, x.double().var((0, 2, 3))) < VARIANCE_FLOAT32
 
 
 OPTIONS: dict[str, dict[str, Any]] = {
@@ -192,7 +199,6 @@ OPTIONS: dict[str, dict[str, Any]] = {
     "momentum 0.3": {"momentum": 0.3},
     "momentum 1": {"momentum": 1.0},
     "large eps": {"eps": 0.3},
-    "eps 0": {"eps": 0.0},
     "affine=False": {"affine": False},
     "track_running_stats=False": {"track_running_stats": False},
     "neither": {"affine": False, "track_running_stats": False},
@@ -215,6 +221,17 @@ def test_24_options_of_batch_norm(strategy: str, options: dict[str, Any], traini
         return results | {f"then {name}": value for name, value in step(network, images(seed=2)).items()}
 
     assert_as_naive(strategy, scenario, network.train(training))
+
+
+@pytest.mark.parametrize("chosen", ["norm1", "norm2"])
+def test_24_eps_of_zero(strategy: str, chosen: str) -> None:
+    """Nothing to refuse in evaluation; in training PyTorch's own ValueError, where it has one."""
+    network = lone_block()
+    for name, norm in network.named_modules():
+        if name.endswith(chosen):
+            norm.eps = 0.0
+    assert_as_naive(strategy, lambda n: step(n.eval(), images(channels=5)), network)
+    assert_as_naive(strategy, lambda n: step_or_error(n, images(channels=5)), network)
 
 
 def test_24_running_statistics_from_their_definition(every_strategy: str) -> None:
@@ -246,83 +263,3 @@ def test_25_second_norm_of_a_layer_in_the_other_mode(strategy: str) -> None:
     network.denseblock1.denselayer1.norm2.eval()
     network.denseblock1.denselayer2.norm1.eval()
     assert_as_naive(strategy, lambda n: step(n, images(channels=5)), network)
-
-
-SHAPES = {
-    "one value a channel": (1, 5, 1, 1),
-    "two images of one pixel": (2, 5, 1, 1),
-    "one row": (1, 5, 1, 9),
-    "one column": (3, 5, 7, 1),
-    "no image": (0, 5, 4, 4),
-    "no row": (2, 5, 0, 4),
-}
-
-
-@pytest.mark.parametrize("training", [True, False])
-@pytest.mark.parametrize("shape", list(SHAPES.values()), ids=list(SHAPES))
-def test_27_smallest_shapes(strategy: str, shape: tuple[int, ...], training: bool) -> None:
-    """Naive's result or naive's exception, word for word (pytorch#2961, #12013, #29975)."""
-    x = torch.randn(shape, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
-    network = lone_block().train(training)
-
-    def scenario(network: nn.Module) -> Quantities:
-        try:
-            return step(network, x) | {"ran": torch.ones(1)}
-        except (ValueError, RuntimeError) as error:
-            message = f"{type(error).__name__}: {error}"
-            return {message: torch.ones(1)}
-
-    assert_as_naive(strategy, scenario, network)
-
-
-def _flat_buffers(network: nn.Module) -> nn.Module:
-    """Running statistics that are strided slices of one tensor, as optimizers and DDP flatten them."""
-    for norm in norms(network):
-        flat = torch.stack((norm.running_mean, norm.running_var), 1)
-        norm.running_mean, norm.running_var = flat[:, 0], flat[:, 1]
-    return network
-
-
-LAYOUTS = {
-    "contiguous": lambda x: x.contiguous(),
-    "channels last": lambda x: x.contiguous(memory_format=torch.channels_last),
-    "every second column": lambda x: x.repeat_interleave(2, 3)[..., ::2],
-    "some channels of more": lambda x: torch.cat((x, x), 1)[:, : x.shape[1]],
-    "transposed": lambda x: x.transpose(2, 3).contiguous().transpose(2, 3),
-}
-
-
-@pytest.mark.parametrize("weights", ["contiguous", "channels last"])
-@pytest.mark.parametrize("layout", LAYOUTS)
-def test_33_memory_layouts(strategy: str, layout: str, weights: str) -> None:
-    """Any layout of input, weights and running statistics (pytorch#107199, #33867: a lost update)."""
-    chosen = torch.channels_last if weights == "channels last" else torch.contiguous_format
-
-    def scenario(network: Any) -> Quantities:
-        x: Tensor = LAYOUTS[layout](images(channels=5)).requires_grad_()
-        network = _flat_buffers(network.to(memory_format=chosen))
-        output = network(x)
-        output.backward(upstream(output))
-        return everything(network, output=output, input=x.grad)
-
-    assert_as_naive(strategy, scenario, lone_block())
-
-
-def test_33_output_has_the_layout_of_naives(strategy: str) -> None:
-    """A channels-last network must stay one: the next convolution would convert every map."""
-    network = lone_block().to(memory_format=torch.channels_last)
-    for layout in ("contiguous", "channels last"):
-        x = LAYOUTS[layout](images(channels=5))
-        outputs = [play(lambda n, x=x: {"y": n(x)}, network, name)["y"] for name in ("naive", strategy)]
-        assert outputs[0].stride() == outputs[1].stride(), layout
-
-
-def test_33_empty_batch_changes_nothing(every_strategy: str) -> None:
-    """No image: no statistics moved, no gradient but zero (an odd last batch after filtering)."""
-    network = with_strategy(small(), every_strategy)
-    before = {n: b.clone() for n, b in network.named_buffers() if "running" in n}
-    output = network(images(0).requires_grad_())
-    output.sum().backward()
-    assert output.shape == (0, 5)
-    assert all(torch.equal(b, before[n]) for n, b in network.named_buffers() if "running" in n)
-    assert all(p.grad is None or not p.grad.any() for p in network.parameters())

@@ -10,7 +10,7 @@ import io
 import pickle
 import threading
 from collections.abc import Iterable
-from itertools import chain
+from itertools import chain, pairwise
 from typing import Any
 
 import pytest
@@ -123,9 +123,12 @@ def _places(start: int, stop: int, number: int = 12) -> Iterable[int]:
 
 
 def _fail(network: nn.Module, x: Tensor, at: int) -> None:
-    with pytest.raises(MemoryError, match="injected"), _Fail(at):
+    def fail() -> None:
         output = network(x)
         output.backward(upstream(output))
+
+    with pytest.raises(MemoryError, match="injected"), _Fail(at):
+        fail()
 
 
 def test_06_failed_forward_leaves_no_half_moved_statistics(strategy: str) -> None:
@@ -169,7 +172,7 @@ def test_13_gradients_share_no_memory(every_strategy: str) -> None:
     for each in (network, other):
         tensors += [t for p in each.parameters() for t in (p.data, p.grad)] + list(each.buffers())
     ranges = sorted((t.data_ptr(), t.data_ptr() + t.numel() * t.element_size()) for t in tensors)
-    for (_, end), (start, _) in zip(ranges, ranges[1:], strict=False):
+    for (_, end), (start, _) in pairwise(ranges):
         assert end <= start, "two tensors of one step lie in the same memory"
 
 

@@ -118,8 +118,8 @@ def commit_observed(calls: Sequence[NormCall], observed: Sequence[Observed]) -> 
     for momentum, moves in by_momentum.items():
         running = [stored for stored, _, _ in moves]
         batch = [seen.to(stored.dtype) for stored, seen, _ in moves]
-        batch = torch._foreach_mul(batch, [factor for _, _, factor in moves])
-        torch._foreach_lerp_(running, batch, momentum)
+        unbiased = torch._foreach_mul(batch, [factor for _, _, factor in moves])
+        torch._foreach_lerp_(running, unbiased, momentum)
     _count_batch(calls)
 
 

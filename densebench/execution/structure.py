@@ -4,24 +4,74 @@ from __future__ import annotations
 
 from torch import nn
 
-from densebench.models.layers import DenseLayer, Transition
+from densebench.models.layers import DenseBlock, DenseLayer, ReLU, Transition
 from densebench.models.stage import Stage
 from densebench.registry import Part
+
+_CONTAINERS = (DenseBlock, DenseLayer, Transition)
 
 
 def irregularity(stage: Stage, part: Part) -> str | None:
     """What in the block (or the whole stage) is not a standard part, with the remedy; None where all is.
 
-    Standard is what `densebench.models` builds: exactly `nn.BatchNorm2d`, ReLU and `nn.Conv2d` without bias
-    or groups. A replaced norm (SyncBatchNorm, GroupNorm) computes something else.
+    Standard is what `densebench.models` builds: exactly `nn.BatchNorm2d`, ReLU, `nn.Conv2d` without bias or
+    groups, in the geometry of a dense layer, and the stem's and the transition's pooling. A replaced norm
+    (SyncBatchNorm, GroupNorm) and a layer with a `forward` of its own compute something else.
     """
-    containers = (DenseLayer, Transition, type(stage.block), nn.MaxPool2d, nn.AvgPool2d)
     for name, module in stage.named_modules(part):
-        kind = type(module)
-        if kind is nn.BatchNorm2d or issubclass(kind, (nn.ReLU, *containers)):
-            continue
-        if kind is not nn.Conv2d:
-            return f"{name} is {kind.__name__}; it takes BatchNorm2d, ReLU and Conv2d. Use 'naive'"
-        if module.bias is not None or module.groups != 1 or module.stride != (1, 1):
-            return f"{name} has a bias, groups or a stride, which no dense layer has; use 'naive'"
+        reason = _reason(module)
+        if reason:
+            return f"{name} {reason}; use 'naive'"
     return None
+
+
+def _reason(module: nn.Module) -> str | None:
+    """What is not standard about a module, seen without its submodules."""
+    kind = type(module)
+    if kind is nn.Conv2d:
+        return None if _plain(module) else "has a bias, groups, a stride or padding that no dense layer has"
+    if isinstance(module, nn.MaxPool2d | nn.AvgPool2d):
+        return None if _pools_as_usual(module) else "pools in another way than a dense network"
+    container = next((standard for standard in _CONTAINERS if isinstance(module, standard)), None)
+    if container is None:
+        known = kind in (nn.BatchNorm2d, nn.ReLU, ReLU)
+        return None if known else f"is {kind.__name__}; it takes BatchNorm2d, ReLU and Conv2d"
+    if kind.forward is not container.forward:
+        return f"is {kind.__name__}, which has a forward of its own"
+    return _reason_of_parts(module)
+
+
+def _reason_of_parts(container: nn.Module) -> str | None:
+    if isinstance(container, Transition):
+        if list(container._modules) not in (["norm", "relu", "conv"], ["norm", "relu", "conv", "pool"]):
+            return f"is made of {', '.join(container._modules)}, not of norm, relu, conv and pool"
+        return None if _is_1x1(container.conv) else "has a convolution that is not 1x1"
+    if isinstance(container, DenseLayer) and container.bottleneck and not _is_1x1(container.conv1):
+        return "has a first convolution that is not 1x1"
+    return None
+
+
+def _plain(conv: nn.Module) -> bool:
+    """1x1, or 3x3 padded with zeros to keep the size; nothing else."""
+    assert isinstance(conv, nn.Conv2d)
+    keeps_size = conv.padding == ((0, 0) if _is_1x1(conv) else conv.dilation)
+    usual = conv.bias is None and conv.groups == 1 and conv.stride == (1, 1) and conv.padding_mode == "zeros"
+    return usual and keeps_size and conv.kernel_size in ((1, 1), (3, 3))
+
+
+def _is_1x1(conv: object) -> bool:
+    return isinstance(conv, nn.Conv2d) and conv.kernel_size == (1, 1)
+
+
+def _pools_as_usual(pool: nn.MaxPool2d | nn.AvgPool2d) -> bool:
+    """The stem's 3x3 maximum of stride 2, or the transition's 2x2 average."""
+    size, stride, padding = (_pair(value) for value in (pool.kernel_size, pool.stride, pool.padding))
+    if isinstance(pool, nn.MaxPool2d):
+        plain = _pair(pool.dilation) == (1, 1) and not pool.return_indices
+        return plain and not pool.ceil_mode and (size, stride, padding) == ((3, 3), (2, 2), (1, 1))
+    plain = pool.divisor_override is None and not pool.ceil_mode
+    return plain and (size, stride, padding) == ((2, 2), (2, 2), (0, 0))
+
+
+def _pair(value: int | tuple[int, ...]) -> tuple[int, ...]:
+    return (value, value) if isinstance(value, int) else tuple(value)

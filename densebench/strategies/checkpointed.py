@@ -41,20 +41,37 @@ def checkpointed(stage: Stage, x: Tensor) -> Tensor:
 def _first_half(layer: DenseLayer) -> Callable[..., Tensor]:
     """cat-norm1-relu1-conv1 as a function that moves running statistics the first time only.
 
-    What the norm does is settled now: neither its mode nor its running statistics at the time of backward
-    may change what is recomputed.
+    What it works with is settled now: neither the modes, parameters or running statistics that the modules have
+    at the time of backward (`torch.func.functional_call` puts others back by then) may change what is recomputed.
     """
-    norm, call = layer.norm1, call_norm(layer.norm1).copied()
-    recomputing = False
+    norm, conv, call = layer.norm1, layer.conv1, call_norm(layer.norm1).copied()
+    gamma, beta, weight = norm.weight, norm.bias, conv.weight
+    versions: list[int] = []
 
     def run(*features: Tensor) -> Tensor:
-        nonlocal recomputing
+        recomputing = bool(versions)
+        used = [t for t in (gamma, beta, weight, *features) if t is not None and not t.is_inference()]
+        _check_versions(used, versions)
         x = torch.cat(features, 1)
         # `call.running` are copies: recomputing may move them again, the module's own are stored once.
-        x = F.batch_norm(x, *call.running, norm.weight, norm.bias, call.by_batch, call.momentum, norm.eps)
+        x = F.batch_norm(x, *call.running, gamma, beta, call.by_batch, call.momentum, norm.eps)
         if not recomputing:
             commit_copies([call])
-        recomputing = True
-        return layer.conv1(F.relu(x, inplace=not torch.is_grad_enabled()))
+        x = F.relu(x, inplace=not torch.is_grad_enabled())
+        return F.conv2d(x, weight, None, 1, conv.padding, conv.dilation)
 
     return run
+
+
+def _check_versions(tensors: list[Tensor], versions: list[int]) -> None:
+    """Note the versions of what is read, or refuse to recompute from what has been written since.
+
+    Autograd does this for the tensors that it saves; what is recomputed from it does not see.
+    """
+    now = [tensor._version for tensor in tensors]
+    if versions and versions != now:
+        raise RuntimeError(
+            "one of the variables needed for gradient computation has been modified by an inplace operation: "
+            "a parameter or input of a layer that strategy 'checkpointed' recomputes has changed since the forward"
+        )
+    versions[:] = now
