@@ -15,6 +15,8 @@ from densebench.results import Case
 
 DEPTHS = (48, 68, 96, 136, 192)  # log-spaced
 IMAGE = (3, 224, 224)
+CAPACITIES_GIB = (8, 16, 24, 40, 80)
+CIFAR_DEPTHS = (100, 196, 292, 508, 700, 1000)  # 6n + 4, log-spaced
 
 
 @dataclass(frozen=True)
@@ -27,6 +29,23 @@ class Group:
 
 
 @dataclass(frozen=True)
+class Limit:
+    """How much of a case's network fits into cards of several sizes; `checked` traces every answer.
+
+    Kind "fit" asks for the largest batch, "deepest" for the most layers.
+    """
+
+    case: Case
+    capacities_gib: tuple[int, ...]
+    checked: bool
+
+    def covers(self, case: Case) -> bool:
+        """Whether a record's case is one of its answers."""
+        same = (case.kind, case.model, case.strategy) == (self.case.kind, self.case.model, self.case.strategy)
+        return same and case.options.get("capacity_gib") in self.capacities_gib
+
+
+@dataclass(frozen=True)
 class Profile:
     """All that one run measures.
 
@@ -35,16 +54,18 @@ class Profile:
         groups: measured on the device.
         predicted: traced without running.
         minutes: about how long it takes.
+        limits: what fits is searched for, without running.
     """
 
     effort: Effort
     groups: tuple[Group, ...]
     predicted: tuple[Case, ...]
     minutes: float
+    limits: tuple[Limit, ...] = ()
 
 
 def profile(name: str, device: str) -> Profile:
-    """The profile "quick", "default" or "full" on a device "cpu" or "cuda"."""
+    """The profile "quick", "default" or "full" on a device "cpu" or "cuda" ("tiny" tests the suite itself)."""
     builders: dict[tuple[str, str], Callable[[], Profile]] = {
         ("quick", "cpu"): _quick_cpu,
         ("default", "cpu"): _default_cpu,
@@ -53,19 +74,22 @@ def profile(name: str, device: str) -> Profile:
         ("default", "cuda"): _default_cuda,
         ("full", "cuda"): _full_cuda,
     }
+    if name == "tiny":
+        return _tiny(device)
     return builders[name, device]()
 
 
 def _quick_cpu() -> Profile:
     return Profile(
-        Effort(rounds=8, seconds=4.0, least=5),
+        Effort(rounds=10, seconds=2.0, least=5),
         (
             network_group("densenet121", "train", 2, "cpu", contenders=_quick_contenders()),
             network_group("densenet121", "infer", 2, "cpu", contenders=_quick_contenders()),
-            depth_group(DEPTHS[::2], "cpu"),
+            depth_group(DEPTHS[:3], "cpu"),
         ),
         (*full_size(), *timelines()),
         minutes=2,
+        limits=largest_batches(checked=False),
     )
 
 
@@ -79,7 +103,8 @@ def _default_cpu() -> Profile:
             depth_group(DEPTHS, "cpu"),
         ),
         (*full_size(), *timelines(), *depth_predicted()),
-        minutes=8,
+        minutes=15,
+        limits=largest_batches(checked=False),
     )
 
 
@@ -92,8 +117,9 @@ def _full_cpu() -> Profile:
             network_group("densenet_bc", "train", 64, "cpu", image=(3, 32, 32), both_formats=True),
             depth_group(DEPTHS, "cpu"),
         ),
-        (*full_size(), *timelines(), *depth_predicted()),
-        minutes=25,
+        (*full_size(), *timelines(), *depth_predicted(), *cifar_depths()),
+        minutes=53,
+        limits=(*largest_batches(checked=True), *deepest_networks()),
     )
 
 
@@ -107,6 +133,7 @@ def _quick_cuda() -> Profile:
         ),
         (*timelines(), *depth_predicted()),
         minutes=3,
+        limits=largest_batches(checked=False),
     )
 
 
@@ -124,6 +151,7 @@ def _default_cuda() -> Profile:
         ),
         (*timelines(), *depth_predicted()),
         minutes=10,
+        limits=largest_batches(checked=False),
     )
 
 
@@ -139,8 +167,20 @@ def _full_cuda() -> Profile:
             network_group("densenet201", "train", 64, "cuda", autocast="bfloat16"),
             network_group("densenet161", "train", 64, "cuda", autocast="bfloat16"),
             network_group("densenet264", "train", 64, "cuda", autocast="bfloat16"),
+            graph_group("densenet121", 64, "bfloat16"),
         ),
         minutes=25,
+    )
+
+
+def _tiny(device: str) -> Profile:
+    options = {"block_config": [2, 2], "growth_rate": 4, "stem": "cifar", "num_classes": 10}
+    case = Case("step", "densenet_x", "naive", "train", 4, (3, 16, 16), device=device, options=options)
+    case = replace(case, memory_format="channels_last")
+    group = Group(f"train tiny {device}", tuple(replace(case, strategy=name) for name in list_strategies()))
+    predicted = replace(case, source="predicted", device="cpu")
+    return Profile(
+        Effort(rounds=3, seconds=1.0, least=2), (group, depth_group((2, 3), device)), (predicted,), minutes=0.2
     )
 
 
@@ -165,6 +205,16 @@ def network_group(
         cases.insert(1, replace(case, memory_format="contiguous"))
     precision = autocast or "float32"
     return Group(f"{mode} {model} {batch}x{image[1]}x{image[2]} {precision} {device}", tuple(cases))
+
+
+def graph_group(model: str, batch: int, autocast: str | None) -> Group:
+    """A training step recorded as a CUDA graph under every strategy, naive included.
+
+    A graph saves the host's time of launching kernels; what is left is what the kernels take.
+    """
+    case = Case("step", model, "naive", "train", batch, IMAGE, "float32", autocast, "channels_last", device="cuda")
+    cases = tuple(replace(case, strategy=name, cuda_graph=True) for name in list_strategies())
+    return Group(f"train {model} {batch}x{IMAGE[1]}x{IMAGE[2]} {autocast or 'float32'} cuda, CUDA graph", cases)
 
 
 def depth_group(depths: tuple[int, ...], device: str) -> Group:
@@ -194,9 +244,36 @@ def depth_predicted() -> list[Case]:
     return [depth_case(name, depth, "cpu", "predicted") for name in list_strategies() for depth in DEPTHS]
 
 
+def cifar_depths() -> list[Case]:
+    """DenseNet-BC (k = 12) at 32x32, batch 64, up to 1,000 layers: more than would run on most machines."""
+    return [
+        replace(_cifar(name), kind="depth", device="cpu", options={"depth": depth, "growth_rate": 12})
+        for name in list_strategies()
+        for depth in CIFAR_DEPTHS
+    ]
+
+
+def largest_batches(checked: bool) -> tuple[Limit, ...]:
+    """The largest batch of DenseNet-121 at 224 in float32, under every strategy."""
+    case = Case("fit", "densenet121", "naive", "train", 64, IMAGE, device="cuda", source="predicted")
+    case = replace(case, memory_format="channels_last")
+    return tuple(Limit(replace(case, strategy=name), CAPACITIES_GIB, checked) for name in list_strategies())
+
+
+def deepest_networks() -> tuple[Limit, ...]:
+    """The deepest DenseNet-BC (k = 40, batch 64) that trains in 12, 24 and 80 GiB, up to 1,000 layers."""
+    case = replace(_cifar("naive"), options={"growth_rate": 40})
+    return tuple(Limit(replace(case, strategy=name), (12, 24, 80), True) for name in list_strategies())
+
+
+def _cifar(strategy: str) -> Case:
+    case = Case("deepest", "densenet_bc", strategy, "train", 64, (3, 32, 32), device="cuda", source="predicted")
+    return replace(case, memory_format="channels_last")
+
+
 def full_size() -> list[Case]:
-    """DenseNet-121 at 224, 64 images in float32: more than most machines would run as a test."""
-    case = Case("step", "densenet121", "naive", "train", 64, IMAGE, source="predicted")
+    """The memory of DenseNet-121 at 224, 8 images in float32, also where running that takes too long."""
+    case = Case("step", "densenet121", "naive", "train", 8, IMAGE, source="predicted")
     case = replace(case, memory_format="channels_last")
     names = [*list_strategies(), "torchvision", "torchvision_checkpointed", "eager"]
     return [_with(case, name) for name in names if _has(name, case)]
@@ -223,11 +300,13 @@ def _quick_contenders() -> list[str]:
 
 def _has(contender: str, case: Case) -> bool:
     """Whether a contender has the case's network, or is the yardstick to show beside it."""
-    if get_contender(contender).family == "yardstick":
-        return case.input_shape == IMAGE
-    if contender in ("torchvision", "torchvision_checkpointed", "timm"):
-        return case.model in ("densenet121", "densenet161", "densenet169", "densenet201")
-    return not (contender == "offloaded" and (case.mode == "infer" or case.device == "cpu"))
+    if get_contender(contender).family == "yardstick":  # once, beside the network of its size
+        return case.input_shape == IMAGE and case.model == "densenet121"
+    if contender == "offloaded" and (case.mode == "infer" or case.device == "cpu"):
+        return False  # nothing to offload, or nowhere
+    if contender == "checkpointed_blocks" and case.mode == "infer":
+        return False  # naive
+    return get_contender(contender).has(case.model)
 
 
 def _with(case: Case, contender: str) -> Case:

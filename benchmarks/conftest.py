@@ -2,24 +2,33 @@
 
 from __future__ import annotations
 
+import contextlib
+import sys
+from collections.abc import Callable, Generator
 from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
-from benchmarks.cases import Profile, profile
-from benchmarks.suite import Suite, choose_device, run_folder
+from benchmarks.cases import Group, Profile, profile
+from benchmarks.suite import DATA, Suite, choose_device, run_folder
 from densebench.contenders import get_contender
 from densebench.measure.environment import device_name
 from densebench.report.console import summary_table
-from densebench.results import Case, Record, RunStore
+from densebench.results import Case, Record, RunStore, StoreError, latest
+
+PROFILES = ("quick", "default", "full", "tiny")
+_DEVICE, _NAME = pytest.StashKey[str](), pytest.StashKey[str]()
+_PROFILE, _SUITE = pytest.StashKey[Profile](), pytest.StashKey[Suite]()
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
     group = parser.getgroup("densebench")
     group.addoption(
         "--densebench-profile",
-        choices=["quick", "default", "full"],
+        choices=PROFILES,
+        metavar="quick|default|full",
         help="how much to measure (quick on a CPU, default on a GPU)",
     )
     group.addoption("--densebench-device", choices=["auto", "cpu", "cuda"], default="auto")
@@ -29,55 +38,79 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
 
 def pytest_configure(config: pytest.Config) -> None:
-    device = choose_device(config.getoption("densebench_device"))
+    if config.getoption("numprocesses", None) or hasattr(config, "workerinput"):
+        raise pytest.UsageError("benchmarks measure one case at a time; leave out -n")
+    try:
+        device = choose_device(config.getoption("densebench_device"))
+    except ValueError as error:
+        raise pytest.UsageError(str(error)) from None
     name = config.getoption("densebench_profile") or ("quick" if device == "cpu" else "default")
     config.stash[_DEVICE] = device
     config.stash[_PROFILE] = profile(name, device)
     config.stash[_NAME] = name
 
 
-_DEVICE, _NAME = pytest.StashKey[str](), pytest.StashKey[str]()
-_PROFILE, _SUITE = pytest.StashKey[Profile](), pytest.StashKey[Suite]()
-
-
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
     chosen = metafunc.config.stash[_PROFILE]
     if "timed" in metafunc.fixturenames:
-        pairs = [(group, case) for group in chosen.groups if group.timed for case in group.cases]
-        ids = [f"{group.name} {_contender_id(case)}" for group, case in pairs]
-        metafunc.parametrize("timed", pairs, ids=ids)
+        pairs = _pairs(chosen, timed=True)
+        metafunc.parametrize("timed", pairs, ids=[f"{group.name} {_name(case)}" for group, case in pairs])
     if "untimed" in metafunc.fixturenames:
-        pairs = [(group, case) for group in chosen.groups if not group.timed for case in group.cases]
-        metafunc.parametrize("untimed", pairs, ids=[_depth_id(case) for _, case in pairs])
+        pairs = _pairs(chosen, timed=False)
+        metafunc.parametrize("untimed", pairs, ids=[f"{case.kind} {_name(case)}" for _, case in pairs])
     if "predicted" in metafunc.fixturenames:
-        ids = [f"{case.kind} {_depth_id(case)}" for case in chosen.predicted]
+        ids = [f"{case.kind} {_name(case)}" for case in chosen.predicted]
         metafunc.parametrize("predicted", chosen.predicted, ids=ids)
 
 
+def _pairs(chosen: Profile, timed: bool) -> list[tuple[Group, Case]]:
+    return [(group, case) for group in chosen.groups if group.timed is timed for case in group.cases]
+
+
+@pytest.hookimpl(tryfirst=True)
 def pytest_collection_finish(session: pytest.Session) -> None:
     """Open the run's folder before the first case, and tell it which cases were selected."""
     config = session.config
-    selected = [item for item in session.items if hasattr(item, "callspec")]
+    selected = _ours(session.items)
     if not selected or config.option.collectonly:
         return
-    folder = config.getoption("densebench_out") or run_folder(
-        config.stash[_NAME], config.stash[_DEVICE], config.getoption("densebench_resume")
-    )
+    resume = config.getoption("densebench_resume")
+    folder = config.getoption("densebench_out") or run_folder(config.stash[_NAME], config.stash[_DEVICE], resume)
     try:
         store = RunStore(folder)
-    except OSError as error:
+        store.claim()
+    except StoreError as error:
         raise pytest.UsageError(str(error)) from None
     suite = Suite(
-        config.stash[_PROFILE],
-        store,
-        config.getoption("densebench_isolate"),
-        config.getoption("densebench_resume"),
+        config.stash[_PROFILE], store, config.getoption("densebench_isolate"), resume, _progress_of(config)
     )
     for item in selected:
-        pair = item.callspec.params.get("timed") or item.callspec.params.get("untimed")
+        parameters = getattr(getattr(item, "callspec", None), "params", {})
+        pair = parameters.get("timed") or parameters.get("untimed")
         if pair:
             suite.select(*pair)
     config.stash[_SUITE] = suite
+
+
+def _ours(items: list[pytest.Item]) -> list[pytest.Item]:
+    """The tests that measure something; pytest leaves one named so where a profile has no case for it."""
+    fixtures = {"suite", "kernels"}
+    mine = [item for item in items if fixtures & set(getattr(item, "fixturenames", ()))]
+    return [item for item in mine if "NOTSET" not in item.name]
+
+
+def _progress_of(config: pytest.Config) -> Callable[[str], None]:
+    """Writes lines to stderr at once, past pytest's capture."""
+    capture = config.pluginmanager.getplugin("capturemanager")
+    terminal = config.pluginmanager.getplugin("terminalreporter")
+
+    def say(line: str) -> None:
+        with capture.global_and_fixture_disabled() if capture else contextlib.nullcontext():
+            if terminal:
+                terminal.flush()
+            print(f"\n  {line} ", end="", file=sys.stderr, flush=True)  # pytest's dot ends the line
+
+    return say
 
 
 @pytest.fixture(scope="session")
@@ -85,42 +118,94 @@ def suite(pytestconfig: pytest.Config) -> Suite:
     return pytestconfig.stash[_SUITE]
 
 
-def pytest_report_header(config: pytest.Config) -> str:
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_call(item: pytest.Item) -> Generator[None, Any, Any]:
+    """A disk that takes no more records ends the run: what is measured after that would be lost."""
+    try:
+        return (yield)
+    except StoreError as error:
+        pytest.exit(f"densebench: {error}", returncode=pytest.ExitCode.TESTS_FAILED)
+
+
+def pytest_report_collectionfinish(config: pytest.Config, items: list[pytest.Item]) -> list[str] | None:
+    suite = config.stash.get(_SUITE, None)
+    if suite is None:
+        return None
+    held = f" ({len(suite.runner.done)} cases in it are kept)" if suite.runner.done else ""
+    return [_header(config, items), f"densebench: records go to {suite.store.path}{held}"]
+
+
+def _header(config: pytest.Config, items: list[pytest.Item]) -> str:
+    """Where, what and how long in one line, and what is not run and why."""
     chosen, device = config.stash[_PROFILE], config.stash[_DEVICE]
-    cases = sum(len(group.cases) for group in chosen.groups) + len(chosen.predicted)
-    where = "one GPU" if device == "cuda" else device_name_of_cpu()
-    line = f"densebench: {where}, {config.stash[_NAME]} profile, {cases} cases, about {chosen.minutes:.0f} min"
-    absent = sorted({c.strategy for g in chosen.groups for c in g.cases if get_contender(c.strategy).missing()})
-    notes = [f"not installed: {', '.join(absent)}"] if absent else []
+    where = "one GPU" if device == "cuda" else device_name(torch.device("cpu"))
+    minutes = f"about {chosen.minutes:.0f} min" if chosen.minutes >= 1 else "less than a minute"
+    line = f"densebench: {where}, {config.stash[_NAME]} profile, {len(_ours(items))} cases, {minutes} for all"
+    names = {case.strategy for group in chosen.groups for case in group.cases}
+    absent = sorted(reason for name in names if (reason := get_contender(name).missing()))
+    notes = [f"not run: {'; '.join(absent)}"] if absent else []
     if device == "cpu":
         notes.append("no GPU: full size is predicted, Triton kernels are checked in the interpreter, not timed")
     return "; ".join([line, *notes])
 
 
-def device_name_of_cpu() -> str:
-    import torch
-
-    return device_name(torch.device("cpu"))
-
-
-def pytest_terminal_summary(terminalreporter: Any, config: pytest.Config) -> None:
-    suite = config.stash.get(_SUITE, None)
-    if suite is None or not suite.records:
+@pytest.hookimpl(trylast=True)
+def pytest_sessionfinish(session: pytest.Session, exitstatus: int) -> None:
+    """A run without a single figure is no success."""
+    suite = session.config.stash.get(_SUITE, None)
+    if exitstatus != pytest.ExitCode.OK or session.config.option.collectonly:
         return
-    terminalreporter.write_line("")
-    for line in summary_table(list(suite.records.values())):
-        terminalreporter.write_line(line)
-    terminalreporter.write_line(f"records: {suite.store.path}")
-    terminalreporter.write_line("page:    python -m densebench.report")
+    if suite is None and not session.items:  # a file may have skipped itself, which pytest takes for a test
+        session.exitstatus = pytest.ExitCode.NO_TESTS_COLLECTED
+    if suite is not None and not _figures(suite):
+        session.exitstatus = pytest.ExitCode.TESTS_FAILED
 
 
-def _contender_id(case: Case) -> str:
-    return case.strategy + (" contiguous" if case.memory_format == "contiguous" else "")
+def pytest_unconfigure(config: pytest.Config) -> None:
+    suite = config.stash.get(_SUITE, None)
+    if suite is not None:
+        suite.close()
 
 
-def _depth_id(case: Case) -> str:
-    depth = case.options.get("block_config", [""])[0]
-    return f"{case.model} {_contender_id(case)} {depth}".strip()
+@pytest.hookimpl(wrapper=True, tryfirst=True)
+def pytest_terminal_summary(terminalreporter: Any, config: pytest.Config) -> Generator[None, Any, Any]:
+    """Our table comes last, also after an interruption or a regression that pytest-benchmark found."""
+    try:
+        return (yield)
+    finally:
+        suite = config.stash.get(_SUITE, None)
+        if suite is not None:
+            for line in _summary(suite):
+                terminalreporter.write_line(line)
+
+
+def _summary(suite: Suite) -> list[str]:
+    records = latest(suite.store.read())
+    if not _figures(suite):
+        return ["", "densebench: nothing was measured", *{f"{r.status}: {r.reason}" for r in records}]
+    standard = suite.store.folder.resolve().parent == DATA
+    command = "python -m densebench.report" + ("" if standard else f" {suite.store.folder}")
+    return [*summary_table(records), "", f"records: {suite.store.path}", f"page:    {command}"]
+
+
+def _figures(suite: Suite) -> bool:
+    return any(r.peak_delta_bytes is not None or r.time_s is not None for r in suite.store.read())
+
+
+def _name(case: Case) -> str:
+    """A contender, and what sets a case apart from the others of its group."""
+    contiguous = "contiguous" if case.memory_format == "contiguous" and case.device == "cpu" else ""
+    graph = "graph" if case.cuda_graph else ""
+    options = case.options
+    depth = str(options.get("depth", sum(options.get("block_config", [])))) if case.kind == "depth" else ""
+    return " ".join(part for part in (case.strategy, contiguous, graph, depth) if part)
+
+
+def describe(benchmark: Any, group: str, case: Case) -> None:
+    """Short names for pytest-benchmark's table, and parameters that its files can hold."""
+    benchmark.group = group
+    benchmark.name = _name(case)
+    benchmark.params = {"model": case.model, "contender": case.strategy, "mode": case.mode, "batch": case.batch}
 
 
 def end(record: Record, benchmark: Any) -> None:

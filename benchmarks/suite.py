@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-import sys
-from collections.abc import Sequence
+import gc
+import os
+from collections.abc import Callable
 from datetime import datetime
 from pathlib import Path
 from typing import Any
@@ -12,39 +13,52 @@ import torch
 
 from benchmarks.cases import Group, Profile
 from densebench.measure.runner import Runner
+from densebench.measure.validation import Checks
 from densebench.measure.worker import run_isolated
 from densebench.results import Case, Record, RunStore
 
-ROOT = Path(__file__).resolve().parents[1]
+DATA = Path(__file__).resolve().parents[1] / "reports" / "data"
 
 
 class Suite:
-    """Measures the selected cases of a profile, a whole group at its first case.
+    """Measures the selected cases of a profile: what is timed a whole group at its first case, the rest singly.
 
     Args:
         profile: what could be measured.
         store: where records go.
-        isolate: a fresh process for each case; then nothing is timed in turns.
+        isolate: a fresh process for each case; then nothing is timed in turns, and no ratios are formed.
         resume: take over what the store holds of the same commit and environment.
+        progress: called with one line for each thing that is begun.
     """
 
-    def __init__(self, profile: Profile, store: RunStore, isolate: bool, resume: bool) -> None:
+    def __init__(
+        self, profile: Profile, store: RunStore, isolate: bool, resume: bool, progress: Callable[[str], None]
+    ) -> None:
         self.profile = profile
         self.store = store
         self.isolate = isolate
+        self.progress = progress
         self.selected: dict[str, list[Case]] = {}
         self.records: dict[str, Record] = {}
-        self.runner = Runner(store, profile.effort, resume, _progress)
+        self.runner = Runner(store, profile.effort, resume, progress)
+        self._checks: dict[str, Checks] = {}
 
     def select(self, group: Group, case: Case) -> None:
         """Note that this case of the group is to be measured."""
         self.selected.setdefault(group.name, []).append(case)
 
     def record(self, group: Group, case: Case) -> Record:
-        """The record of a case; its whole group is measured when the first of them is asked for."""
+        """The record of a case; a group that is timed is measured when the first of its cases is asked for."""
         if case.key() not in self.records:
-            cases = self.selected.get(group.name, [case])
-            measured = self._isolated(group, cases) if self.isolate else self._in_turns(group, cases)
+            gc.collect()
+            gc.freeze()  # every case collects garbage; what is loaded by now is none, and looking at it takes time
+            if self.isolate:
+                measured = [self._isolated(group, case)]
+            elif group.timed:
+                measured = self.runner.measure(self.selected.get(group.name, [case]), group.name)
+            else:
+                checks = self._checks.setdefault(group.name, Checks(one_network=True))
+                measured = self.runner.measure([case], None, checks)
             self.records |= {record.case.key(): record for record in measured}
         return self.records[case.key()]
 
@@ -52,18 +66,20 @@ class Suite:
         self.records[case.key()] = self.runner.predict(case)
         return self.records[case.key()]
 
-    def _in_turns(self, group: Group, cases: Sequence[Case]) -> list[Record]:
-        return self.runner.measure(cases, group.name if group.timed else None)
+    def close(self) -> None:
+        """Let other runs into the folder, and collect what was frozen."""
+        self.store.release()
+        gc.unfreeze()
 
-    def _isolated(self, group: Group, cases: Sequence[Case]) -> list[Record]:
-        records = []
-        for case in cases:
-            if case.key() not in self.runner.done:
-                _progress(f"{case.label()} in its own process")
-                record = run_isolated(case, self.profile.effort, group.name if group.timed else None)
-                self.runner.done[case.key()] = self.store.append(record)
-            records.append(self.runner.done[case.key()])
-        return records
+    def _isolated(self, group: Group, case: Case) -> Record:
+        if case.key() in self.runner.done:
+            return self.runner.done[case.key()]
+        too_large = self.runner.too_large(case)
+        if too_large is not None:
+            return self.runner.note(Record(case, "skipped", too_large))
+        self.progress(f"{case.label()} in its own process")
+        alone = f"{group.name}, {case.key()} in its own process" if group.timed else None
+        return self.runner.note(run_isolated(case, self.profile.effort, alone))
 
 
 class ReplayedClock:
@@ -93,22 +109,25 @@ clock = ReplayedClock()
 
 
 def choose_device(name: str) -> str:
-    """ "cuda" if there is one and "auto" is asked for, without making a CUDA context."""
-    if name == "auto":
-        return "cuda" if torch.cuda.is_available() else "cpu"
-    return name
+    """The device to measure on, found without making a CUDA context: for "auto" the GPU if there is one.
+
+    Raises:
+        ValueError: if a GPU is asked for and there is none.
+    """
+    if name == "cpu":
+        return name
+    if torch.cuda.is_available():
+        return "cuda"
+    if name == "cuda":
+        raise ValueError("torch sees no CUDA device; leave out --densebench-device cuda to measure on the CPU")
+    return "cpu"
 
 
 def run_folder(profile: str, device: str, resume: bool) -> Path:
     """A new folder under reports/data/, or with `resume` the newest that fits."""
-    data = ROOT / "reports" / "data"
     suffix = f"-{device}-{profile}"
     if resume:
-        existing = sorted(path for path in data.glob(f"*{suffix}") if path.is_dir())
+        existing = sorted(path for path in DATA.glob(f"*{suffix}") if path.is_dir())
         if existing:
             return existing[-1]
-    return data / f"{datetime.now():%Y%m%d-%H%M%S}{suffix}"
-
-
-def _progress(line: str) -> None:
-    print(f"  {line}", file=sys.stderr, flush=True)
+    return DATA / f"{datetime.now():%Y%m%d-%H%M%S}-{os.getpid()}{suffix}"  # two at once are two runs

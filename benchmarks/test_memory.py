@@ -5,16 +5,16 @@ from __future__ import annotations
 from typing import Any
 
 from benchmarks.cases import Group
-from benchmarks.conftest import end
+from benchmarks.conftest import describe, end
 from benchmarks.suite import Suite
 from densebench.results import Case
 
 
 def test_memory(benchmark: Any, suite: Suite, untimed: tuple[Group, Case]) -> None:
-    benchmark.group = "measuring memory"
+    describe(benchmark, "measuring memory", untimed[1])
     end(benchmark.pedantic(suite.record, args=untimed, rounds=1), benchmark)
 
 
 def test_predicted(benchmark: Any, suite: Suite, predicted: Case) -> None:
-    benchmark.group = "predicting memory"
+    describe(benchmark, "predicting memory", predicted)
     end(benchmark.pedantic(suite.predict, args=(predicted,), rounds=1), benchmark)

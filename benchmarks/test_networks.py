@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 
 from benchmarks.cases import Group
-from benchmarks.conftest import end
+from benchmarks.conftest import describe, end
 from benchmarks.suite import Suite, clock
 from densebench.results import Case
 
@@ -16,7 +16,7 @@ from densebench.results import Case
 def test_step(benchmark: Any, suite: Suite, timed: tuple[Group, Case]) -> None:
     group, case = timed
     record = suite.record(group, case)
-    benchmark.group = group.name
+    describe(benchmark, group.name, case)
     if record.time_s is not None:
         clock.replay(benchmark, record)
     end(record, benchmark)

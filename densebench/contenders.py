@@ -8,14 +8,18 @@ from __future__ import annotations
 
 import functools
 import importlib
-from collections.abc import Callable
+import importlib.util
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from densebench.models import build_model
+from densebench.models.layers import DenseBlock
 from densebench.registry import get_strategy, list_strategies
 
 Family = Literal["strategy", "peer", "yardstick"]
@@ -31,8 +35,8 @@ class Contender:
         family: "strategy", "peer" (the same DenseNet by other means) or "yardstick" (another network).
         build: `(model_name, **options) -> nn.Module`.
         needs: a Python package that must be installed, or None.
-        models: name prefix of the models it has.
-        compiles: whether its first step compiles, so that it needs an unbounded first step.
+        models: name prefix of the models it has; `only` these of them, if not None.
+        compiles: whether its first step compiles.
     """
 
     name: str
@@ -41,15 +45,24 @@ class Contender:
     build: Build
     needs: str | None = None
     models: str = "densenet"
+    only: tuple[str, ...] | None = None
     compiles: bool = False
+
+    @property
+    def module(self) -> str:
+        """The module that registers it."""
+        where = get_strategy(self.name).function if self.family == "strategy" else self.build
+        return where.__module__
 
     def missing(self) -> str | None:
         """What keeps it from running here, with the remedy; None if nothing does."""
         if self.family == "strategy":
             return get_strategy(self.name).missing()
-        if self.needs is not None and not _importable(self.needs):
-            return f"{self.needs} is not installed; pip install 'densebench[peers]'"
-        return None
+        return None if self.needs is None else _why_not_importable(self.needs)
+
+    def has(self, model: str) -> bool:
+        """Whether it has a network of that name."""
+        return model.startswith(self.models) and (self.only is None or model in self.only)
 
 
 _peers: dict[str, Contender] = {}
@@ -91,20 +104,41 @@ def _eager(model: str, **options: Any) -> nn.Module:
     return build_model(model, **options)
 
 
-@contender("torchvision", summary="torchvision's implementation", needs="torchvision")
+_TORCHVISION = {"needs": "torchvision", "only": ("densenet121", "densenet161", "densenet169", "densenet201")}
+
+
+@contender("torchvision", summary="torchvision's implementation", **_TORCHVISION)
 def _torchvision(model: str, **options: Any) -> nn.Module:
-    return getattr(_import_torchvision().models, model)(**options)
+    return getattr(_import("torchvision").models, model)(**options)
 
 
-@contender("torchvision_checkpointed", summary="torchvision with memory_efficient=True", needs="torchvision")
+@contender("torchvision_checkpointed", summary="torchvision with memory_efficient=True", **_TORCHVISION)
 def _torchvision_checkpointed(model: str, **options: Any) -> nn.Module:
-    return getattr(_import_torchvision().models, model)(memory_efficient=True, **options)
+    return getattr(_import("torchvision").models, model)(memory_efficient=True, **options)
 
 
-@contender("timm", summary="timm's implementation", needs="timm")
+@contender("timm", summary="timm's implementation", needs="timm", only=_TORCHVISION["only"])
 def _timm(model: str, **options: Any) -> nn.Module:
-    _import_torchvision()
-    return importlib.import_module("timm").create_model(model, **options)
+    return _import("timm").create_model(model, **options)
+
+
+@contender(
+    "monai",
+    summary="MONAI's implementation",
+    needs="monai",
+    only=("densenet121", "densenet169", "densenet201", "densenet264"),
+)
+def _monai(model: str, spatial_dims: int = 2, num_classes: int = 1000, **options: Any) -> nn.Module:
+    build = getattr(_import("monai").networks.nets.densenet, model)  # volumes with spatial_dims=3
+    return build(spatial_dims=spatial_dims, in_channels=3, out_channels=num_classes, **options)
+
+
+@contender("checkpointed_blocks", summary="naive, each dense block recomputed as a whole")
+def _checkpointed_blocks(model: str, **options: Any) -> nn.Module:
+    network = build_model(model, strategy="naive", **options)
+    for block in [module for module in network.modules() if isinstance(module, DenseBlock)]:
+        block.__class__ = _RecomputedBlock
+    return network
 
 
 @contender("compiled", summary="torch.compile of naive", compiles=True)
@@ -114,9 +148,55 @@ def _compiled(model: str, **options: Any) -> nn.Module:
     return network
 
 
+@contender("compiled_budget", summary="torch.compile of naive, half its activation memory", compiles=True)
+def _compiled_budget(model: str, **options: Any) -> nn.Module:
+    network = build_model(model, strategy="naive", **options)
+    network.compile(backend=_inductor_with_half_the_memory)
+    return network
+
+
 @contender("offloaded", summary="naive, what backward needs kept in host memory")
 def _offloaded(model: str, **options: Any) -> nn.Module:
     return _Offloaded(build_model(model, strategy="naive", **options))
+
+
+def _inductor_with_half_the_memory(module: Any, inputs: Any) -> Any:
+    """The default backend, keeping at most half of what it would; the switch is set while it compiles only."""
+    from torch._functorch import config
+    from torch._inductor.compile_fx import compile_fx
+
+    with config.patch(activation_memory_budget=0.5):
+        return compile_fx(module, inputs)
+
+
+class _RecomputedBlock(DenseBlock):
+    """A block that keeps its input alone, and does not count the recomputation as a batch of its own."""
+
+    def forward(self, input: Tensor) -> Tensor:
+        norms = [module for module in self.modules() if isinstance(module, nn.BatchNorm2d)]
+        contexts = functools.partial(_first_and_again, norms)
+        output: Tensor = checkpoint(super().forward, input, use_reentrant=False, context_fn=contexts)
+        return output
+
+
+def _first_and_again(
+    norms: list[nn.BatchNorm2d],
+) -> tuple[AbstractContextManager[Any], AbstractContextManager[Any]]:
+    """The contexts of a block's forward and of its recomputation."""
+    return nullcontext(), _buffers_kept(norms)
+
+
+@contextmanager
+def _buffers_kept(norms: list[nn.BatchNorm2d]) -> Iterator[None]:
+    """Batch norms inside use the statistics of their batch, as before, and leave their own alone."""
+    buffers = [buffer for norm in norms for buffer in norm.buffers()]
+    saved = [buffer.clone() for buffer in buffers]
+    try:
+        yield
+    finally:
+        with torch.no_grad():
+            for buffer, value in zip(buffers, saved, strict=True):
+                buffer.copy_(value)
 
 
 class _Offloaded(nn.Module):
@@ -129,29 +209,38 @@ class _Offloaded(nn.Module):
             return self.network(input)
 
 
-def _importable(package: str) -> bool:
+@functools.cache
+def _why_not_importable(package: str) -> str | None:
+    if importlib.util.find_spec(package) is None:
+        return f"{package} is not installed; pip install 'densebench[peers]'"
     try:
-        _import_torchvision() if package == "torchvision" else importlib.import_module(package)
-    except Exception:  # a package that is there but broken is as good as missing
-        return False
-    return True
+        _import(package)
+    except Exception as error:  # there, but broken
+        return f"{package} cannot be imported: {(str(error) or type(error).__name__).splitlines()[0]}"
+    return None
 
 
 @functools.cache
-def _import_torchvision() -> Any:
-    """torchvision, also beside a CPU-only torch.
+def _import(package: str) -> Any:
+    """A peer's package, also beside a CPU-only torch.
 
-    Its Python code registers shape rules for two operators of its compiled library; where that library does
-    not load, importing needs at least their schemas.
+    torchvision's Python code registers shape rules for two operators of its compiled library; where that
+    library does not load, importing needs at least their schemas. timm and MONAI import torchvision.
     """
-    try:
-        return importlib.import_module("torchvision")
-    except RuntimeError:
-        library = torch.library.Library("torchvision", "DEF")
-        library.define("nms(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")
-        library.define("qnms(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")
-        _kept_libraries.append(library)
-        return importlib.import_module("torchvision")
+    if package == "monai":
+        _import("torchvision") if importlib.util.find_spec("torchvision") else None
+        importlib.import_module("monai.networks.nets.densenet")
+    elif package == "timm":
+        _import("torchvision")
+    elif package == "torchvision":
+        try:
+            return importlib.import_module(package)
+        except RuntimeError:
+            library = torch.library.Library("torchvision", "DEF")
+            library.define("nms(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")
+            library.define("qnms(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")
+            _kept_libraries.append(library)
+    return importlib.import_module(package)
 
 
 _kept_libraries: list[torch.library.Library] = []  # a collected library takes its schemas with it

@@ -6,7 +6,9 @@ None, never 0 or NaN.
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
+import fcntl
 import hashlib
 import json
 import os
@@ -17,7 +19,7 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, get_args, get_type_hints
+from typing import IO, TYPE_CHECKING, Any, Literal, get_args, get_type_hints
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -72,7 +74,10 @@ class Case:
         """The case in words, for progress lines."""
         size = "x".join(map(str, (self.batch, *self.input_shape)))
         precision = self.autocast or self.dtype
-        return f"{self.model} {self.strategy} {self.mode} {size} {precision} {self.memory_format}"
+        graph = " as a CUDA graph" if self.cuda_graph else ""
+        blocks = f" {'-'.join(map(str, self.options['block_config']))}" if "block_config" in self.options else ""
+        words = (self.model + blocks, self.strategy, self.mode, size, precision, self.memory_format)
+        return " ".join(words) + graph
 
 
 @dataclass(frozen=True)
@@ -161,15 +166,16 @@ class Record:
             RecordError: if it is not a record of this schema or an older one.
         """
         try:
-            data = json.loads(line)
+            data = json.loads(line, parse_constant=_refuse_constant)
         except json.JSONDecodeError as error:
             raise RecordError(f"not JSON ({error.msg})") from None
         if not isinstance(data, dict) or "case" not in data:
             raise RecordError("not a record: it has no case")
-        if not isinstance(data.get("schema"), int) or data["schema"] > SCHEMA:
-            raise RecordError(
-                f"schema {data.get('schema')!r} is newer than {SCHEMA}; update densebench to read it"
-            )
+        schema = data.get("schema")
+        if type(schema) is not int:
+            raise RecordError(f"schema is {schema!r}, not a number")
+        if schema > SCHEMA:
+            raise RecordError(f"schema {schema} is newer than {SCHEMA}; update densebench to read it")
         record: Record = _build(cls, data, "record")
         if record.status not in STATUSES:
             raise RecordError(f"unknown status {record.status!r}")
@@ -195,14 +201,37 @@ def _build(kind: Any, value: Any, where: str) -> Any:
             missing = [f.name for f in dataclasses.fields(kind) if f.name not in known and _required(f)]
             raise RecordError(f"{where} lacks {', '.join(missing)}") from None
     if origin is tuple:
+        _expect(isinstance(value, list), "a list", value, where)
         return tuple(_build(get_args(kind)[0], item, where) for item in value)
-    if origin is dict and get_args(kind)[1] is not Any:
+    if origin is dict:
+        _expect(isinstance(value, dict), "an object", value, where)
         return {key: _build(get_args(kind)[1], item, where) for key, item in value.items()}
+    if kind is float:
+        _expect(type(value) in (int, float), "a number", value, where)
+        return float(value)
+    if kind in (int, str, bool):
+        _expect(type(value) is kind, _IN_WORDS[kind], value, where)
     return value
+
+
+_IN_WORDS = {int: "an integer", str: "a text", bool: "true or false"}
+
+
+def _expect(fits: bool, wanted: str, value: Any, where: str) -> None:
+    if not fits:
+        raise RecordError(f"{where} is {str(value)[:40]!r}, not {wanted}")
+
+
+def _refuse_constant(name: str) -> None:
+    raise RecordError(f"it holds {name}, which is no JSON")
 
 
 def _required(f: dataclasses.Field[Any]) -> bool:
     return f.default is dataclasses.MISSING and f.default_factory is dataclasses.MISSING
+
+
+class StoreError(OSError):
+    """A folder of records cannot be written; the message names it and the remedy."""
 
 
 class RunStore:
@@ -212,34 +241,81 @@ class RunStore:
         folder: created if missing, and tried before anything is measured.
 
     Raises:
-        OSError: if the folder cannot be created or written, naming it and the remedy.
+        StoreError: if the folder cannot be created or written.
     """
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
         self.path = folder / "cases.jsonl"
+        self._claim: IO[bytes] | None = None
         try:
             folder.mkdir(parents=True, exist_ok=True)
             with self.path.open("a", encoding="utf-8"):
                 pass
             _end_torn_line(self.path)
         except OSError as error:
-            raise OSError(
+            raise StoreError(
                 f"cannot write results to {folder} ({error.strerror}); choose another with --densebench-out"
             ) from None
 
+    def claim(self) -> None:
+        """Keep other runs out of this folder until this process ends, or `release`.
+
+        Raises:
+            StoreError: if another run has it.
+        """
+        self._claim = self.path.open("rb")
+        try:
+            fcntl.flock(self._claim, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            self.release()
+            raise StoreError(
+                f"another run is writing to {self.folder}; wait for it, or choose another with --densebench-out"
+            ) from None
+        except OSError:  # a file system without locks
+            return
+
+    def release(self) -> None:
+        """Let other runs in."""
+        if self._claim is not None:
+            self._claim.close()
+            self._claim = None
+
     def append(self, record: Record) -> Record:
-        """Store one record, stamped with the run and the time; returns it as stored."""
+        """Store one record, stamped with the run and the time; returns it as stored.
+
+        Raises:
+            ValueError: if it holds NaN or infinity; nothing is written then.
+            StoreError: if the disk does not take it; what is there already stays readable.
+        """
         created = datetime.now(UTC).isoformat(timespec="seconds")
         record = dataclasses.replace(record, run=self.folder.name, created=created)
-        with self.path.open("a", encoding="utf-8") as file:
-            file.write(record.to_json() + "\n")
-            file.flush()
-            os.fsync(file.fileno())
+        line = (record.to_json() + "\n").encode()
+        try:
+            _append_durably(self.path, line)
+        except OSError as error:
+            raise StoreError(
+                f"cannot write to {self.path} ({error.strerror}); what was measured before is there, "
+                "and --densebench-resume goes on from it"
+            ) from None
         return record
 
     def read(self) -> list[Record]:
         return read_records([self.path])
+
+
+def _append_durably(path: Path, line: bytes) -> None:
+    """Append a line and wait until the disk has it; a line that was cut short is taken back."""
+    with path.open("ab", buffering=0) as file:
+        size = file.tell()
+        try:
+            while line:  # a write may be cut short; the next one then says why
+                line = line[file.write(line) :]
+            os.fsync(file.fileno())
+        except OSError:
+            with contextlib.suppress(OSError):
+                file.truncate(size)
+            raise
 
 
 def _end_torn_line(path: Path) -> None:

@@ -16,8 +16,23 @@ SAME_WITHIN = 0.03  # two identical models differ by less than this in an interl
 RESAMPLES = 2000
 
 
+UNSTEADY = 0.10  # torch.utils.benchmark warns from here on
+
+
+def unsteady(timing: Timing) -> str | None:
+    """Why a timing is noisy: its quartiles lie more than 10 % of the median apart; None if they do not."""
+    spread = (timing.q3 - timing.q1) / timing.median
+    return f"quartiles of the time lie {spread:.0%} apart" if spread > UNSTEADY else None
+
+
 def summarize(samples: Sequence[float]) -> Timing:
-    """Median and quartiles of at least one sample, in seconds."""
+    """Median and quartiles of samples in seconds.
+
+    Raises:
+        ValueError: if there are none.
+    """
+    if not samples:
+        raise ValueError("no samples to summarize")
     q1, median, q3 = np.quantile(samples, [0.25, 0.5, 0.75]).tolist()
     return Timing(median, q1, q3, min(samples), len(samples), tuple(samples))
 

@@ -74,13 +74,16 @@ class Workload:
 
     def constants(self) -> dict[str, int]:
         """Bytes of what exists at every moment of a step, by category."""
-        trained = [p for p in self.model.parameters() if p.requires_grad] if self.mode == "train" else []
-        upstream = [] if self.upstream is None else [self.upstream]
+        return {name: _bytes(tensors) for name, tensors in self.constant_tensors().items()}
+
+    def constant_tensors(self) -> dict[str, list[Tensor]]:
+        """The tensors themselves; a trained parameter stands for its gradient."""
+        parameters: list[Tensor] = list(self.model.parameters())
         return {
-            "parameters": _bytes(self.model.parameters()),
-            "gradients": _bytes(trained),
-            "buffers": _bytes(self.model.buffers()),
-            "input": _bytes([self.input, *upstream]),
+            "parameters": parameters,
+            "gradients": [p for p in parameters if p.requires_grad] if self.mode == "train" else [],
+            "buffers": list(self.model.buffers()),
+            "input": [self.input] if self.upstream is None else [self.input, self.upstream],
         }
 
     def _upstream_for(self, output: Tensor) -> Tensor:
@@ -88,7 +91,9 @@ class Workload:
         if self.upstream is None:
             with torch.random.fork_rng(devices=[output.device] if output.is_cuda else []):
                 torch.manual_seed(1)
-                self.upstream = torch.randn_like(output)
+                # Drawn in one dtype: another one draws other numbers from the same seed.
+                drawn = torch.randn(output.shape, device=output.device)
+                self.upstream = drawn.to(output.dtype)
         return self.upstream
 
     def _autocast(self) -> AbstractContextManager[Any]:
@@ -108,9 +113,9 @@ def build_workload(case: Case, state: dict[str, Tensor] | None = None, seed: int
     torch.manual_seed(seed)
     model = get_contender(case.strategy).build(case.model, **model_options(case))
     if state is not None:
-        plain(model).load_state_dict(state)
-    input = torch.randn(case.batch, *case.input_shape, device=case.device, dtype=_dtype(case.dtype))
-    input = input.to(memory_format=_memory_format(case))
+        load_weights(plain(model), state)
+    input = torch.randn(case.batch, *case.input_shape, device=case.device)  # the same numbers in every dtype
+    input = input.to(dtype=_dtype(case.dtype), memory_format=_memory_format(case))
     return Workload(_placed(model, case, case.device), input, case.mode, _dtype(case.autocast))
 
 
@@ -129,10 +134,30 @@ def fake_workload(case: Case) -> tuple[FakeTensorMode, Workload]:
         return mode, Workload(fake_model(model), input, case.mode, _dtype(case.autocast))
 
 
-def fake_model(model: nn.Module) -> nn.Module:
-    """A copy whose parameters and buffers are shapes without data; call inside a FakeTensorMode."""
+def fake_model(
+    model: nn.Module, dtype: torch.dtype | None = None, memory_format: torch.memory_format | None = None
+) -> nn.Module:
+    """A copy whose parameters and buffers are shapes without data; call inside a FakeTensorMode.
+
+    Args:
+        dtype: of what is floating-point in the copy; None: as in the model.
+        memory_format: of its maps' weights; None: as in the model.
+    """
     tensors = {id(t): t for t in (*model.parameters(), *model.buffers())}
-    return copy.deepcopy(model, {key: _fake(tensor) for key, tensor in tensors.items()})
+    fakes = {key: _fake(tensor, dtype, memory_format) for key, tensor in tensors.items()}
+    return copy.deepcopy(model, fakes)
+
+
+def load_weights(model: nn.Module, state: dict[str, Tensor]) -> None:
+    """Load weights of the same network, also where a peer gives its modules other names in the same order.
+
+    Raises:
+        RuntimeError: from `load_state_dict`, if the two do not match.
+    """
+    own = model.state_dict()
+    if own.keys() != state.keys() and len(own) == len(state):
+        state = {name: state[other] for name, other in zip(sorted(own), sorted(state), strict=True)}
+    model.load_state_dict(state)
 
 
 def plain(model: nn.Module) -> nn.Module:
@@ -145,8 +170,11 @@ def model_options(case: Case) -> dict[str, Any]:
     return {key: tuple(v) if isinstance(v, list) else v for key, v in case.options.items()}
 
 
-def _fake(tensor: Tensor) -> Tensor:
-    empty = torch.empty_strided(tensor.shape, tensor.stride(), dtype=tensor.dtype, device="cpu")
+def _fake(tensor: Tensor, dtype: torch.dtype | None, memory_format: torch.memory_format | None) -> Tensor:
+    dtype = dtype if dtype is not None and tensor.is_floating_point() else tensor.dtype
+    empty = torch.empty_strided(tensor.shape, tensor.stride(), dtype=dtype, device="cpu")
+    if memory_format is not None and tensor.dim() == (5 if memory_format is torch.channels_last_3d else 4):
+        empty = empty.contiguous(memory_format=memory_format)
     return nn.Parameter(empty, tensor.requires_grad) if isinstance(tensor, nn.Parameter) else empty
 
 
@@ -161,7 +189,9 @@ def _dtype(name: str | None) -> torch.dtype | None:
 
 
 def _memory_format(case: Case) -> torch.memory_format:
-    return torch.channels_last if case.memory_format == "channels_last" else torch.contiguous_format
+    if case.memory_format != "channels_last":
+        return torch.contiguous_format
+    return torch.channels_last if len(case.input_shape) == 3 else torch.channels_last_3d
 
 
 def _bytes(tensors: Any) -> int:

@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import functools
+import hashlib
+import json
 import os
 import platform
 import subprocess
 import sys
+from collections.abc import Mapping
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -37,10 +40,11 @@ def environment(device_type: str) -> dict[str, Any]:
         "flags": _flags(),
         "allocator": {k: v for k, v in os.environ.items() if "ALLOC_CONF" in k or k.startswith("MALLOC_")},
         "commit": _git("rev-parse", "HEAD"),
+        "source": _source(),
         "dirty": bool(_git("status", "--porcelain", "--untracked-files=no")),
         "argv": sys.argv,
     }
-    if device.type == "cuda":
+    if device.type == "cuda" and torch.cuda.is_available():
         properties = torch.cuda.get_device_properties(device)
         facts["gpu"] = {
             "name": properties.name,
@@ -49,25 +53,28 @@ def environment(device_type: str) -> dict[str, Any]:
             "multiprocessors": properties.multi_processor_count,
             "capability": f"{properties.major}.{properties.minor}",
             "cudnn": torch.backends.cudnn.version(),
-            **Nvml(device).describe(),
+            **{key: value for key, value in Nvml(device).describe().items() if value is not None},
         }
     return facts
 
 
-def identity(facts: dict[str, Any]) -> tuple[Any, ...]:
+_MACHINE = ("device", "threads", "flags", "allocator")
+_CODE = ("commit", "source", "python", "packages", "torch_git", "cuda")
+_GPU = ("uuid", "driver", "cudnn")
+
+
+def identity(facts: Mapping[str, Any]) -> str:
     """What must agree for two records to count as measured in the same place, on the same code."""
-    return (
-        facts.get("commit"),
-        facts.get("device"),
-        facts.get("threads"),
-        tuple(sorted(facts.get("packages", {}).items())),
-        tuple(sorted(facts.get("flags", {}).items())),
-    )
+    gpu = facts.get("gpu", {})
+    same = [*(facts.get(name) for name in (*_MACHINE, *_CODE)), *(gpu.get(name) for name in _GPU)]
+    return json.dumps(same, sort_keys=True)
 
 
 def device_name(device: torch.device) -> str:
     """The name to show: that of the GPU, or of the processor and its threads in use."""
     if device.type == "cuda":
+        if not torch.cuda.is_available():
+            return "no CUDA device"
         return torch.cuda.get_device_name(device)
     return f"{_cpu_model()} ({torch.get_num_threads()} threads)"
 
@@ -80,6 +87,17 @@ def _flags() -> dict[str, Any]:
         "matmul_precision": torch.get_float32_matmul_precision(),
         "deterministic_algorithms": torch.are_deterministic_algorithms_enabled(),
     }
+
+
+def _source() -> str:
+    """A hash of the code that measures and is measured, so that changes not committed tell, too."""
+    package = Path(__file__).resolve().parents[1]
+    folders = [package, (package / "kernels").resolve()]  # a link, which rglob does not follow
+    files = {path for folder in folders for path in folder.rglob("*.py") if "report" not in path.parts}
+    digest = hashlib.sha256()
+    for path in sorted(files):
+        digest.update(path.name.encode() + b"\0" + path.read_bytes())
+    return digest.hexdigest()[:16]
 
 
 def _cpu_model() -> str:

@@ -63,24 +63,30 @@ class Peak:
         return max(self.repeats) <= 1.01 * min(self.repeats)
 
 
-def measure_peak(build: Callable[[], Measurable], device: torch.device, repeats: int = 3) -> Peak:
+def measure_peak(
+    build: Callable[[], Measurable], device: torch.device, repeats: int = 3, warm_up: bool = True
+) -> Peak:
     """Build a workload and measure the peak of its steps; everything it allocates is charged to it.
 
     One step warms up; then one starts without gradients (its peak is `plain_peak_bytes`) and `repeats` with
     the gradients in place.
+
+    Args:
+        warm_up: may be False on a CPU, where PyTorch tunes nothing, for what does not compile itself.
     """
     gc.collect()
     _reset_host_peak()
-    peak = (_cuda_peak if device.type == "cuda" else _cpu_peak)(build, repeats)
-    gc.collect()
-    return peak
+    if device.type == "cuda":
+        return _cuda_peak(build, repeats)
+    return _cpu_peak(build, repeats, warm_up)
 
 
-def _cpu_peak(build: Callable[[], Measurable], count: int) -> Peak:
+def _cpu_peak(build: Callable[[], Measurable], count: int, warm_up: bool) -> Peak:
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
         work = build()
-        work.step()
-        work.clear_gradients()
+        if warm_up:
+            work.step()
+            work.clear_gradients()
         for _ in range(1 + count):
             with record_function(_MARK):
                 work.step()
@@ -97,7 +103,7 @@ def _peaks_within_marks(events: list[tuple[str, int, int]]) -> list[int]:
         events: (name, time in ns, bytes or duration in ns) of allocations and marks, in any order.
     """
     marks = sorted((start, start + size) for name, start, size in events if name == _MARK)
-    changes = sorted((time, size) for name, time, size in events if name == "[memory]")
+    changes = sorted(((time, size) for name, time, size in events if name == "[memory]"), key=lambda c: c[0])
     peaks = []
     live = index = 0
     for start, end in marks:

@@ -5,10 +5,12 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 
 Step = Callable[[], object]
+Clock = Callable[[Step], float]
 
 
 @dataclass(frozen=True)
@@ -26,20 +28,53 @@ class Effort:
     least: int = 5
 
 
-def time_in_turns(steps: Mapping[str, Step], device: torch.device, effort: Effort) -> dict[str, list[float]]:
-    """Seconds a step of each contender, timed in turns (A B C A B C ...), so that drift falls on all alike.
+class ClockError(RuntimeError):
+    """A clock stood still or went backwards: what it says is no time."""
+
+
+@dataclass
+class Turns:
+    """What came of timing in turns.
+
+    Attributes:
+        samples: seconds a step of each contender that ran to the end; sample i is from round i.
+        failures: what the others raised; each left the turns when it did.
+    """
+
+    samples: dict[str, list[float]]
+    failures: dict[str, Exception]
+
+
+def time_in_turns(
+    steps: Mapping[str, Step], device: torch.device, effort: Effort, clock: Clock | None = None
+) -> Turns:
+    """Time each contender in turns (A B C A B C ...), so that drift falls on all alike.
 
     Each step has been warmed up by the caller; one more untimed round is run here, so that the first sample
-    does not follow something else. Sample i of every contender comes from round i.
+    does not follow something else. A contender that raises leaves, and the others go on.
+
+    Args:
+        clock: seconds that one call of a step takes; the device's own if None.
     """
-    clock = _cuda_seconds if device.type == "cuda" else _cpu_seconds
-    samples: dict[str, list[float]] = {name: [] for name in steps}
-    for step in steps.values():
-        step()
-    while not _enough(samples, effort):
-        for name, step in steps.items():
-            samples[name].append(clock(step))
-    return samples
+    clock = clock or (_cuda_seconds if device.type == "cuda" else _cpu_seconds)
+    turns = Turns({name: [] for name in steps}, {})
+    _round(steps, turns, lambda step: step())
+    while not _enough(turns.samples, effort):
+        for name, seconds in _round(steps, turns, clock).items():
+            turns.samples[name].append(seconds)
+    return turns
+
+
+def _round(steps: Mapping[str, Step], turns: Turns, run: Callable[[Step], Any]) -> dict[str, Any]:
+    """One turn of each contender that is still in; what each returned."""
+    returned = {}
+    for name in list(turns.samples):
+        try:
+            returned[name] = run(steps[name])
+        except Exception as error:  # its record says so; the next contender must have its turn
+            turns.failures[name] = error.with_traceback(None)  # whose frames hold tensors
+            del turns.samples[name]
+    return returned
 
 
 def _enough(samples: Mapping[str, list[float]], effort: Effort) -> bool:
@@ -51,7 +86,19 @@ def _enough(samples: Mapping[str, list[float]], effort: Effort) -> bool:
 def _cpu_seconds(step: Step) -> float:
     start = time.perf_counter()
     step()
-    return time.perf_counter() - start
+    return elapsed(start, time.perf_counter())
+
+
+def elapsed(start: float, end: float) -> float:
+    """Seconds between two readings of a clock.
+
+    Raises:
+        ClockError: if it did not go forward.
+    """
+    seconds = end - start
+    if not 0 < seconds < float("inf"):
+        raise ClockError(f"the clock went from {start} to {end} s over one step")
+    return seconds
 
 
 def _cuda_seconds(step: Step) -> float:
@@ -61,7 +108,7 @@ def _cuda_seconds(step: Step) -> float:
     step()
     end.record()
     end.synchronize()
-    return start.elapsed_time(end) / 1000
+    return elapsed(0, start.elapsed_time(end) / 1000)
 
 
 def host_seconds(step: Step, device: torch.device, repeats: int = 5) -> float | None:

@@ -9,6 +9,7 @@ equality is `densebench.equivalence` in float64.
 from __future__ import annotations
 
 import dataclasses
+import math
 from dataclasses import dataclass
 
 import torch
@@ -26,9 +27,9 @@ Quantities = dict[str, list[Tensor]]
 
 @dataclass(frozen=True)
 class Verdict:
-    """The largest error of a contender over all quantities, and what is wrong with it, if anything."""
+    """The largest error of a contender over all quantities (None if no number), and what is wrong, if anything."""
 
-    error: float
+    error: float | None
     wrong: str | None
 
 
@@ -40,29 +41,39 @@ class Reference:
     """
 
     def __init__(self, case: Case) -> None:
-        self.case = dataclasses.replace(case, batch=min(case.batch, IMAGES), strategy="naive")
-        self.state = {name: t.cpu() for name, t in build_workload(self.case).model.state_dict().items()}
+        self.case = dataclasses.replace(
+            case, batch=min(case.batch, IMAGES), strategy="naive", compiled=None, cuda_graph=False
+        )
+        work = build_workload(self.case)
+        self.state = {name: tensor.cpu() for name, tensor in work.model.state_dict().items()}
+        self.input = work.input
+        self.upstream: Tensor | None = None  # from the first run, as rounded for the case
+        del work
         low_precision = case.autocast is not None or case.dtype in ("float16", "bfloat16")
         high = "float32" if low_precision else "float64"
+        own = self._run(self.case)
         self.exact = self._run(dataclasses.replace(self.case, dtype=high, autocast=None))
-        self.own_error = _errors(self._run(self.case), self.exact)
+        self.own_error = _errors(own, self.exact)
 
-    def check(self, contender: str) -> Verdict:
-        """Run a contender on the same weights and images and judge it."""
-        errors = _errors(self._run(dataclasses.replace(self.case, strategy=contender)), self.exact)
-        floor = FLOORS[getattr(torch, self.case.autocast or self.case.dtype)]
+    def check(self, case: Case) -> Verdict:
+        """Run a contender of the same network on the same weights and images and judge it."""
+        errors = _errors(self._run(dataclasses.replace(case, batch=self.case.batch)), self.exact)
         for name, error in errors.items():
-            gate = max(2 * self.own_error[name], floor)
+            gate = max(2 * self.own_error[name], _floor(case))
             if not error <= gate:  # a NaN is wrong, too
-                return Verdict(error, f"{name} is off by {error:.1e} (naive: {self.own_error[name]:.1e})")
+                known = error if math.isfinite(error) else None
+                return Verdict(known, f"{name} is off by {error:.1e} (naive: {self.own_error[name]:.1e})")
         return Verdict(max(errors.values()), None)
 
     def _run(self, case: Case) -> Quantities:
         work = build_workload(case, self.state)
-        work.input = work.input.float().to(work.input.dtype)
+        work.input.copy_(self.input)
+        if self.upstream is not None:
+            work.upstream = self.upstream.to(getattr(torch, case.autocast or case.dtype))
         if case.mode == "train":
             work.input.requires_grad_()
         output = work.step()
+        self.upstream = work.upstream if self.upstream is None else self.upstream
         network = plain(work.model)
         gradients = [p.grad for _, p in sorted(network.named_parameters()) if p.grad is not None]
         buffers = [b for _, b in sorted(network.named_buffers()) if b.is_floating_point()]
@@ -74,6 +85,72 @@ class Reference:
             "buffers": buffers,
         }
         return {name: [t.detach().double().cpu() for t in values] for name, values in quantities.items() if values}
+
+
+class NoReferenceError(RuntimeError):
+    """There is nothing to check a contender against: naive itself failed."""
+
+
+class Checks:
+    """Verdicts on the contenders of a group; each network's reference is made once.
+
+    Args:
+        one_network: check a contender on the first network that comes up only (a group of one network in
+            many depths, whose time is not taken).
+    """
+
+    def __init__(self, one_network: bool = False) -> None:
+        self.one_network = one_network
+        self._references: dict[str, Reference | str] = {}
+        self._verdicts: dict[str, Verdict] = {}
+
+    def check(self, case: Case) -> Verdict | None:
+        """Judge a contender; None where naive is no reference for it.
+
+        Raises:
+            NoReferenceError: if naive fails on this network.
+        """
+        if case.mode == "forward" or not can_be_checked(case):
+            return None
+        reference = self._reference(case)
+        if self.one_network:
+            case = dataclasses.replace(reference.case, strategy=case.strategy)
+        key = case.key()
+        if key not in self._verdicts:
+            self._verdicts[key] = reference.check(case)
+        return self._verdicts[key]
+
+    def _reference(self, case: Case) -> Reference:
+        network = "" if self.one_network else _network(case)
+        if network not in self._references:
+            try:
+                self._references[network] = Reference(case)
+            except Exception as error:  # the next contender gets the same answer, without a second attempt
+                self._references[network] = f"{type(error).__name__}: {str(error)[:200]}"
+        found = self._references[network]
+        if isinstance(found, str):
+            raise NoReferenceError(f"naive failed as the reference ({found})")
+        return found
+
+
+def changed(first: Tensor, last: Tensor, case: Case) -> str | None:
+    """What to say if a contender's output is no longer what it was before many steps; None if it is.
+
+    The loop trains nothing, so only dropout or a fault changes it.
+    """
+    if case.options.get("drop_rate"):
+        return None
+    distance = _distance([last.double()], [first.double()])
+    return None if distance <= _floor(case) else f"the output moved by {distance:.1e} while the step was repeated"
+
+
+def _network(case: Case) -> str:
+    same = dataclasses.replace(case, strategy="", batch=0, memory_format="", compiled=None, cuda_graph=False)
+    return same.key()
+
+
+def _floor(case: Case) -> float:
+    return FLOORS[getattr(torch, case.autocast or case.dtype)]
 
 
 def can_be_checked(case: Case) -> bool:

@@ -1,0 +1,168 @@
+"""Where a number was measured, and what the driver tells or does not."""
+
+from __future__ import annotations
+
+import json
+import os
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+
+from densebench.measure import environment as environment_module
+from densebench.measure.environment import environment, identity
+from densebench.measure.nvml import DRIVER_FIELDS, Nvml, Reading, facts_while_repeating
+
+
+class FakeNvml:
+    """A driver library that answers as told; an exception is raised."""
+
+    class NVMLError(Exception):
+        pass
+
+    def __init__(self, **answers: Any) -> None:
+        for name, bit in {"GpuIdle": 1, "SwPowerCap": 4, "HwSlowdown": 8, "None": 0, "All": 13}.items():
+            setattr(self, f"nvmlClocksEventReason{name}", bit)
+        for name, answer in answers.items():
+            setattr(self, name, self._answering(answer))
+
+    @staticmethod
+    def _answering(answer: Any) -> Any:
+        def call(*_: Any) -> Any:
+            if isinstance(answer, Exception):
+                raise answer
+            return answer() if callable(answer) else answer
+
+        return call
+
+
+def nvml(**answers: Any) -> Nvml:
+    found = Nvml(torch.device("cpu"))
+    found.unavailable, found._nvml, found._handle = None, FakeNvml(**answers), object()
+    return found
+
+
+def process(pid: int, size: int | None = 100) -> SimpleNamespace:
+    return SimpleNamespace(pid=pid, usedGpuMemory=size)
+
+
+def test_without_a_gpu_there_is_a_reason() -> None:
+    absent = Nvml(torch.device("cpu"))
+    assert absent.unavailable == "no CUDA device"
+    assert absent.read() == Reading(None, None, None, None, None)
+    assert absent.read().throttled is None
+    assert absent.describe() == {}
+    assert facts_while_repeating(lambda: None, absent) == {
+        "unavailable": dict.fromkeys(DRIVER_FIELDS, "no CUDA device")
+    }
+
+
+def test_a_driver_that_does_not_load_is_a_reason(monkeypatch: pytest.MonkeyPatch) -> None:
+    pynvml = pytest.importorskip("pynvml")
+
+    def broken() -> None:
+        raise pynvml.NVMLError_LibraryNotFound
+
+    monkeypatch.setattr(pynvml, "nvmlInit", broken)
+    assert str(Nvml(torch.device("cuda")).unavailable).startswith("NVML: ")
+
+
+def test_what_is_not_permitted_hides_nothing_else() -> None:
+    denied = FakeNvml.NVMLError("Insufficient Permissions")
+    reading = nvml(
+        nvmlDeviceGetComputeRunningProcesses=denied,
+        nvmlDeviceGetCurrentClocksEventReasons=denied,
+        nvmlDeviceGetTotalEnergyConsumption=denied,
+        nvmlDeviceGetClockInfo=1980,
+    ).read()
+    assert reading == Reading(None, 1980.0, None, None, None)
+
+
+def test_reasons_have_names() -> None:
+    idle = nvml(nvmlDeviceGetCurrentClocksEventReasons=1).read()
+    slowed = nvml(nvmlDeviceGetCurrentClocksEventReasons=1 | 4 | 8).read()
+    assert (idle.event_reasons, idle.throttled) == (("GpuIdle",), False)
+    assert (slowed.event_reasons, slowed.throttled) == (("GpuIdle", "HwSlowdown", "SwPowerCap"), True)
+
+
+@pytest.mark.parametrize(
+    ("processes", "others", "own_bytes"),
+    [
+        ([process(os.getpid())], 0, 100),
+        ([process(os.getpid(), None)], 0, None),
+        ([process(os.getpid()), process(1)], 1, 100),
+        ([process(1)], None, None),  # a container: the numbers are the host's
+        ([], 0, None),
+    ],
+)
+def test_other_processes(processes: list[Any], others: int | None, own_bytes: int | None) -> None:
+    reading = nvml(nvmlDeviceGetComputeRunningProcesses=processes).read()
+    assert (reading.other_processes, reading.process_bytes) == (others, own_bytes)
+
+
+def test_facts_of_a_busy_device(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda: None)
+    energy, clocks = iter(range(0, 10**9, 500)), iter([100] + [1500, 1700] * 50)
+    steps = 0
+
+    def step() -> None:
+        nonlocal steps
+        steps += 1
+
+    device = nvml(
+        nvmlDeviceGetTotalEnergyConsumption=lambda: next(energy),
+        nvmlDeviceGetClockInfo=lambda: next(clocks),
+        nvmlDeviceGetCurrentClocksEventReasons=4,
+        nvmlDeviceGetComputeRunningProcesses=[process(os.getpid()), process(7)],
+    )
+    facts = facts_while_repeating(step, device, seconds=0.05)
+    readings = next(energy) // 500
+    assert facts["energy_j"] == pytest.approx(0.5 * (readings - 1) / steps)
+    assert 1500 <= facts["sm_clock_mhz"] <= 1700  # the idle clock before the first step is none of its
+    assert facts["clock_event_reasons"] == ("SwPowerCap",)
+    assert (facts["throttled"], facts["shared_gpu"], facts["process_device_bytes"]) == (True, True, 100)
+    assert facts["unavailable"] == {}
+
+
+def test_a_silent_driver_leaves_nulls_and_reasons(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda: None)
+    facts = facts_while_repeating(lambda: None, nvml(), seconds=0.01)
+    assert all(facts[name] is None for name in DRIVER_FIELDS)
+    assert set(facts["unavailable"]) == set(DRIVER_FIELDS)
+
+
+def test_describe_survives_a_driver_that_refuses() -> None:
+    denied = FakeNvml.NVMLError("no")
+    facts = nvml(nvmlSystemGetDriverVersion=denied, nvmlDeviceGetMemoryInfo=denied).describe()
+    assert facts == {"driver": None, "memory_bytes": None, "other_processes": None}
+
+
+def test_the_environment_is_complete_and_json() -> None:
+    facts = environment("cpu")
+    assert json.loads(json.dumps(facts)) == facts
+    assert {"device", "python", "os", "cpu", "threads", "memory_bytes", "torch_git", "source", "argv"} <= set(
+        facts
+    )
+    assert facts["packages"]["torch"] == torch.__version__
+
+
+def test_a_gpu_that_is_not_there_is_said() -> None:
+    if torch.cuda.is_available():
+        pytest.skip("there is one")
+    assert environment("cuda")["device"] == "no CUDA device"
+
+
+def test_identity_survives_json_and_tells_machines_and_code_apart() -> None:
+    facts = environment("cpu")
+    assert identity(json.loads(json.dumps(facts))) == identity(facts)
+    for name, value in {"commit": "x", "source": "x", "threads": 99, "python": "2.7", "device": "x"}.items():
+        assert identity({**facts, name: value}) != identity(facts), name
+    assert identity({**facts, "gpu": {"driver": "1"}}) != identity({**facts, "gpu": {"driver": "2"}})
+    assert identity({**facts, "argv": ["other"], "dirty": True}) == identity(facts)
+    assert identity({}) == identity({})
+
+
+def test_without_git_there_is_no_commit(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("PATH", "")
+    assert environment_module._git("rev-parse", "HEAD") is None
