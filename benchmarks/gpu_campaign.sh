@@ -1,0 +1,189 @@
+#!/usr/bin/env bash
+# Measure and check everything on one GPU, in stages of less than ten minutes that can be repeated.
+#
+#   benchmarks/gpu_campaign.sh [--device cpu|cuda] OUT [STAGE...]
+#
+# Stages, in this order if none is named: ceilings, correctness, kernels, networks, sanitizer.
+# A stage that fails or is cut short does not stop the next. Run it again with the same OUT: what is finished for
+# this source is skipped, everything else goes on where it was. Records are in OUT/STAGE/cases.jsonl after every
+# case, one line a stage is added to OUT/summary.txt. Without a GPU the same is done in small, as a rehearsal.
+#
+# PYTHON=python3   the interpreter        LIMIT=540   seconds a stage may take        WORKERS=4   for the tests
+set -u
+
+PYTHON=${PYTHON:-python3}
+LIMIT=${LIMIT:-540}
+WORKERS=${WORKERS:-4}
+STAGES=(ceilings correctness kernels networks sanitizer)
+
+usage() {
+    sed -n '2,11s/^# \{0,1\}//p' "$0"
+    exit 2
+}
+
+# What the networks stage measures, by priority: name | pytest's selection. The last takes all that is left.
+CUDA_SELECTIONS=(
+    "core 64|test_step and train and densenet121 and bfloat16 and 64x224x224 and not graph"
+    "core 256|test_step and train and densenet121 and bfloat16 and 256x224x224"
+    "CUDA graphs|test_step and graph"
+    "inference|test_step and infer and 64x224x224"
+    "small batches|test_step and densenet121 and bfloat16 and (8x224x224 or 1x224x224)"
+    "float32|test_step and densenet121 and float32"
+    "DenseNet-BC|test_step and densenet_bc"
+    "larger networks|test_step and (densenet201 or densenet161 or densenet264)"
+    "the rest|not test_kernel"
+)
+CPU_SELECTIONS=("the rest|not test_kernel")
+
+# run NAME COMMAND...: within what is left of the stage's time, and CAP seconds if that is set; once a source.
+# Its output goes to OUT/STAGE/NAME.log.
+run() {
+    local name=$1 left=$((DEADLINE - SECONDS)) file code began=$SECONDS
+    shift
+    [ "$left" -gt "${CAP:-$left}" ] && left=$CAP
+    file="$FOLDER/${name// /-}"
+    if [ "$(cat "$file.done" 2>/dev/null)" = "$SOURCE" ]; then
+        note "$name: done before"
+        return 0
+    fi
+    if [ "$left" -lt 15 ]; then
+        note "$name: no time left"
+        STOPPED=1
+        return 0
+    fi
+    # Interrupted, pytest still writes what it has; after half a minute it is killed.
+    timeout --signal=INT --kill-after=30 "$left" "$@" >"$file.log" 2>&1
+    code=$?
+    case $code in
+        0 | 5)  # 5: nothing of that name in this profile
+            echo "$SOURCE" >"$file.done"
+            note "$name: ok, $((SECONDS - began)) s" ;;
+        124 | 137)
+            STOPPED=1
+            note "$name: cut short after $((SECONDS - began)) s" ;;
+        *)
+            FAILED=1
+            note "$name: failed ($code), see $file.log"
+            tail -n 3 "$file.log" | sed 's/^/    /' ;;
+    esac
+    return 0
+}
+
+note() {
+    echo "  $*"
+}
+
+measure() {  # NAME and what pytest is to select; records go to the stage's folder
+    run "$1" "$PYTHON" -m pytest "${@:2}" --benchmark-only -p no:cacheprovider -q \
+        --densebench-profile "$PROFILE" --densebench-device "$DEVICE" --densebench-out "$FOLDER" --densebench-resume
+}
+
+stage_ceilings() {
+    run ceilings "$PYTHON" -m densebench.measure.ceilings --device "$DEVICE" --out "$FOLDER/ceilings.json"
+}
+
+# Every test that needs a GPU; none may be skipped for want of one. Evidence: junit files and the environment.
+stage_correctness() {
+    local file name marks=() parallel=()
+    "$PYTHON" -c 'import json, sys; from densebench.measure.environment import environment
+print(json.dumps(environment(sys.argv[1]), indent=1))' "$DEVICE" >"$FOLDER/environment.json"
+    [ "$DEVICE" = cuda ] && marks=(-m "gpu or (gpu and nightly)" --require-gpu)
+    "$PYTHON" -c 'import xdist' 2>/dev/null && parallel=(-n "$WORKERS" --dist worksteal)
+    for file in tests/gpu/test_*.py; do
+        name=$(basename "$file" .py)
+        [ "$name" = test_memory ] || test_files "$name" "$file" "${parallel[@]}"
+    done
+    test_files test_memory tests/gpu/test_memory.py  # alone: it limits the memory, and measures a time
+    [ "$DEVICE" = cuda ] && test_files suite tests --ignore=tests/gpu "${parallel[@]}"
+    return 0
+}
+
+test_files() {
+    run "$1" "$PYTHON" -m pytest "${@:2}" "${marks[@]}" -q -p no:cacheprovider --junitxml "$FOLDER/$1.xml"
+}
+
+stage_kernels() {
+    PROFILE=$KERNEL_PROFILE measure kernels benchmarks/test_kernels.py
+}
+
+stage_networks() {
+    local selection selections=("${CPU_SELECTIONS[@]}")
+    [ "$DEVICE" = cuda ] && selections=("${CUDA_SELECTIONS[@]}")
+    for selection in "${selections[@]}"; do
+        measure "${selection%%|*}" benchmarks/ -k "${selection#*|}"
+    done
+}
+
+# Out-of-bounds accesses and races, on the smallest cases that have tails and several tiles.
+stage_sanitizer() {
+    local tool
+    if [ "$DEVICE" != cuda ] || ! command -v compute-sanitizer >/dev/null; then
+        note "not run: needs a CUDA device and compute-sanitizer"
+        SKIPPED=1
+        return 0
+    fi
+    for tool in memcheck racecheck synccheck; do
+        # Without PyTorch's cache every tensor is an allocation of its own, whose bounds can be checked.
+        CAP=$((LIMIT / 3)) PYTORCH_NO_CUDA_MEMORY_CACHING=1 run "$tool" compute-sanitizer --tool "$tool" --error-exitcode 86 \
+            --target-processes all "$PYTHON" -m pytest tests/gpu -q -p no:cacheprovider --require-gpu \
+            -m gpu -k "test_values and (tiles or odd or float16) and not many_tiles or first_step"
+    done
+}
+
+perform() {
+    local began=$SECONDS verdict=ok
+    FOLDER="$OUT/$1" FAILED='' STOPPED='' SKIPPED=''
+    DEADLINE=$((SECONDS + LIMIT))
+    mkdir -p "$FOLDER"
+    echo "$1"
+    case $1 in
+        ceilings) stage_ceilings ;;
+        correctness) stage_correctness ;;
+        kernels) stage_kernels ;;
+        networks) stage_networks ;;
+        sanitizer) stage_sanitizer ;;
+    esac
+    [ -n "$SKIPPED" ] && verdict="not run"
+    [ -n "$STOPPED" ] && verdict="unfinished, run it again"
+    [ -n "$FAILED" ] && verdict="FAILED"
+    echo "$1: $verdict, $((SECONDS - began)) s, $DEVICE, source $SOURCE" | tee -a "$OUT/summary.txt"
+    [ -z "$FAILED" ]
+}
+
+DEVICE=''
+if [ "${1:-}" = --device ]; then
+    DEVICE=${2:-}
+    shift 2 || usage
+fi
+case ${1:-} in '' | -*) usage ;; esac
+case $DEVICE in '' | cpu | cuda) ;; *) usage ;; esac
+mkdir -p "$1" || exit 2
+OUT=$(cd "$1" && pwd) || exit 2
+shift
+[ $# -gt 0 ] || set -- "${STAGES[@]}"
+for stage in "$@"; do
+    case " ${STAGES[*]} " in
+        *" $stage "*) ;;
+        *) echo "unknown stage '$stage'; known: ${STAGES[*]}" >&2; exit 2 ;;
+    esac
+done
+
+cd "$(dirname "$0")/.." || exit 2
+export PYTHONPATH="$PWD${PYTHONPATH:+:$PYTHONPATH}" PYTHONUNBUFFERED=1
+if ! "$PYTHON" -c 'from importlib.metadata import version; version("densebench")' 2>/dev/null; then
+    "$PYTHON" -m pip install --quiet --no-deps --no-build-isolation -e . || echo "not installed; run from the source"
+fi
+if [ -z "$DEVICE" ]; then
+    DEVICE=$("$PYTHON" -c 'import torch; print("cuda" if torch.cuda.is_available() else "cpu")') || exit 2
+fi
+PROFILE=full KERNEL_PROFILE=default
+[ "$DEVICE" = cpu ] && PROFILE=tiny KERNEL_PROFILE=quick
+# A hash of all that measures, is measured or tests: what was done for another source is done again.
+SOURCE=$(find densebench kernels benchmarks tests -name '*.py' -print0 | sort -z | xargs -0 cat | cksum | cut -d' ' -f1)
+
+status=0
+for stage in "$@"; do
+    perform "$stage" || status=1
+done
+echo "page: $PYTHON -m densebench.report $OUT/networks $OUT/kernels --out $OUT/report"
+exit $status

@@ -1,0 +1,165 @@
+"""Which operators of the fused path are timed, and on which shapes: those of DenseNet-121's layers."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, replace
+
+from benchmarks.cases import Group
+from densebench.measure.timing import Effort
+from densebench.results import Case
+
+BLOCKS = ((6, 64, 56), (12, 128, 28), (24, 256, 14), (16, 512, 7))  # layers, first channels, side of the map
+GROWTH_RATE, BOTTLENECK = 32, 128
+STEM_CHANNELS, STEM_SIDE = 64, 112
+
+PRODUCT, PRODUCT_BACKWARD = "bn_relu_conv1x1", "bn_relu_conv1x1_backward"
+PRODUCTS = (PRODUCT, PRODUCT_BACKWARD)  # of every layer
+OF_BOTTLENECKS = ("bn_relu", "bn_relu_backward")  # the operand of the 3x3 convolution, [M, 128]
+OF_NEW_CHANNELS = ("channel_statistics", "settled_gradient")  # [M, 32], columns of the block's buffer
+STEM_POOLS = ("bn_relu_max_pool", "bn_relu_max_pool_backward")
+TRANSITION_POOLS = ("bn_relu_avg_pool", "bn_relu_avg_pool_backward")
+POOLS = (*STEM_POOLS, *TRANSITION_POOLS)
+
+
+@dataclass(frozen=True)
+class Geometry:
+    """The operands of a case: pixels, and which columns of how wide a buffer.
+
+    Attributes:
+        images, height, width: M = images x height x width rows.
+        columns, outputs: C and, for products, N.
+        buffer: columns of the buffer that the operand lies in, from `first` on.
+    """
+
+    images: int
+    height: int
+    width: int
+    columns: int
+    outputs: int
+    buffer: int
+    first: int
+
+    @property
+    def rows(self) -> int:
+        return self.images * self.height * self.width
+
+    @property
+    def pooled(self) -> tuple[int, int, int]:
+        """Images, height and width after either pooling; sides are even."""
+        return self.images, self.height // 2, self.width // 2
+
+
+def geometry(case: Case) -> Geometry:
+    """What the operands of a case of this file look like; a case of another shape stands alone in its buffer."""
+    columns, height, width = case.input_shape
+    block = case.options.get("block")
+    buffer, first = columns, 0
+    if isinstance(block, int) and case.model not in OF_BOTTLENECKS:
+        layers, start, _ = BLOCKS[block - 1]
+        buffer = start + layers * GROWTH_RATE
+        if case.model in OF_NEW_CHANNELS:
+            first = start + (case.options["layer"] - 1) * GROWTH_RATE
+    return Geometry(case.batch, height, width, columns, case.options.get("outputs", 0), buffer, first)
+
+
+def kernel_groups(profile: str, device: str) -> tuple[Group, ...]:
+    """The groups of a profile on a device; a group is one operator on one shape under all its contenders.
+
+    "quick" on a CPU: the two operators that decide, on the first and last layer of block 1, without what has to
+    be compiled first. "tiny" measures none: it is for tests of the front end.
+    """
+    if profile == "tiny":
+        return ()
+    if profile == "quick" and device == "cpu":
+        wanted = [(1, 1), (1, BLOCKS[0][0])]
+        return tuple(_products(8, "float32", "cpu", wanted, compiled=False))
+    batch, dtype = (64, "bfloat16") if device == "cuda" else (8, "float32")
+    wanted = [(block, layer) for block in range(1, 5) for layer in layers_of(block)]
+    if profile == "quick":
+        wanted = [pair for pair in wanted if pair[0] == 1]
+        return tuple(_products(batch, dtype, device, wanted, compiled=True))
+    return (*_products(batch, dtype, device, wanted, compiled=True), *_others(batch, dtype, device))
+
+
+def kernel_effort(profile: str, device: str) -> Effort:
+    """How long a contender is timed on one shape."""
+    if device == "cuda":
+        return Effort(rounds=60, seconds=1.0, least=30)
+    quick = profile == "quick"
+    return Effort(rounds=10, seconds=0.5, least=7) if quick else Effort(rounds=20, seconds=2.0, least=7)
+
+
+def layers_of(block: int) -> tuple[int, int, int]:
+    """The first, middle and last layer of a block, counted from 1."""
+    layers = BLOCKS[block - 1][0]
+    return 1, layers // 2 + 1, layers
+
+
+def _products(
+    batch: int, dtype: str, device: str, wanted: list[tuple[int, int]], compiled: bool
+) -> Iterator[Group]:
+    for operator in PRODUCTS:
+        for block, layer in wanted:
+            _, start, side = BLOCKS[block - 1]
+            columns = start + (layer - 1) * GROWTH_RATE
+            where = {"block": block, "layer": layer}
+            case = _case(operator, batch, (columns, side, side), dtype, device, where, outputs=BOTTLENECK)
+            yield _group(case, compiled)
+
+
+def _others(batch: int, dtype: str, device: str) -> Iterator[Group]:
+    """What depends on the block alone, once a block; the stem; the transitions."""
+    for operator in (*OF_BOTTLENECKS, *OF_NEW_CHANNELS):
+        for block, (_, _, side) in enumerate(BLOCKS, 1):
+            columns = BOTTLENECK if operator in OF_BOTTLENECKS else GROWTH_RATE
+            where = {"block": block, "layer": layers_of(block)[1]}
+            yield _group(_case(operator, batch, (columns, side, side), dtype, device, where))
+    for operator in STEM_POOLS:
+        shape = (STEM_CHANNELS, STEM_SIDE, STEM_SIDE)
+        yield _group(_case(operator, batch, shape, dtype, device, {"layer": "stem"}))
+    for operator in TRANSITION_POOLS:
+        for block, (layers, start, side) in enumerate(BLOCKS[:-1], 1):
+            shape = (start + layers * GROWTH_RATE, side, side)
+            yield _group(_case(operator, batch, shape, dtype, device, {"block": block, "layer": "transition"}))
+
+
+def _case(
+    operator: str,
+    batch: int,
+    shape: tuple[int, int, int],
+    dtype: str,
+    device: str,
+    where: Mapping[str, int | str],
+    outputs: int | None = None,
+) -> Case:
+    """The case of "ours"; the other contenders' differ in the strategy alone."""
+    columns, height, width = shape
+    options = {**where, "rows": batch * height * width, "columns": columns}
+    if outputs is not None:
+        options["outputs"] = outputs
+    mode = "train" if operator.endswith("backward") or operator == "settled_gradient" else "forward"
+    return Case(
+        "kernel",
+        operator,
+        "ours",
+        mode,
+        batch,
+        shape,
+        dtype,
+        memory_format="channels_last",
+        device=device,
+        options=options,
+    )
+
+
+def _group(case: Case, compiled: bool = True) -> Group:
+    contenders = ["ours", "eager"]
+    if compiled:
+        contenders.append("compiled")
+    if case.device == "cuda" and case.model == PRODUCT:
+        contenders.append("cudnn")
+    size = "x".join(map(str, (case.batch, *case.input_shape)))
+    where = " ".join(f"{name} {case.options[name]}" for name in ("block", "layer") if name in case.options)
+    name = f"{case.model} {where} {size} {case.dtype} {case.device}"
+    return Group(name, tuple(replace(case, strategy=contender) for contender in contenders))

@@ -1,0 +1,240 @@
+"""The kernel benchmark: every contender computes what it is timed for, and what is wrong gets no time."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from pathlib import Path
+
+import pytest
+import torch
+
+from benchmarks import kernel_runs
+from benchmarks.cases import Group
+from benchmarks.kernel_calls import Call, Results, eager, ours
+from benchmarks.kernel_cases import BLOCKS, POOLS, PRODUCT, PRODUCTS, geometry, kernel_groups
+from benchmarks.kernel_operands import Operands
+from benchmarks.kernel_runs import CONTENDERS, KernelRunner, Rotation, Subject, exact_results, relative_errors
+from densebench.kernels.library import IMPLEMENTATIONS
+from densebench.measure import ceilings
+from densebench.measure.timing import Effort
+from densebench.report.kernels import failures, operators
+from densebench.results import Case, RunStore
+
+OPERATORS = sorted({group.cases[0].model for group in kernel_groups("default", "cpu")})
+SHORT = Effort(rounds=3, seconds=0.1, least=2)
+CEILINGS = ceilings.Ceilings(10.0, 0.1)
+
+
+def small(operator: str, dtype: str = "float32", strategy: str = "ours") -> Case:
+    """An operator on two images of block 4's 7x7 pixels, or of 6x6 where they are pooled."""
+    group = next(g for g in reversed(kernel_groups("default", "cpu")) if g.cases[0].model == operator)
+    case = group.cases[0]
+    side = 6 if operator in POOLS else 7
+    options = {**case.options, "rows": 2 * side * side}
+    shape = (case.input_shape[0], side, side)
+    return dataclasses.replace(case, batch=2, input_shape=shape, dtype=dtype, options=options, strategy=strategy)
+
+
+def group_of(*cases: Case) -> Group:
+    return Group("a group", cases)
+
+
+@pytest.fixture
+def runner(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> KernelRunner:
+    monkeypatch.setattr(kernel_runs, "measure_ceilings", lambda device, dtype: CEILINGS)
+    monkeypatch.setattr(kernel_runs, "MOST_COPIES", 2)
+    return KernelRunner(RunStore(tmp_path), SHORT, progress=lambda line: None)
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float64"])
+@pytest.mark.parametrize("operator", OPERATORS)
+def test_ours_and_eager_compute_the_same(operator: str, dtype: str) -> None:
+    subject = Subject(small(operator, dtype))
+    for contender in ("ours", "eager"):
+        results = subject.first_results(contender)
+        verdict = subject.judge(results)
+        assert verdict.wrong is None, f"{contender}: {verdict.wrong}"
+        assert all(float(value.double().norm()) > 0 for value in results.values())
+
+
+@pytest.mark.parametrize("operator", OPERATORS)
+def test_operands_are_not_compared_with_themselves(operator: str) -> None:
+    """Copies share no memory, and calling one leaves the others as they are."""
+    first, second = Operands.draw(small(operator)), Operands.draw(small(operator))
+    copy = first.copied()
+    ours(operator, [copy])[0].run()
+    for name in ("x", "grad", "buffer", "pending", "weight"):
+        assert torch.equal(getattr(first, name), getattr(second, name)), name
+        if getattr(first, name).numel():
+            assert getattr(copy, name).data_ptr() != getattr(first, name).data_ptr()
+    assert copy.x.stride() == first.x.stride()
+
+
+def test_every_operator_of_the_fused_path_is_timed() -> None:
+    """But for the form of bn_relu_backward that only networks without bottleneck use."""
+    assert {*OPERATORS, "bn_relu_backward_into"} == set(IMPLEMENTATIONS)
+
+
+@pytest.mark.parametrize("kind", ["cpu", "cuda"])
+def test_shapes_are_those_of_densenet121(kind: str) -> None:
+    groups = kernel_groups("default", kind)
+    cases = [case for group in groups for case in group.cases]
+    assert len({case.key() for case in cases}) == len(cases)
+    assert len({group.name for group in groups}) == len(groups)
+    for operator in PRODUCTS:
+        layers = [g.cases[0].options for g in groups if g.cases[0].model == operator]
+        assert [(o["block"], o["layer"]) for o in layers][::3] == [(block, 1) for block in (1, 2, 3, 4)]
+        assert [o["columns"] for o in layers][2::3] == [224, 480, 992, 992]  # of the last layer of each block
+    batch = 64 if kind == "cuda" else 8
+    for case in cases:
+        shape = geometry(case)
+        assert case.options["rows"] == shape.rows == batch * case.input_shape[1] * case.input_shape[2]
+        assert shape.first + shape.columns <= shape.buffer
+        assert (case.strategy == "cudnn") <= (case.device == "cuda" and case.model == PRODUCT)
+    assert sum(layers for layers, _, _ in BLOCKS) == 58
+
+
+def test_the_quick_run_on_a_cpu_compiles_nothing() -> None:
+    cases = [case for group in kernel_groups("quick", "cpu") for case in group.cases]
+    assert {case.strategy for case in cases} == {"ours", "eager"}
+    assert {case.options["block"] for case in cases} == {1}
+    assert kernel_groups("tiny", "cpu") == kernel_groups("tiny", "cuda") == ()
+
+
+def test_floor_counts_each_operand_once() -> None:
+    case = small(PRODUCT)
+    (call,) = ours(PRODUCT, [Operands.draw(case)])
+    rows, columns, outputs = (case.options[name] for name in ("rows", "columns", "outputs"))
+    maps = rows * columns + rows * outputs + outputs * columns
+    assert call.floor_bytes == 4 * (maps + 4 * columns + 2 * outputs)  # norm and statistics
+
+
+def test_records_hold_what_the_report_reads(runner: KernelRunner) -> None:
+    cases = [dataclasses.replace(small(PRODUCT), strategy=name) for name in ("ours", "eager")]
+    records = runner.measure(group_of(*cases))
+    for record, case in zip(records, cases, strict=True):
+        assert record.case == case
+        assert record.status in ("ok", "noisy")
+        assert record.time_s is not None
+        assert len(record.time_s.samples) >= 2
+        assert record.group == "a group"
+        assert record.flops_executed == 2 * 98 * case.options["columns"] * 128
+        assert record.tflops_s == pytest.approx(record.flops_executed / record.time_s.median / 1e12)
+        assert record.max_error_vs_reference is not None
+        assert record.environment["ceilings"] == {"copy_gb_s": 10.0, "matmul_tflops": 0.1}
+    assert records[0].bytes_moved == records[1].bytes_moved
+    assert runner.store.read() == records
+    (shown,) = operators(records)
+    ratios = {run.contender: run.ratio for run in shown.runs}
+    assert ratios["eager"] is None
+    assert ratios["ours"] is not None
+    assert all(run.copy_share and run.matmul_share for run in shown.runs)
+
+
+def test_resumed_run_measures_only_what_is_missing(runner: KernelRunner) -> None:
+    case = small("channel_statistics")
+    (record,) = runner.measure(group_of(case))
+    again = KernelRunner(runner.store, SHORT, resume=True, progress=lambda line: pytest.fail("measured again"))
+    assert again.measure(group_of(case)) == [record]
+    fresh = KernelRunner(runner.store, SHORT, resume=False, progress=lambda line: None)
+    assert fresh.measure(group_of(case)) != [record]
+
+
+def wrong(operator: str, copies: list[Operands]) -> list[Call]:
+    """Eager, but for one value."""
+
+    def spoiled(call: Call) -> Results:
+        results = call.results()
+        next(iter(results.values())).view(-1)[3] += 1.0
+        return results
+
+    return [dataclasses.replace(call, results=lambda call=call: spoiled(call)) for call in eager(operator, copies)]
+
+
+def failing(operator: str, copies: list[Operands]) -> list[Call]:
+    raise torch.OutOfMemoryError("CUDA out of memory")
+
+
+def late(operator: str, copies: list[Operands]) -> list[Call]:
+    """Right at first, then an error."""
+    (call, *rest) = eager(operator, copies)
+    turns = iter(range(2))
+
+    def run() -> None:
+        if next(turns, None) is None:
+            raise RuntimeError("the kernel broke")
+        call.run()
+
+    return [dataclasses.replace(call, run=run), *rest]
+
+
+def test_what_is_wrong_or_fails_gets_no_time(runner: KernelRunner, monkeypatch: pytest.MonkeyPatch) -> None:
+    broken = {"wrong": wrong, "failing": failing, "late": late}
+    monkeypatch.setattr(kernel_runs, "CONTENDERS", {**CONTENDERS, **broken})
+    cases = [small("bn_relu", strategy=name) for name in ("ours", *broken, "cudnn")]
+    records = {record.case.strategy: record for record in runner.measure(group_of(*cases))}
+    statuses = {name: record.status for name, record in records.items()}
+    assert statuses == {
+        "ours": statuses["ours"], "wrong": "incorrect", "failing": "oom", "late": "error", "cudnn": "unsupported"
+    }  # fmt: skip
+    assert records["ours"].time_s is not None
+    assert all(records[name].time_s is None for name in (*broken, "cudnn"))
+    assert "out is off by" in str(records["wrong"].reason)
+    assert "nvidia-cudnn-frontend" in str(records["cudnn"].reason)
+    assert len(failures(records.values())) == 4
+
+
+@pytest.mark.parametrize("operator", PRODUCTS)
+def test_a_product_without_one_column_is_found(operator: str) -> None:
+    """What is left out changes every result by less than it would take to see in a glance."""
+    case = small(operator)
+    subject, operands = Subject(case), Operands.draw(case)
+    with torch.no_grad():
+        operands.weight[:, 5] = 0
+    (call,) = ours(operator, [operands])
+    call.run()
+    assert subject.judge(call.results()).wrong is not None
+
+
+def test_rotation_takes_the_operands_in_turns() -> None:
+    order: list[int] = []
+    calls = [Call(lambda number=number: order.append(number), dict) for number in range(3)]
+    step = Rotation(calls)
+    for _ in range(5):
+        step()
+    assert order == [0, 1, 2, 0, 1]
+
+
+def test_nan_is_infinitely_wrong_and_shapes_must_agree() -> None:
+    truth = exact_results("bn_relu", Operands.draw(small("bn_relu")))
+    spoiled = truth["out"].clone()
+    spoiled[0, 0] = float("nan")
+    assert relative_errors({"out": spoiled}, truth) == {"out": float("inf")}
+    with pytest.raises(ValueError, match="out has shape"):
+        relative_errors({"out": truth["out"][:1]}, truth)
+
+
+def test_ceilings_as_a_file(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
+) -> None:
+    monkeypatch.setattr(ceilings, "_CPU_COPY_BYTES", 2**16)
+    monkeypatch.setattr(ceilings, "_CPU_MATMUL_SIDE", 64)
+    ceilings.measure_ceilings.cache_clear()
+    out = tmp_path / "new" / "ceilings.json"
+    assert ceilings.main(["--device", "cpu", "--out", str(out)]) == 0
+    written = json.loads(out.read_text())
+    assert written == json.loads(capsys.readouterr().out)
+    assert written["environment"]["cpu"]
+    assert set(written["ceilings"]) == {"float32"}
+    assert all(0 < rate < 1e6 for rate in written["ceilings"]["float32"].values())
+    ceilings.measure_ceilings.cache_clear()
+
+
+@pytest.mark.nightly
+def test_compiled_contender_is_right_and_says_how_long_it_compiled(runner: KernelRunner) -> None:
+    for operator in PRODUCTS:
+        (record,) = runner.measure(group_of(small(operator, strategy="compiled")))
+        assert record.status in ("ok", "noisy"), record.reason
+        assert record.compile_s is not None
+        assert record.compile_s > 0
