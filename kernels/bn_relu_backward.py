@@ -6,10 +6,12 @@ a gradient buffer that other readers share, with the terms deferred.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+
 import torch
 from torch import Tensor
 
-from densebench.kernels.deferred import defer, reduce_terms, settle_rows, terms_of
+from densebench.kernels.deferred import defer, reduce_terms, terms_of
 from densebench.kernels.device import load_norm, relu, relu_backward
 from densebench.kernels.language import tl, triton
 from densebench.kernels.launch import (
@@ -23,7 +25,7 @@ from densebench.kernels.launch import (
     share,
 )
 from densebench.kernels.library import NORM, operator
-from densebench.kernels.rows import Norm, norm_sums, store_scaled, tile_bytes, tiles
+from densebench.kernels.rows import Norm, accumulate_dtype, norm_sums, store_scaled, tile_bytes, tiles
 
 threshold_backward = torch.ops.aten.threshold_backward
 
@@ -56,11 +58,47 @@ def _cpu_backward(
     eps: float,
     by_batch: bool,
 ) -> tuple[Tensor, Tensor]:
-    pending = mean.new_zeros(2, x.shape[1])
-    sums = _cpu_backward_into(grad, x, mean, var, gamma, beta, eps, by_batch, grad, False, pending)
-    if by_batch:
-        settle_rows(grad, x, mean, pending)
-    return sums
+    norm = Norm(mean, var, gamma, beta, eps)
+    scale, shift = norm.folded()
+    grad_gamma, grad_beta = torch.zeros_like(mean), torch.zeros_like(mean)
+    for rows, (x_tile, dz, z) in _working_tiles(grad, x):
+        torch.addcmul(shift, x_tile, scale, out=z)
+        threshold_backward(dz, z, 0, grad_input=dz)
+        more_gamma, more_beta = norm_sums(dz, x_tile, norm)
+        grad_gamma += more_gamma
+        grad_beta += more_beta
+        _store(dz, grad[rows])  # as it was, or 0: nothing is rounded
+    del x_tile, dz, z  # the second pass makes tiles of its own
+    constant, slope = terms_of(norm, scale, grad_gamma, grad_beta, x.shape[0]).neg_()
+    for rows, (x_tile, dz, terms) in _working_tiles(grad, x):
+        if by_batch:
+            torch.addcmul(constant, torch.sub(x_tile, mean, out=terms), slope, out=terms)
+            torch.addcmul(terms, dz, scale, out=dz)
+        else:
+            dz.mul_(scale)
+        _store(dz, grad[rows])
+    return grad_gamma, grad_beta
+
+
+def _working_tiles(grad: Tensor, x: Tensor) -> Iterator[tuple[slice, tuple[Tensor, Tensor, Tensor]]]:
+    """Dense rows of x and grad in the accumulating dtype, their own memory where they are so, and scratch."""
+    if _is_direct(grad, x):
+        for rows, (spare,) in tiles(x, 1):
+            yield rows, (x[rows], grad[rows], spare)
+    else:
+        for rows, (x_tile, grad_tile, spare) in tiles(x, 3):
+            yield rows, (x_tile.copy_(x[rows]), grad_tile.copy_(grad[rows]), spare)
+
+
+def _is_direct(grad: Tensor, x: Tensor) -> bool:
+    same = grad.dtype == x.dtype == accumulate_dtype(x)
+    return same and x.is_contiguous() and grad.is_contiguous()
+
+
+def _store(tile: Tensor, rows: Tensor) -> None:
+    """Into rows that the tile may be."""
+    if tile.data_ptr() != rows.data_ptr():
+        rows.copy_(tile)
 
 
 def _cpu_backward_into(
@@ -89,7 +127,7 @@ def _cpu_backward_into(
             store_scaled(dz, scale, grad_x[rows], spare=x_tile if accumulate else None)
     del x_tile, z, dz  # settling makes a tile of its own
     if by_batch and grad_x is not None:
-        terms = terms_of(norm, grad_gamma, grad_beta, x.shape[0])
+        terms = terms_of(norm, scale, grad_gamma, grad_beta, x.shape[0])
         defer(terms, pending, grad_x, x, mean)
     return grad_gamma, grad_beta
 
@@ -215,7 +253,7 @@ bn_relu_backward = operator(
     cpu=_cpu_backward,
     cuda=_cuda_backward,
     fake=_fake_sums,
-    workspace=lambda grad, x, *_: 3 * tile_bytes(x),
+    workspace=lambda grad, x, *_: (1 if _is_direct(grad, x) else 3) * tile_bytes(x),
 )
 
 bn_relu_backward_into = operator(

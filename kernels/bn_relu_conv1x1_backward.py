@@ -84,7 +84,7 @@ def _cpu_backward(
             store_scaled(dz, scale, grad_x[rows], spare=x_tile if accumulate else None)
     del x_tile, a, dz, grad_tile, converted  # settling makes a tile of its own
     if by_batch and grad_x is not None:
-        terms = terms_of(norm, grad_gamma, grad_beta, x.shape[0])
+        terms = terms_of(norm, scale, grad_gamma, grad_beta, x.shape[0])
         defer(terms, pending, grad_x, x, mean)
     return grad_gamma, grad_beta, grad_weight.t().contiguous()
 

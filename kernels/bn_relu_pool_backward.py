@@ -94,7 +94,7 @@ def _backward(
         store_scaled(dz.permute(0, 2, 3, 1), scale, grad_x[images])
         del dz  # before the next is made
     if by_batch:
-        pending += terms_of(norm, grad_gamma, grad_beta, x[..., 0].numel())
+        pending += terms_of(norm, scale, grad_gamma, grad_beta, x[..., 0].numel())
     return grad_gamma, grad_beta
 
 

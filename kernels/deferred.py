@@ -27,22 +27,29 @@ def reference(grad: Tensor, x: Tensor, mean: Tensor, pending: Tensor) -> Tensor:
     return (grad.to(mean.dtype) - pending[0] - (x.to(mean.dtype) - mean) * pending[1]).to(grad.dtype)
 
 
-def terms_of(norm: Norm, grad_gamma: Tensor, grad_beta: Tensor, rows: int) -> Tensor:
-    """A reader's two terms [2, C].
+def terms_of(norm: Norm, scale: Tensor, grad_gamma: Tensor, grad_beta: Tensor, rows: int) -> Tensor:
+    """A reader's two terms [2, C]; scale = gamma / std.
 
     grad_x = scale * dz - scale * dbeta / M - xhat * scale * dgamma / M, with xhat = (x - mean) / std.
     """
-    scale, _ = norm.folded()
     inv_std = (norm.var + norm.eps).rsqrt()
-    return torch.stack((scale * grad_beta, scale * inv_std * grad_gamma)) / rows
+    return torch.stack((grad_beta, grad_gamma * inv_std)).mul_(scale / rows)
 
 
 def settle_rows(grad: Tensor, x: Tensor, mean: Tensor, pending: Tensor) -> None:
     """Subtract what is pending from the rows of a buffer, in place (CPU)."""
     for rows, (tile,) in tiles(x, 1):
-        tile.copy_(x[rows]).sub_(mean)
-        torch.addcmul(pending[0], tile, pending[1], out=tile)
+        _pending_rows(x[rows], mean, pending, tile)
         grad[rows] -= tile if grad.dtype == tile.dtype else tile.to(grad.dtype)
+
+
+def _pending_rows(x: Tensor, mean: Tensor, pending: Tensor, out: Tensor) -> None:
+    """What is pending for some rows (CPU), into a tile of scratch."""
+    if x.dtype == out.dtype:
+        torch.sub(x, mean, out=out)
+    else:
+        out.copy_(x).sub_(mean)
+    torch.addcmul(pending[0], out, pending[1], out=out)
 
 
 def defer(terms: Tensor, pending: Tensor, grad: Tensor, x: Tensor, mean: Tensor) -> None:
@@ -60,8 +67,7 @@ def defer(terms: Tensor, pending: Tensor, grad: Tensor, x: Tensor, mean: Tensor)
 
 def _cpu(grad: Tensor, x: Tensor, mean: Tensor, pending: Tensor, out: Tensor) -> None:
     for rows, (tile,) in tiles(x, 1):
-        tile.copy_(x[rows]).sub_(mean)
-        torch.addcmul(pending[0], tile, pending[1], out=tile)
+        _pending_rows(x[rows], mean, pending, tile)
         if grad.dtype == tile.dtype:
             torch.sub(grad[rows], tile, out=out[rows])
         else:

@@ -33,9 +33,10 @@ class Norm(NamedTuple):
         """(scale, shift) with norm(x) = x * scale + shift, as PyTorch's own CPU kernel computes it."""
         scale = (self.var + self.eps).rsqrt()
         if self.gamma is not None:
-            scale = scale * self.gamma.to(scale.dtype)
-        shift = -self.mean * scale
-        return scale, shift if self.beta is None else shift + self.beta.to(scale.dtype)
+            scale = scale.mul_(self.gamma)
+        if self.beta is None:
+            return scale, (self.mean * scale).neg_()
+        return scale, torch.addcmul(self.beta.to(scale.dtype), self.mean, scale, value=-1)
 
     def affine(self) -> tuple[Tensor | None, Tensor | None]:
         """gamma and beta in the accumulating dtype."""

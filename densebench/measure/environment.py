@@ -7,6 +7,7 @@ import hashlib
 import json
 import os
 import platform
+import re
 import subprocess
 import sys
 from collections.abc import Mapping
@@ -20,6 +21,8 @@ import torch
 from densebench.measure.nvml import Nvml
 
 _PACKAGES = ("densebench", "torch", "triton", "numpy", "torchvision", "timm", "monai", "pytest-benchmark")
+
+_ALLOCATOR = re.compile("ALLOC_CONF|^MALLOC_|^THP_MEM_ALLOC_ENABLE$")
 
 
 @functools.cache
@@ -38,7 +41,7 @@ def environment(device_type: str) -> dict[str, Any]:
         "torch_git": torch.version.git_version,
         "cuda": torch.version.cuda,
         "flags": _flags(),
-        "allocator": {k: v for k, v in os.environ.items() if "ALLOC_CONF" in k or k.startswith("MALLOC_")},
+        "allocator": {k: v for k, v in os.environ.items() if _ALLOCATOR.search(k)},
         "commit": _git("rev-parse", "HEAD"),
         "source": _source(),
         "dirty": bool(_git("status", "--porcelain", "--untracked-files=no")),

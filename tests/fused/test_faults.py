@@ -18,11 +18,11 @@ NORM, ROWS = "execution.batch_norm", "kernels.rows"
 FUSED = "strategies.fused"
 FAULTS = [
     # What the statistics do to the gradient
-    Fault("statistics detached", "kernels.deferred", "terms_of", "/ rows", "* 0", "training"),
+    Fault("statistics detached", "kernels.deferred", "terms_of", "scale / rows", "scale * 0", "training"),
     Fault("only the last reader's terms", "kernels.deferred", "defer", "pending += terms", "pending.copy_(terms)",
           "training"),
-    Fault("mean's term missing", "kernels.deferred", "terms_of", "scale * grad_beta", "0 * grad_beta", "training"),
-    Fault("variance's term missing", "kernels.deferred", "_cpu", "pending[1], out", "0 * pending[1], out",
+    Fault("mean's term missing", "kernels.deferred", "terms_of", "(grad_beta,", "(0 * grad_beta,", "training"),
+    Fault("variance's term missing", "kernels.deferred", "_pending_rows", "pending[1], out", "0 * pending[1], out",
           "training"),
     Fault("eps in xhat twice", "kernels.deferred", "terms_of", "(norm.var + norm.eps)",
           "(norm.var + 2 * norm.eps)", "training"),
@@ -40,9 +40,10 @@ FAULTS = [
     Fault("cumulative average one behind", NORM, "call_norm", "num_batches_tracked + 1", "num_batches_tracked + 2",
           "cumulative_average"),
     # The norm itself
-    Fault("absolute gamma", ROWS, "Norm.folded", "self.gamma.to(scale.dtype)", "self.gamma.to(scale.dtype).abs()",
+    Fault("absolute gamma", ROWS, "Norm.folded", "mul_(self.gamma)", "mul_(self.gamma.abs())",
           "training"),
-    Fault("beta missing", ROWS, "Norm.folded", "shift + self.beta.to(scale.dtype)", "shift", "evaluation"),
+    Fault("beta missing", ROWS, "Norm.folded", "self.beta.to(scale.dtype), self.mean",
+          "torch.zeros_like(scale), self.mean", "evaluation"),
     Fault("eps outside the root", ROWS, "Norm.folded", "(self.var + self.eps).rsqrt()",
           "1 / (self.var.sqrt() + self.eps)", "evaluation"),
     Fault("NaN swallowed", ROWS, "relu_norm", "out.relu_()", "out.relu_().nan_to_num_(0)", "nan"),
