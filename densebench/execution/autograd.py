@@ -49,8 +49,8 @@ class StageComputation(ABC):
         self.plan = plan
 
     @abstractmethod
-    def enter(self, x: Tensor, parameters: Window) -> list[Tensor]:
-        """Set up the buffers and write the block's input into them."""
+    def enter(self, x: Tensor, parameters: Window, keep: bool) -> list[Tensor]:
+        """Set up the buffers and write the block's input into them; without `keep` nothing is needed later."""
 
     @abstractmethod
     def layer(self, layer: LayerPlan, parameters: Window, keep: bool) -> list[Tensor]:
@@ -109,7 +109,7 @@ class _Part:
         with torch.autocast(value.device.type, enabled=False):
             token, values = value.new_empty(0), [value]
             del value
-            kept = [computation.enter(values.pop(), window)] if self.first else []
+            kept = [computation.enter(values.pop(), window, keep)] if self.first else []
             kept += [computation.layer(layer, window, keep) for layer in self.layers]
             if self.last:
                 token, last = computation.leave(window)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 import torch
@@ -37,13 +38,21 @@ class Pixels:
         """A matrix [N H W, C] as a channels-last map [N, C, H, W]."""
         return self.grid(rows).permute(0, 3, 1, 2)
 
-    def buffer(self, channels: int, like: Tensor, dtype: torch.dtype | None = None) -> Tensor:
+    def parts(self, pixels: int) -> Iterator[tuple[Pixels, slice]]:
+        """Whole images, about so many pixels at a time, and which rows they are."""
+        image = self.height * self.width
+        step = max(1, round(pixels / max(1, image)))
+        for start in range(0, self.images, step):
+            part = Pixels(min(step, self.images - start), self.height, self.width)
+            yield part, slice(start * image, start * image + part.count)
+
+    def buffer(self, channels: int, like: Tensor) -> Tensor:
         """An uninitialized matrix [N H W, C] whose first columns a kernel can read with wide loads.
 
         On a GPU rows start at multiples of 16 values: without that not one load is 16 bytes wide.
         """
         width = -(-channels // 16) * 16 if like.is_cuda else channels
-        return like.new_empty(self.count, width, dtype=dtype or like.dtype)[:, :channels]
+        return like.new_empty(self.count, width)[:, :channels]
 
 
 class Scratch:

@@ -45,7 +45,7 @@ class Features(nn.Sequential):
                 if strategy.bypasses != "nothing" and "torch._dynamo" in sys.modules:
                     from densebench.models.uncompiled import run_uncompiled
 
-                    maps.append(run_uncompiled(strategy.function, step, maps.pop()))
+                    maps.append(run_uncompiled(strategy.function, step, maps))
                 else:
                     maps.append(strategy.function(step, maps.pop()))
         return maps.pop()

@@ -10,6 +10,9 @@ from densebench.registry import StageFunction
 
 
 @torch.compiler.disable
-def run_uncompiled(function: StageFunction, stage: Stage, x: Tensor) -> Tensor:
-    """Run a strategy that computes its stage itself as it is: a compiler has nothing left to fuse in it."""
-    return function(stage, x)
+def run_uncompiled(function: StageFunction, stage: Stage, maps: list[Tensor]) -> Tensor:
+    """Run a strategy that computes its stage itself as it is: a compiler has nothing left to fuse in it.
+
+    Takes the stage's input out of the list: as an argument it would be kept by the frames of the fence.
+    """
+    return function(stage, maps.pop())

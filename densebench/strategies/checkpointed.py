@@ -35,7 +35,9 @@ def checkpointed(stage: Stage, x: Tensor) -> Tensor:
         if layer.bottleneck:
             new = layer.conv2(layer.relu2(layer.norm2(new)))
         features.append(layer.dropout(new))
-    return stage.run_tail(torch.cat(features, 1))
+    x = torch.cat(features, 1)
+    features.clear()  # without gradients they are no longer needed
+    return stage.run_tail(x)
 
 
 def _first_half(layer: DenseLayer) -> Callable[..., Tensor]:

@@ -38,6 +38,8 @@ from densebench.models.stage import Stage
 from densebench.registry import strategy
 
 Recompute = Literal["nothing", "bottleneck"]
+# In inference so many pixels go through a layer at once: enough to keep the device busy.
+PART_PIXELS = {"cpu": 2**13, "cuda": 2**15}
 
 
 def _objection(stage: Stage) -> str | None:
@@ -99,32 +101,47 @@ class _Fused(StageComputation):
 
     # Forward
 
-    def enter(self, x: Tensor, parameters: Window) -> list[Tensor]:
-        start, head = self.plan.start, self.plan.head
-        dtype = torch.promote_types(x.dtype, self.compute)
-        self.features = self.pixels.buffer(self.plan.channels, x, dtype)
+    def enter(self, x: Tensor, parameters: Window, keep: bool) -> list[Tensor]:
+        channels, like = self.plan.channels, x.new_empty(0, dtype=torch.promote_types(x.dtype, self.compute))
         self.statistics = SharedStatistics.empty(self.plan, x)
         self.scratch = Scratch()
         kept: list[Tensor] = []
-        if head is None:
-            self.pixels.grid(self.features)[..., :start] = x.permute(0, 2, 3, 1)
-        else:
-            x = x.contiguous(memory_format=torch.channels_last)
-            mean, var = self.statistics.of_map(head, x)
-            kept = [x, mean, var]
-            norm = self._norm(head, (mean, var), parameters)
-            if self.stem_pool:
-                bn_relu_max_pool(x.permute(0, 2, 3, 1), *norm, self.pixels.grid(self.features)[..., :start])
-            else:
-                bn_relu(as_rows(x), *norm, self.features[:, :start])
-        self._take_statistics(slice(0, start))
+        first = slice(0, self.plan.start)
+        if self.plan.head is None:
+            self.features = self.pixels.buffer(channels, like)
+            self.pixels.grid(self.features)[..., first] = x.permute(0, 2, 3, 1)
+        elif keep:
+            self.features = self.pixels.buffer(channels, like)
+            kept = self._stem(self.plan.head, x, parameters, self.features[:, first])
+        else:  # the stem's map, as large as the buffer, goes before the buffer comes
+            pooled = self.pixels.buffer(self.plan.start, like)
+            self._stem(self.plan.head, x, parameters, pooled)
+            del x
+            self.features = self.pixels.buffer(channels, like)
+            self.features[:, first] = pooled
+        self._take_statistics(first)
         return kept
+
+    def _stem(self, head: NormUnit, x: Tensor, parameters: Window, out: Tensor) -> list[Tensor]:
+        """The stem's norm, ReLU and pool into `out`; what their backward needs."""
+        x = x.contiguous(memory_format=torch.channels_last)
+        mean, var = self.statistics.of_map(head, x)
+        norm = self._norm(head, (mean, var), parameters)
+        if self.stem_pool:
+            bn_relu_max_pool(x.permute(0, 2, 3, 1), *norm, self.pixels.grid(out))
+        else:
+            bn_relu(as_rows(x), *norm, out)
+        return [x, mean, var]
 
     def layer(self, layer: LayerPlan, parameters: Window, keep: bool) -> list[Tensor]:
         first, *inner = layer.units
         kept: list[Tensor] = []
         statistics = self.statistics.of(first, layer.start, self.pixels, kept)
         norm, prefix = self._norm(first, statistics, parameters), self.features[:, : layer.start]
+        if inner and not keep and layer.drop_rate == 0 and not inner[0].call.by_batch:
+            self._infer(layer, norm, parameters)
+            self._take_statistics(layer.new)
+            return kept
         if inner:
             a = self._bottleneck(layer, norm, prefix, parameters, kept if keep else None)
         else:
@@ -140,6 +157,21 @@ class _Fused(StageComputation):
         self._take_statistics(layer.new)
         return kept
 
+    def _infer(self, layer: LayerPlan, norm: Norm, parameters: Window) -> None:
+        """A layer of which nothing is kept: the second norm and ReLU go into the product's epilogue.
+
+        A few images at a time, so that a bottleneck's output is small beside the buffer.
+        """
+        first, second = layer.units
+        weight = self._matrix(first, parameters)
+        scale, shift = self._norm(second, self.statistics.running(second), parameters).folded()
+        filters = second.weight(parameters).to(self.compute)
+        for pixels, rows in self.pixels.parts(PART_PIXELS["cuda" if weight.is_cuda else "cpu"]):
+            prefix = self.features[rows, : layer.start]
+            a = self.scratch.rows("activation", prefix, weight.shape[0], self.compute)
+            bn_relu_conv1x1(prefix, *norm, weight, a, None, None, scale, shift)
+            self.features[rows, layer.new] = as_rows(convolve(pixels.map(a), second.conv, filters))
+
     def _bottleneck(
         self, layer: LayerPlan, norm: Norm, prefix: Tensor, parameters: Window, kept: list[Tensor] | None
     ) -> Tensor:
@@ -147,11 +179,6 @@ class _Fused(StageComputation):
         first, second = layer.units
         weight = self._matrix(first, parameters)
         a = self.scratch.rows("activation", prefix, weight.shape[0], self.compute)
-        if kept is None and not second.call.by_batch:
-            # Nothing else reads y: the second norm and ReLU go into the product's epilogue.
-            scale, shift = self._norm(second, self.statistics.running(second), parameters).folded()
-            bn_relu_conv1x1(prefix, *norm, weight, a, None, None, scale, shift)
-            return a
         if kept is None or self.recompute:
             y = self.scratch.rows("bottleneck", prefix, weight.shape[0], self.compute)
         else:
@@ -174,6 +201,7 @@ class _Fused(StageComputation):
 
     def leave(self, parameters: Window) -> tuple[Tensor, list[Tensor]]:
         tail, features, pixels = self.plan.tail, self.features, self.pixels
+        del self.scratch
         kept = [features, self.statistics.mean, self.statistics.var]
         rows = features
         if tail is not None:
@@ -191,7 +219,7 @@ class _Fused(StageComputation):
                 rows = features.new_empty(pixels.count, weight.shape[0], dtype=self.compute)
                 bn_relu_conv1x1(features, *norm, weight, rows, None, None, None, None)
         self.observed = self.statistics.observed
-        del self.features, self.statistics, self.scratch
+        del self.features, self.statistics
         output = pixels.map(rows)
         return (output if tail is None else output.contiguous(memory_format=self.format)), kept
 

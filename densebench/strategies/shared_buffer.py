@@ -51,7 +51,7 @@ class _SharedBuffer(StageComputation):
         self.maps = MapShape.of(x)
         self.compute = compute_dtype(x)
 
-    def enter(self, x: Tensor, parameters: Window) -> list[Tensor]:
+    def enter(self, x: Tensor, parameters: Window, keep: bool) -> list[Tensor]:
         dtype = torch.promote_types(x.dtype, self.compute)
         self.features = self.maps.empty(self.plan.channels, x, dtype)
         self.features[:, : self.plan.start] = x

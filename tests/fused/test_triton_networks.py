@@ -29,8 +29,8 @@ def as_on_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
     assert replaced == len(IMPLEMENTATIONS), "an operator is called from elsewhere"
     padded = pixels.Pixels.buffer
 
-    def buffer(self: pixels.Pixels, channels: int, like: torch.Tensor, dtype: torch.dtype | None = None) -> object:
-        wide = padded(self, -(-channels // 16) * 16, like, dtype)
+    def buffer(self: pixels.Pixels, channels: int, like: torch.Tensor) -> object:
+        wide = padded(self, -(-channels // 16) * 16, like)
         return wide.fill_(float("nan"))[:, :channels]
 
     monkeypatch.setattr(pixels.Pixels, "buffer", buffer)
