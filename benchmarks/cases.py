@@ -110,7 +110,7 @@ def _default_cpu() -> Profile:
 
 def _full_cpu() -> Profile:
     return Profile(
-        Effort(rounds=20, seconds=60.0, least=20),
+        Effort(rounds=15, seconds=20.0, least=10),
         (
             network_group("densenet121", "train", 8, "cpu", both_formats=True),
             network_group("densenet121", "infer", 8, "cpu", both_formats=True),
