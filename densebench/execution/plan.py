@@ -10,9 +10,11 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any, Protocol, cast
 
+import torch
 from torch import Tensor, nn
 
 from densebench.execution.batch_norm import NormCall, call_norm
+from densebench.kernels.rows import Norm
 from densebench.models.layers import DenseLayer, Transition
 from densebench.models.stage import FinalNorm, Stage
 
@@ -40,6 +42,10 @@ class NormUnit:
         """What stands for the norm's weight and bias."""
         return flat[self.first], flat[self.first + 1]
 
+    def reading(self, statistics: tuple[Tensor, Tensor], flat: Flat) -> Norm:
+        """The norm over the statistics (mean, var) that it normalizes by."""
+        return Norm(*statistics, *self.affine(flat), self.eps)
+
     def affine_gradients(self, needs: Flat, grad_gamma: Tensor, grad_beta: Tensor) -> Gradients:
         """Those of the norm's weight and bias that are needed, in the parameters' dtype."""
         places = zip(self.affine(needs), (self.call.norm.weight, self.call.norm.bias), strict=True)
@@ -60,6 +66,10 @@ class ConvUnit(NormUnit):
     def weight(self, flat: Flat) -> Any:
         """What stands for the convolution's weight."""
         return flat[self.first + 2]
+
+    def matrix(self, flat: Flat, dtype: torch.dtype) -> Tensor:
+        """A 1x1 convolution's weight as a matrix [N, C]."""
+        return self.weight(flat).flatten(1).to(dtype)
 
     def weight_gradient(self, needs: Flat, grad: Tensor) -> Gradients:
         """That of the weight, if it is needed, in the parameter's shape and dtype."""

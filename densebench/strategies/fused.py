@@ -19,6 +19,7 @@ from torch import Tensor
 from densebench.execution.autograd import StageComputation, Window, compute
 from densebench.execution.batch_norm import Observed, commit_observed
 from densebench.execution.convolution import convolution_backward, convolve
+from densebench.execution.feature_gradient import FeatureGradient
 from densebench.execution.maps import memory_format_of
 from densebench.execution.pixels import Pixels, Scratch
 from densebench.execution.plan import ConvUnit, Gradients, LayerPlan, NormUnit, StagePlan
@@ -26,12 +27,10 @@ from densebench.execution.precision import compute_dtype
 from densebench.execution.shared_statistics import MeanAndVar, SharedStatistics
 from densebench.execution.structure import irregularity
 from densebench.kernels.bn_relu import bn_relu
-from densebench.kernels.bn_relu_backward import bn_relu_backward, bn_relu_backward_into
+from densebench.kernels.bn_relu_backward import bn_relu_backward
 from densebench.kernels.bn_relu_conv1x1 import bn_relu_conv1x1
-from densebench.kernels.bn_relu_conv1x1_backward import bn_relu_conv1x1_backward
 from densebench.kernels.bn_relu_pool import bn_relu_avg_pool, bn_relu_max_pool
-from densebench.kernels.bn_relu_pool_backward import bn_relu_avg_pool_backward, bn_relu_max_pool_backward
-from densebench.kernels.deferred import settled_gradient
+from densebench.kernels.bn_relu_pool_backward import bn_relu_max_pool_backward
 from densebench.kernels.rows import Norm, as_rows
 from densebench.models.layers import Transition
 from densebench.models.stage import Stage
@@ -81,9 +80,9 @@ class _Fused(StageComputation):
     """A whole stage over a feature buffer and a gradient buffer, both matrices [M, C] of M = N H W pixels.
 
     Attributes:
-        features, gradient: the buffers.
+        features: the feature buffer.
+        gradient: of the features, in a buffer of its own.
         statistics: of the features' channels, shared by all their readers.
-        pending: [2, C], see `densebench.kernels.deferred`.
     """
 
     def __init__(self, stage: Stage, x: Tensor, recompute: bool) -> None:
@@ -126,7 +125,7 @@ class _Fused(StageComputation):
         """The stem's norm, ReLU and pool into `out`; what their backward needs."""
         x = x.contiguous(memory_format=torch.channels_last)
         mean, var = self.statistics.of_map(head, x)
-        norm = self._norm(head, (mean, var), parameters)
+        norm = head.reading((mean, var), parameters)
         if self.stem_pool:
             bn_relu_max_pool(x.permute(0, 2, 3, 1), *norm, self.pixels.grid(out))
         else:
@@ -137,7 +136,7 @@ class _Fused(StageComputation):
         first, *inner = layer.units
         kept: list[Tensor] = []
         statistics = self.statistics.of(first, layer.start, self.pixels, kept)
-        norm, prefix = self._norm(first, statistics, parameters), self.features[:, : layer.start]
+        norm, prefix = first.reading(statistics, parameters), self.features[:, : layer.start]
         if inner and not keep and layer.drop_rate == 0 and not inner[0].call.by_batch:
             self._infer(layer, norm, parameters)
             self._take_statistics(layer.new)
@@ -163,8 +162,8 @@ class _Fused(StageComputation):
         A few images at a time, so that a bottleneck's output is small beside the buffer.
         """
         first, second = layer.units
-        weight = self._matrix(first, parameters)
-        scale, shift = self._norm(second, self.statistics.running(second), parameters).folded()
+        weight = first.matrix(parameters, self.compute)
+        scale, shift = second.reading(self.statistics.running(second), parameters).folded()
         filters = second.weight(parameters).to(self.compute)
         for pixels, rows in self.pixels.parts(PART_PIXELS["cuda" if weight.is_cuda else "cpu"]):
             prefix = self.features[rows, : layer.start]
@@ -177,7 +176,7 @@ class _Fused(StageComputation):
     ) -> Tensor:
         """The operand of the 3x3 convolution [M, N]: relu(norm2(y)) of y = relu(norm1(prefix)) W^T."""
         first, second = layer.units
-        weight = self._matrix(first, parameters)
+        weight = first.matrix(parameters, self.compute)
         a = self.scratch.rows("activation", prefix, weight.shape[0], self.compute)
         if kept is None or self.recompute:
             y = self.scratch.rows("bottleneck", prefix, weight.shape[0], self.compute)
@@ -187,7 +186,7 @@ class _Fused(StageComputation):
         statistics = self._multiply(second, prefix, norm, weight, y)
         if kept is not None:
             kept += statistics
-        bn_relu(y, *self._norm(second, statistics, parameters), a)
+        bn_relu(y, *second.reading(statistics, parameters), a)
         return a
 
     def _multiply(self, reader: ConvUnit, x: Tensor, norm: Norm, weight: Tensor, y: Tensor) -> MeanAndVar:
@@ -206,16 +205,16 @@ class _Fused(StageComputation):
         rows = features
         if tail is not None:
             statistics = self.statistics.of(tail, self.plan.channels, pixels, kept)
-            norm = self._norm(tail, statistics, parameters)
+            norm = tail.reading(statistics, parameters)
             if not isinstance(tail, ConvUnit):
                 rows = features.new_empty(features.shape)
                 bn_relu(features, *norm, rows)
             elif self.transition_pool:
                 pixels, pooled = pixels.halved, self._pool(norm)
                 kept += [] if self.recompute else [pooled]
-                rows = pooled.to(self.compute) @ self._matrix(tail, parameters).t()
+                rows = pooled.to(self.compute) @ tail.matrix(parameters, self.compute).t()
             else:
-                weight = self._matrix(tail, parameters)
+                weight = tail.matrix(parameters, self.compute)
                 rows = features.new_empty(pixels.count, weight.shape[0], dtype=self.compute)
                 bn_relu_conv1x1(features, *norm, weight, rows, None, None, None, None)
         self.observed = self.statistics.observed
@@ -230,20 +229,19 @@ class _Fused(StageComputation):
     ) -> Gradients:
         self.features, mean, var, *kept = kept
         self.statistics = SharedStatistics(mean, var)
-        self.gradient = self.pixels.buffer(self.plan.channels, self.features)
-        self.pending = mean.new_zeros(2, self.plan.channels)
+        self.gradient = FeatureGradient(self.features, mean, self.pixels)
         self.scratch = Scratch()
         tail = self.plan.tail
-        self.left_pending = tail is not None and tail.call.by_batch
         if tail is None:
-            self.pixels.grid(self.gradient)[...] = grad_output.permute(0, 2, 3, 1)
+            self.gradient.start_with(grad_output)
             return {}
-        norm = self._norm(tail, self.statistics.restored(tail, self.plan.channels, kept), parameters)
+        norm = tail.reading(self.statistics.restored(tail, self.plan.channels, kept), parameters)
         rows = as_rows(grad_output)
         if not isinstance(tail, ConvUnit):
-            return self._norm_backward(tail, norm, rows, self.gradient, False, needs)
+            return self.gradient.through_norm(tail, norm, rows, needs, needs_features=True)
         if not self.transition_pool:
-            return self._product_backward(tail, norm, rows, self.gradient, False, parameters, needs)
+            weight = tail.matrix(parameters, self.compute)
+            return self.gradient.through_product(tail, norm, weight, rows, needs, needs_features=True)
         return self._transition_backward(tail, norm, rows.to(self.compute), parameters, kept, needs)
 
     def _transition_backward(
@@ -255,31 +253,30 @@ class _Fused(StageComputation):
             pooled = kept[-1] if not self.recompute else self._pool(norm)
             gradients = tail.weight_gradient(needs, rows.t() @ pooled.to(self.compute))
             del pooled
-        grad_pooled = self.pixels.halved.grid(rows @ self._matrix(tail, parameters))
-        features, gradient = self.pixels.grid(self.features), self.pixels.grid(self.gradient)
-        sums = bn_relu_avg_pool_backward(grad_pooled, features, *norm, tail.call.by_batch, gradient, self.pending)
-        return gradients | tail.affine_gradients(needs, *sums)
+        grad_pooled = rows @ tail.matrix(parameters, self.compute)
+        return gradients | self.gradient.through_avg_pool(tail, norm, grad_pooled, needs)
 
     def layer_backward(
         self, layer: LayerPlan, parameters: Window, kept: list[Tensor], needs: Window, needs_prefix: bool
     ) -> Gradients:
         first, *inner = layer.units
-        norm = self._norm(first, self.statistics.restored(first, layer.start, kept), parameters)
+        norm = first.reading(self.statistics.restored(first, layer.start, kept), parameters)
         mask = kept.pop() if layer.drop_rate > 0 else None
-        new = self._settled(layer.new, mask)
-        self.left_pending |= first.call.by_batch
-        grad_prefix = self.gradient[:, : layer.start] if needs_prefix else None
+        new = self.gradient.settled(layer.new)
+        if mask is not None:
+            new.mul_(as_rows(mask))
         if not inner:
             prefix = self.features[:, : layer.start]
             a = self.scratch.rows("activation", prefix)
             bn_relu(prefix, *norm, a)
             grad_a, gradients = self._convolution_backward(first, new, a, parameters, needs, True)
-            return gradients | self._norm_backward(first, norm, grad_a, grad_prefix, True, needs)
+            return gradients | self.gradient.through_norm(first, norm, grad_a, needs, needs_prefix)
         needs_y = needs_prefix or first.trained(needs)
         grad_y, gradients = self._bottleneck_backward(layer, norm, new, parameters, kept, needs, needs_y)
         if not needs_y:
             return gradients
-        return gradients | self._product_backward(first, norm, grad_y, grad_prefix, True, parameters, needs)
+        weight = first.matrix(parameters, self.compute)
+        return gradients | self.gradient.through_product(first, norm, weight, grad_y, needs, needs_prefix)
 
     def _bottleneck_backward(
         self,
@@ -297,10 +294,10 @@ class _Fused(StageComputation):
         if rest:
             y = rest[0]
         else:
-            weight = self._matrix(first, parameters)
+            weight = first.matrix(parameters, self.compute)
             y = self.scratch.rows("bottleneck", self.features, weight.shape[0], self.compute)
             bn_relu_conv1x1(self.features[:, : layer.start], *norm, weight, y, None, None, None, None)
-        inner = self._norm(second, (mean, var), parameters)
+        inner = second.reading((mean, var), parameters)
         a = self.scratch.rows("activation", y)
         bn_relu(y, *inner, a)
         needs_a = needs_y or any(second.affine(needs))
@@ -314,12 +311,12 @@ class _Fused(StageComputation):
         self, parameters: Window, kept: list[Tensor], needs: Window, needs_x: bool
     ) -> tuple[Tensor | None, Gradients]:
         head = self.plan.head
-        grad = self._settled(slice(0, self.plan.start), None) if needs_x or head is not None else None
-        del self.features, self.gradient, self.statistics, self.pending, self.scratch
+        grad = self.gradient.settled(slice(0, self.plan.start)) if needs_x or head is not None else None
+        del self.features, self.gradient, self.statistics, self.scratch
         if grad is None or head is None:
             return (None if grad is None else self.pixels.map(grad)), {}
         x, mean, var = kept
-        norm = self._norm(head, (mean, var), parameters)
+        norm = head.reading((mean, var), parameters)
         if self.stem_pool:
             grad_x = torch.empty_like(x)
             maps = (self.pixels.grid(grad), x.permute(0, 2, 3, 1))
@@ -328,43 +325,6 @@ class _Fused(StageComputation):
             sums = bn_relu_backward(grad, as_rows(x), *norm, head.call.by_batch)
             grad_x = self.pixels.map(grad)
         return (grad_x if needs_x else None), head.affine_gradients(needs, *sums)
-
-    # One unit's backward
-
-    def _product_backward(
-        self,
-        unit: ConvUnit,
-        norm: Norm,
-        grad: Tensor,
-        grad_x: Tensor | None,
-        accumulate: bool,
-        parameters: Window,
-        needs: Window,
-    ) -> Gradients:
-        """Through relu(norm(x)) W^T, x being as many channels of the features as the norm has."""
-        width = norm.mean.shape[0]
-        *sums, grad_weight = bn_relu_conv1x1_backward(
-            grad,
-            self.features[:, :width],
-            *norm,
-            unit.call.by_batch,
-            self._matrix(unit, parameters),
-            grad_x,
-            accumulate,
-            self.pending[:, :width],
-            any(unit.affine(needs)),
-            unit.weight(needs),
-        )
-        return unit.affine_gradients(needs, *sums) | unit.weight_gradient(needs, grad_weight)
-
-    def _norm_backward(
-        self, unit: NormUnit, norm: Norm, grad: Tensor, grad_x: Tensor | None, accumulate: bool, needs: Window
-    ) -> Gradients:
-        """Through relu(norm(x)), x being as many channels of the features as the norm has."""
-        width = norm.mean.shape[0]
-        x, pending = self.features[:, :width], self.pending[:, :width]
-        sums = bn_relu_backward_into(grad, x, *norm, unit.call.by_batch, grad_x, accumulate, pending)
-        return unit.affine_gradients(needs, *sums)
 
     def _convolution_backward(
         self, unit: ConvUnit, grad: Tensor, a: Tensor, parameters: Window, needs: Window, needs_a: bool
@@ -389,24 +349,7 @@ class _Fused(StageComputation):
         bn_relu_avg_pool(self.pixels.grid(self.features), *norm, halved.grid(pooled))
         return pooled
 
-    def _settled(self, channels: slice, mask: Tensor | None) -> Tensor:
-        """The gradient of some channels with nothing pending, [M, k], through their dropout."""
-        grad = self.features.new_empty(self.pixels.count, channels.stop - channels.start)
-        if self.left_pending:
-            slices = (self.features[:, channels], self.statistics.mean[channels], self.pending[:, channels])
-            settled_gradient(self.gradient[:, channels], *slices, grad)
-        else:  # nothing was ever pending; and a feature that is NaN, times 0, would be something
-            grad.copy_(self.gradient[:, channels])
-        return grad if mask is None else grad.mul_(as_rows(mask))
-
     def _take_statistics(self, channels: slice) -> None:
         """The statistics of channels that have just been written, if anyone reads them."""
         if self.plan.shares_statistics:
             self.statistics.take(self.features, channels)
-
-    def _norm(self, unit: NormUnit, statistics: MeanAndVar, parameters: Window) -> Norm:
-        return Norm(*statistics, *unit.affine(parameters), unit.eps)
-
-    def _matrix(self, unit: ConvUnit, parameters: Window) -> Tensor:
-        """A 1x1 convolution's weight as a matrix [N, C] in the dtype it computes in."""
-        return unit.weight(parameters).flatten(1).to(self.compute)

@@ -15,7 +15,8 @@ from tests.fused.checks import CHECKS
 from tests.fused.seeding import Fault, seeded
 
 NORM, ROWS = "execution.batch_norm", "kernels.rows"
-FUSED = "strategies.fused"
+FUSED, GRADIENT = "strategies.fused", "execution.feature_gradient"
+PRODUCT = "FeatureGradient.through_product"
 FAULTS = [
     # What the statistics do to the gradient
     Fault("statistics detached", "kernels.deferred", "terms_of", "scale / rows", "scale * 0", "training"),
@@ -28,7 +29,7 @@ FAULTS = [
           "(norm.var + 2 * norm.eps)", "training"),
     Fault("norm2 as if in evaluation", "kernels.bn_relu_backward", "_cpu_backward", "if by_batch:", "if False:",
           "training"),
-    Fault("training's backward in evaluation", FUSED, "_Fused._product_backward", "unit.call.by_batch", "True",
+    Fault("training's backward in evaluation", GRADIENT, PRODUCT, "unit.call.by_batch", "True",
           "mixed_modes"),
     # Running statistics
     Fault("momentum swapped", NORM, "commit_observed", "(running, unbiased, momentum)",
@@ -58,16 +59,16 @@ FAULTS = [
           "(self.features, slice(0, channels.stop - channels.start))", "training"),
     Fault("stale scratch in backward", FUSED, "_Fused._bottleneck_backward", "bn_relu(y, *inner, a)", "pass",
           "training"),
-    Fault("overwrites the other readers", FUSED, "_Fused.layer_backward",
-          "grad_y, grad_prefix, True,", "grad_y, grad_prefix, False,", "training"),
-    Fault("other readers overwritten, plain", FUSED, "_Fused.layer_backward",
-          "grad_a, grad_prefix, True,", "grad_a, grad_prefix, False,", "plain_layers"),
+    Fault("overwrites the other readers", GRADIENT, PRODUCT, "self._accumulates", "False",
+          "training"),
+    Fault("other readers overwritten, plain", GRADIENT, "FeatureGradient.through_norm", "self._accumulates",
+          "False", "plain_layers"),
     # Masks
     Fault("ReLU passes everything back", "kernels.bn_relu_conv1x1_backward", "_cpu_backward",
           "threshold_backward(dz, a, 0, grad_input=dz)", "threshold_backward(dz, a, -1, grad_input=dz)",
           "training"),
-    Fault("dropout not in backward", FUSED, "_Fused._settled", "grad.mul_(as_rows(mask))", "grad", "dropout"),
-    Fault("dropout redrawn", FUSED, "_Fused._settled", "as_rows(mask)", "as_rows(mask).flip(0)", "dropout"),
+    Fault("dropout not in backward", FUSED, "_Fused.layer_backward", "new.mul_(as_rows(mask))", "pass", "dropout"),
+    Fault("dropout redrawn", FUSED, "_Fused.layer_backward", "as_rows(mask)", "as_rows(mask).flip(0)", "dropout"),
     # Who gets what
     Fault("no gradient of weights", "execution.plan", "ConvUnit.weight_gradient", "if self.weight(needs)",
           "if False", "training"),
@@ -77,9 +78,9 @@ FAULTS = [
           "inference"),
     Fault("pooled by three", "kernels.bn_relu_pool", "_cpu_avg", "activate(x[images], norm, scratch), 2)",
           "activate(x[images], norm, scratch), 2, divisor_override=3)", "evaluation"),
-    Fault("incoming gradient as the buffer", FUSED, "_Fused.leave_backward",
-          "self.pixels.grid(self.gradient)[...] = grad_output.permute(0, 2, 3, 1)",
-          "self.gradient = grad_output.permute(0, 2, 3, 1).flatten(0, 2)", "incoming_gradient"),
+    Fault("incoming gradient as the buffer", GRADIENT, "FeatureGradient.start_with",
+          "self.pixels.grid(self.buffer)[...] = grad.permute(0, 2, 3, 1)",
+          "self.buffer = grad.permute(0, 2, 3, 1).flatten(0, 2)", "incoming_gradient"),
     # The same in Triton's kernels
     Fault("triton: columns beyond the last", "kernels.bn_relu_conv1x1", "_kernel",
           "tl.where(kept[None, :], a, 0.0)", "a", "triton_values"),

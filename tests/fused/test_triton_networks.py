@@ -10,7 +10,7 @@ import pytest
 import torch
 
 import densebench
-from densebench.execution import pixels, shared_statistics
+from densebench.execution import feature_gradient, pixels, shared_statistics
 from densebench.kernels.library import IMPLEMENTATIONS
 from densebench.strategies import fused
 from tests.networks import images, small
@@ -21,7 +21,7 @@ def as_on_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
     if torch.cuda.is_available():
         pytest.skip("a GPU runs them for real (tests/gpu)")
     replaced = 0
-    for module in (fused, shared_statistics):
+    for module in (fused, shared_statistics, feature_gradient):
         for name, implementations in IMPLEMENTATIONS.items():
             if hasattr(module, name):
                 monkeypatch.setattr(module, name, implementations.cuda)
