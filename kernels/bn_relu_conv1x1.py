@@ -47,20 +47,25 @@ def _cpu(
     out: Tensor,
     out_mean: Tensor | None,
     out_var: Tensor | None,
-    out_scale: Tensor | None,
-    out_shift: Tensor | None,
+    next_mean: Tensor | None = None,
+    next_var: Tensor | None = None,
+    next_gamma: Tensor | None = None,
+    next_beta: Tensor | None = None,
+    next_eps: float = 0.0,
 ) -> None:
     scale, shift = Norm(mean, var, gamma, beta, eps).folded()
     transposed = weight.to(scale.dtype).t()
     direct = out.dtype == scale.dtype
-    if out_scale is not None and out_shift is not None:
-        transposed, bias = transposed * out_scale, out_shift.to(scale.dtype)
+    bias = None
+    if next_mean is not None and next_var is not None:
+        out_scale, bias = Norm(next_mean, next_var, next_gamma, next_beta, next_eps).folded()
+        transposed = transposed * out_scale
     statistics = None if out_mean is None or out_var is None else RunningStatistics(out_mean, out_var)
     scratch = None if direct else scale.new_empty(tile_rows(x), weight.shape[0])
     for rows, (tile,) in tiles(x, 1):
         a = relu_norm(x[rows], scale, shift, tile)
         product = out[rows] if scratch is None else scratch[: a.shape[0]]
-        if out_scale is not None:
+        if bias is not None:
             torch.addmm(bias, a, transposed, out=product).relu_()
         else:
             torch.mm(a, transposed, out=product)
@@ -73,16 +78,16 @@ def _cpu(
 @triton.jit
 def _kernel(
     x_pointer, mean_pointer, var_pointer, gamma_pointer, beta_pointer, weight_pointer, out_pointer,
-    partial_pointer, out_scale_pointer, out_shift_pointer,
+    partial_pointer, next_mean_pointer, next_var_pointer, next_gamma_pointer, next_beta_pointer,
     rows, columns, width, outputs, weight_width, rows_a_program,
     x_stride, weight_stride, out_stride,
-    eps: tl.constexpr, PRECISION: tl.constexpr,
+    eps: tl.constexpr, next_eps: tl.constexpr, PRECISION: tl.constexpr,
     BLOCK_ROWS: tl.constexpr, BLOCK_COLUMNS: tl.constexpr, BLOCK_OUTPUTS: tl.constexpr,
 ):  # fmt: skip
     """A range of rows, tile by tile: x is normalized in registers, between its load and the tensor core.
 
     All outputs of a row are computed at once, so x is read once. With `partial` [parts, 2, N] the range's
-    statistics of the product as stored are kept; with out_scale and out_shift [N] the next norm and ReLU are
+    statistics of the product as stored are kept; with `next`, a norm of the outputs, that norm and a ReLU are
     applied instead.
     """
     part = tl.program_id(0)
@@ -112,10 +117,11 @@ def _kernel(
             a = relu((x.to(dtype) - mean[None, :]) * scale[None, :] + shift[None, :])
             a = tl.where(kept[None, :], a, 0.0).to(weight.dtype)
             product = tl.dot(a, weight, product, input_precision=PRECISION, out_dtype=dtype)
-        if out_scale_pointer is not None:
-            scale = tl.load(out_scale_pointer + output, mask=made, other=0.0)
-            shift = tl.load(out_shift_pointer + output, mask=made, other=0.0)
-            product = relu(product * scale[None, :] + shift[None, :])
+        if next_mean_pointer is not None:
+            mean, _, scale, shift = load_norm(
+                next_mean_pointer, next_var_pointer, next_gamma_pointer, next_beta_pointer, next_eps, output, made
+            )
+            product = relu((product - mean[None, :]) * scale[None, :] + shift[None, :])
         stored = product.to(out_pointer.dtype.element_ty)
         tl.store(out_pointer + wide * out_stride + output[None, :], stored, mask=mask & made[None, :])
         if partial_pointer is not None:
@@ -135,13 +141,14 @@ def _kernel(
             tl.debug_barrier()
 
 
-def _tile(x: Tensor, weight: Tensor) -> Tile:
+def _tile(x: Tensor, weight: Tensor, normalizes: bool) -> Tile:
     """All outputs at once (up to 256), so that x is read once, and 16 warps a multiprocessor to hide that.
 
     Few channels: two programs of 64 rows side by side, one loads while the other stores; on Hopper 128 registers
     are enough for it. Many channels: one of 128 rows, or reloading the weight for every 64 rows would take more
     of the L2 cache's bandwidth than x takes of the memory's. A feature map of few pixels gets shorter tiles, or
-    most multiprocessors would have none. Values of 4 and 8 bytes take as many times the shared memory.
+    most multiprocessors would have none. Values of 4 and 8 bytes take as many times the shared memory. The next
+    norm's vectors do not fit beside the product into 128 registers.
     """
     device, columns = device_of(x), x.shape[1]
     outputs = power_of_two(weight.shape[0], 16, 64 if x.element_size() == 8 else 256)
@@ -149,30 +156,33 @@ def _tile(x: Tensor, weight: Tensor) -> Tile:
         return Tile(32, 16, outputs, warps=4, stages=2)
     if x.element_size() == 4:
         return Tile(32, 16, outputs, warps=8, stages=3)
-    if device.is_hopper and columns > 128 and outputs == 128 and cdiv(x.shape[0], 128) >= device.multiprocessors:
+    fits = device.is_hopper and not normalizes
+    if fits and columns > 128 and outputs == 128 and cdiv(x.shape[0], 128) >= device.multiprocessors:
         return Tile(128, 32, outputs, warps=16, stages=4)
     if cdiv(x.shape[0], 64) >= device.multiprocessors:
-        two_fit = device.is_hopper and outputs <= 128
-        return Tile(64, 32, outputs, warps=8, stages=4, registers=128 if two_fit else None)
+        return Tile(64, 32, outputs, warps=8, stages=4, registers=128 if fits and outputs <= 128 else None)
     return Tile(32, 32, outputs, warps=4 if outputs <= 64 else 8, stages=4)
 
 
 def _cuda(
     x: Tensor, mean: Tensor, var: Tensor, gamma: Tensor | None, beta: Tensor | None, eps: float,
     weight: Tensor, out: Tensor,
-    out_mean: Tensor | None, out_var: Tensor | None, out_scale: Tensor | None, out_shift: Tensor | None,
+    out_mean: Tensor | None, out_var: Tensor | None,
+    next_mean: Tensor | None = None, next_var: Tensor | None = None,
+    next_gamma: Tensor | None = None, next_beta: Tensor | None = None, next_eps: float = 0.0,
 ) -> None:  # fmt: skip
     (rows, columns), outputs = x.shape, weight.shape[0]
     weight = packed(weight)
-    tile = _tile(x, weight)
-    shared = share(rows, tile.rows, 2 * device_of(x).multiprocessors)
+    tile = _tile(x, weight, normalizes=next_mean is not None)
+    resident = 1 if tile.warps > 8 else 2  # programs on a multiprocessor, by their registers
+    shared = share(rows, tile.rows, resident * device_of(x).multiprocessors)
     partial = None if out_mean is None else mean.new_empty(shared.parts, 2, outputs)
     launch(
         _kernel, (shared.parts, cdiv(outputs, tile.outputs)),
-        x, mean, var, gamma, beta, weight, out, partial, out_scale, out_shift,
+        x, mean, var, gamma, beta, weight, out, partial, next_mean, next_var, next_gamma, next_beta,
         rows, columns, loadable(x), outputs, weight.shape[1], shared.rows,
         x.stride(0), weight.stride(0), out.stride(0),
-        tile=tile, eps=eps, PRECISION=matmul_precision(weight.dtype),
+        tile=tile, eps=eps, next_eps=next_eps, PRECISION=matmul_precision(weight.dtype),
         BLOCK_ROWS=tile.rows, BLOCK_COLUMNS=tile.columns, BLOCK_OUTPUTS=tile.outputs,
     )  # fmt: skip
     if partial is not None and out_mean is not None and out_var is not None:
@@ -203,8 +213,9 @@ def _workspace(x: Tensor, *arguments: Tensor) -> int:
 
 
 bn_relu_conv1x1 = operator(
-    f"bn_relu_conv1x1(Tensor x, {NORM}, Tensor weight, Tensor(a!) out, Tensor(b!)? out_mean,"
-    " Tensor(c!)? out_var, Tensor? out_scale, Tensor? out_shift) -> ()",
+    f"bn_relu_conv1x1(Tensor x, {NORM}, Tensor weight, Tensor(a!) out, Tensor(b!)? out_mean, Tensor(c!)? out_var,"
+    " Tensor? next_mean=None, Tensor? next_var=None, Tensor? next_gamma=None, Tensor? next_beta=None,"
+    " float next_eps=0.0) -> ()",
     cpu=_cpu,
     cuda=_cuda,
     fake=_fake,

@@ -136,6 +136,8 @@ def _kernel(
         x = tl.load(x_pointer + wide * x_stride + column[None, :], mask=mask & loaded, other=0.0)
         centered = x.to(dtype) - mean[None, :]
         a = relu(centered * scale[None, :] + shift[None, :])
+        # Rows beyond the last have no gradient, but 0 * inf would be one: the norm of 0 may leave float16.
+        a = tl.where(mask, a, 0.0)
         if partial_weight_pointer is not None:
             grad_weight = tl.dot(
                 tl.trans(grad), a.to(grad.dtype), grad_weight, input_precision=PRECISION, out_dtype=dtype
@@ -180,6 +182,11 @@ def _tile(x: Tensor, outputs: int) -> Tile:
     return Tile(64, 64 if device_of(x).is_hopper and block <= 128 else 32, block, warps=8, stages=2)
 
 
+def _shared(x: Tensor, tile: Tile) -> Share:
+    """One program a multiprocessor: its registers are all taken by one."""
+    return share(x.shape[0], tile.rows, device_of(x).multiprocessors // cdiv(x.shape[1], tile.columns))
+
+
 def _pass(
     grad: Tensor, x: Tensor, norm: Norm, weight: Tensor, grad_x: Tensor | None, pending: Tensor | None,
     partial: Tensor | None, partial_weight: Tensor | None, shared: Share, tile: Tile, accumulates: bool,
@@ -215,7 +222,7 @@ def _cuda_backward(
     (rows, columns), outputs = x.shape, grad.shape[1]
     weight, grad = packed(weight), grad.to(weight.dtype)
     tile = _tile(x, outputs)
-    shared = share(rows, tile.rows, cdiv(device_of(x).multiprocessors, cdiv(columns, tile.columns)))
+    shared = _shared(x, tile)
     slices = [slice(start, start + tile.outputs) for start in range(0, outputs, tile.outputs)]
     deferred = pending if by_batch and grad_x is not None else None
     needs_sums = grad_x is not None or needs_affine

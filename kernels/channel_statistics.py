@@ -11,7 +11,7 @@ from torch import Tensor
 
 from densebench.kernels.device import merge_statistics, tile_statistics
 from densebench.kernels.language import tl, triton
-from densebench.kernels.launch import Share, Tile, cdiv, device_of, launch, power_of_two, share
+from densebench.kernels.launch import Share, Tile, cdiv, device_of, launch, parts_tile, power_of_two, share
 from densebench.kernels.library import operator
 from densebench.kernels.rows import accumulate_dtype, as_map, tile_bytes, tiles
 
@@ -132,7 +132,7 @@ def merge_partial_statistics(
         pivot: [C], what the parts' means are relative to; None for 0.
     """
     parts, _, columns = partial.shape
-    tile = Tile(power_of_two(parts, 16, 4096), 8, warps=4, stages=1)
+    tile = parts_tile(parts)
     launch(
         _merge_statistics_kernel, (cdiv(columns, tile.columns),),
         partial, pivot, mean, var, parts, rows, columns, shared.rows,

@@ -36,8 +36,11 @@ class Target:
 
 TARGETS = {
     "sm_80": Target(("cuda", 80, 32), Device(108, (8, 0)), 166_912),  # A100
+    "sm_86": Target(("cuda", 86, 32), Device(84, (8, 6)), 101_376),  # A10, RTX 30
+    "sm_89": Target(("cuda", 89, 32), Device(142, (8, 9)), 101_376),  # L40S, RTX 40
     "sm_90": Target(("cuda", 90, 32), H100, 232_448),
     "sm_100": Target(("cuda", 100, 32), Device(148, (10, 0)), 232_448),  # B200
+    "sm_120": Target(("cuda", 120, 32), Device(170, (12, 0)), 101_376),  # RTX 50
     "gfx942": Target(("hip", "gfx942", 64), Device(304, (9, 4)), 65_536),  # MI300X
 }
 GROWTH_RATES = (12, 32, 48)
@@ -176,8 +179,8 @@ def _call_operators(images: int, side: int, growth_rate: int, layer: int, dtype:
     y, weight = meta.new_empty(rows, outputs), meta.new_empty(outputs, start)
     new, wide = slice(start, start + growth_rate), norm(start)
     statistics, inner = norm(outputs)[:2], norm(outputs)
-    call("bn_relu_conv1x1", x, *wide, weight, y, *statistics, None, None)
-    call("bn_relu_conv1x1", x, *wide, weight, y, None, None, *statistics)
+    call("bn_relu_conv1x1", x, *wide, weight, y, *statistics)
+    call("bn_relu_conv1x1", x, *wide, weight, y, None, None, *inner)
     call("bn_relu", y, *inner, torch.empty_like(y))
     call("channel_statistics", features[:, new], *norm(growth_rate)[:2])
     out = meta.new_empty(rows, growth_rate)

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from densebench.kernels.device import load_norm
 from densebench.kernels.language import tl, triton
-from densebench.kernels.launch import Tile, cdiv, elementwise_tile, launch, loadable, power_of_two
+from densebench.kernels.launch import cdiv, elementwise_tile, launch, loadable, parts_tile
 from densebench.kernels.library import operator
 from densebench.kernels.rows import Norm, tile_bytes, tiles
 
@@ -149,7 +149,7 @@ def reduce_terms(
     """
     parts, _, columns = partial.shape
     grad_gamma, grad_beta = torch.empty_like(norm.mean), torch.empty_like(norm.mean)
-    tile = Tile(power_of_two(parts, 16, 4096), 8, warps=4, stages=1)
+    tile = parts_tile(parts)
     launch(
         _terms_kernel, (cdiv(columns, tile.columns),),
         partial, *norm[:4], grad_gamma, grad_beta, pending,

@@ -1,6 +1,6 @@
 """Triton, or, where a platform has none, a stand-in that lets the files of this folder be imported.
 
-There the CPU path is all there is; the stand-in is never launched, because no tensor can be on a CUDA device.
+There the CPU path is all there is; who launches kernels asks `AVAILABLE` first.
 """
 
 from __future__ import annotations
@@ -10,6 +10,8 @@ from typing import Any
 try:
     import triton
     import triton.language as tl
+
+    AVAILABLE = True
 except ImportError:  # macOS, Windows
 
     class _Absent:
@@ -19,5 +21,6 @@ except ImportError:  # macOS, Windows
             return lambda function=None, **_: function
 
     triton = tl = _Absent()
+    AVAILABLE = False
 
-__all__ = ["tl", "triton"]
+__all__ = ["AVAILABLE", "tl", "triton"]

@@ -71,7 +71,11 @@ def launch(kernel: Any, grid: tuple[int, ...], *arguments: Any, tile: Tile, **co
 
 def share(rows: int, tile_rows: int, programs: int) -> Share:
     """Share rows out among at most so many programs, in whole tiles. It depends on nothing but its arguments,
-    so the order of every sum does not either."""
+    so the order of every sum does not either.
+
+    Programs that take a whole multiprocessor each must not be more than there are, by rounding or otherwise:
+    those left over would run alone, for as long as all the others together.
+    """
     a_program = cdiv(cdiv(rows, tile_rows), max(1, programs)) * tile_rows
     return Share(cdiv(rows, a_program), a_program)
 
@@ -116,6 +120,21 @@ def power_of_two(value: int, least: int, most: int) -> int:
     return min(most, max(least, 1 << (value - 1).bit_length()))
 
 
+def parts_tile(parts: int) -> Tile:
+    """For merging what so many programs found, all at once.
+
+    Raises:
+        ValueError: if they are more than a tile takes.
+    """
+    if parts > 4096:
+        raise ValueError(f"{parts} partial results are more than the 4096 that are merged at once")
+    return Tile(power_of_two(parts, 16, 4096), 8, warps=4, stages=1)
+
+
 def matmul_precision(dtype: torch.dtype) -> str:
-    """How products of float32 are computed: as PyTorch is told to compute convolutions."""
-    return "tf32" if dtype == torch.float32 and torch.backends.cudnn.allow_tf32 else "ieee"
+    """How products of float32 are computed: as PyTorch is told to compute convolutions.
+
+    Not `cudnn.allow_tf32`: reading that raises once precisions have been set one by one.
+    """
+    convolutions: str = torch.backends.cudnn.conv.fp32_precision  # type: ignore[attr-defined]
+    return "tf32" if dtype == torch.float32 and convolutions == "tf32" else "ieee"

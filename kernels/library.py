@@ -7,7 +7,7 @@ of calls of a training step is as much as the step itself.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any, NamedTuple
 
 import torch
@@ -52,7 +52,7 @@ def operator(
     name = schema.split("(", 1)[0]
     LIBRARY.define(schema, tags=(torch.Tag.pt2_compliant_tag,))
     LIBRARY.impl(name, cpu, "CPU")
-    LIBRARY.impl(name, _on_its_device(cuda), "CUDA")
+    LIBRARY.impl(name, _on_its_device(name, cuda), "CUDA")
     torch.library.register_fake(f"densebench::{name}", fake, lib=LIBRARY)
     IMPLEMENTATIONS[name] = Implementations(cpu, cuda)
     packet = getattr(torch.ops.densebench, name)
@@ -62,10 +62,27 @@ def operator(
     return packet.default
 
 
-def _on_its_device(cuda: Callable[..., Any]) -> Callable[..., Any]:
+def require_dense_rows(name: str, arguments: Iterable[Any]) -> None:
+    """Refuse a matrix or map whose channels do not lie side by side; kernels are told row strides only.
+
+    Raises:
+        ValueError: with the operator's name and the strides.
+    """
+    for argument in arguments:
+        if not isinstance(argument, torch.Tensor) or argument.dim() < 2 or argument.numel() == 0:
+            continue
+        if argument.stride(-1) != 1 and argument.shape[-1] > 1:
+            raise ValueError(
+                f"densebench::{name} takes channels that lie side by side, got shape {list(argument.shape)} with "
+                f"strides {argument.stride()}; make the tensor contiguous (a map: channels-last)"
+            )
+
+
+def _on_its_device(name: str, cuda: Callable[..., Any]) -> Callable[..., Any]:
     """Triton launches on the current device, which need not be the one that the arguments are on."""
 
     def launched(first: torch.Tensor, *arguments: Any) -> Any:
+        require_dense_rows(name, (first, *arguments))
         if first.device.index == torch.cuda.current_device():
             return cuda(first, *arguments)
         with torch.cuda.device(first.device):

@@ -117,6 +117,10 @@ def store_scaled(dz: Tensor, scale: Tensor, out: Tensor, spare: Tensor | None = 
         out.copy_(dz if spare is None else dz.add_(spare.copy_(out)))
 
 
-def as_rows(channels_last: Tensor) -> Tensor:
-    """A dense channels-last map [N, C, H, W] as the matrix [N * H * W, C]."""
-    return channels_last.permute(0, 2, 3, 1).reshape(-1, channels_last.shape[1])
+def as_rows(x: Tensor) -> Tensor:
+    """A map [N, C, H, W] as the matrix [N * H * W, C], each row dense; without a copy where it is channels-last.
+
+    One image in the contiguous format would be a view, too, but of rows whose values lie H * W apart.
+    """
+    rows = x.permute(0, 2, 3, 1).reshape(-1, x.shape[1])
+    return rows if rows.stride(1) == 1 else rows.contiguous()

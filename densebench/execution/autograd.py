@@ -41,12 +41,19 @@ class StageComputation(ABC):
     backward will need; each gets them back, checked by autograd against changes in between. A computation is
     good for one forward and any number of backwards.
 
+    Buffers are its attributes `features`, `gradient`, `statistics` and `scratch`, so that they can be let go of.
+
     Attributes:
         plan: what each norm does in this run, and where parameters stand.
     """
 
     def __init__(self, plan: StagePlan) -> None:
         self.plan = plan
+
+    def release(self) -> None:
+        """Let go of the buffers: nothing more of this backward will come."""
+        for name in ("features", "gradient", "statistics", "scratch"):
+            self.__dict__.pop(name, None)
 
     @abstractmethod
     def enter(self, x: Tensor, parameters: Window, keep: bool) -> list[Tensor]:
@@ -181,6 +188,12 @@ def _backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
     parameters = list(islice(saved, count))
     kept = [list(islice(saved, number)) for number in ctx.counts]
     _, _, needs_value, *needs = ctx.needs_input_grad
-    token, gradients = ctx.part.backward(ctx.computation, grad, parameters, kept, needs, needs_value)
+    try:
+        token, gradients = ctx.part.backward(ctx.computation, grad, parameters, kept, needs, needs_value)
+    except BaseException:
+        ctx.computation.release()
+        raise
+    if not needs_value:  # the parts before this one will not run
+        ctx.computation.release()
     start = ctx.part.parameters.start
     return None, None, token, *(gradients.get(start + index) for index in range(count))

@@ -6,10 +6,37 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from densebench.kernels.rows import as_map, as_rows
+
 
 def convolve(a: Tensor, conv: nn.Conv2d, weight: Tensor) -> Tensor:
     """conv(a) with another weight (the module's, in the dtype that it is to compute in); no bias, stride 1."""
     return F.conv2d(a.to(weight.dtype), weight, None, 1, conv.padding, conv.dilation)
+
+
+def product(a: Tensor, weight: Tensor) -> Tensor:
+    """a W^T [M, N] of a [M, C] and W [N, C], computed as precisely as the 1x1 convolution that it stands for.
+
+    On CUDA a matrix product of float32 obeys another switch (TF32) than a convolution does.
+    """
+    if not _obeys_other_switch(a):
+        return a @ weight.t()
+    return as_rows(F.conv2d(as_map(a), weight.contiguous()[:, :, None, None]))
+
+
+def product_weight_gradient(grad: Tensor, a: Tensor) -> Tensor:
+    """The gradient [N, C] of the product's weight, from that of the product [M, N]."""
+    if not _obeys_other_switch(a):
+        return grad.t() @ a
+    weight = a.new_empty(grad.shape[1], a.shape[1], 1, 1)
+    _, grad_weight, _ = torch.ops.aten.convolution_backward(
+        as_map(grad), as_map(a), weight, None, [1, 1], [0, 0], [1, 1], False, [0, 0], 1, [False, True, False]
+    )
+    return grad_weight.flatten(1)
+
+
+def _obeys_other_switch(a: Tensor) -> bool:
+    return a.is_cuda and a.dtype == torch.float32
 
 
 def convolution_backward(

@@ -66,7 +66,7 @@ class FeatureGradient:
             any(unit.affine(needs)),
             unit.weight(needs),
         )
-        self._wrote(unit)
+        self._note(unit, needs_features)
         return unit.affine_gradients(needs, *sums) | unit.weight_gradient(needs, grad_weight)
 
     def through_norm(
@@ -77,7 +77,7 @@ class FeatureGradient:
         grad_x = self.buffer[:, :width] if needs_features else None
         x, pending = self.features[:, :width], self._pending[:, :width]
         sums = bn_relu_backward_into(grad, x, *norm, unit.call.by_batch, grad_x, self._accumulates, pending)
-        self._wrote(unit)
+        self._note(unit, needs_features)
         return unit.affine_gradients(needs, *sums)
 
     def through_avg_pool(self, unit: NormUnit, norm: Norm, grad: Tensor, needs: Flat) -> Gradients:
@@ -85,9 +85,9 @@ class FeatureGradient:
         to write."""
         grids = (self.pixels.grid(self.features), *norm, unit.call.by_batch, self.pixels.grid(self.buffer))
         sums = bn_relu_avg_pool_backward(self.pixels.halved.grid(grad), *grids, self._pending)
-        self._wrote(unit)
+        self._note(unit, written=True)
         return unit.affine_gradients(needs, *sums)
 
-    def _wrote(self, reader: NormUnit) -> None:
-        self._accumulates = True
-        self._left_pending |= reader.call.by_batch
+    def _note(self, reader: NormUnit, written: bool) -> None:
+        self._accumulates |= written
+        self._left_pending |= written and reader.call.by_batch

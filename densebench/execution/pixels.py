@@ -65,9 +65,10 @@ class Scratch:
         self, name: str, like: Tensor, columns: int | None = None, dtype: torch.dtype | None = None
     ) -> Tensor:
         """A dense matrix with the rows (and by default columns and dtype) of `like`."""
-        columns = like.shape[1] if columns is None else columns
-        size = like.shape[0] * columns
-        if name not in self._flat or self._flat[name].numel() < size:
-            self._flat.pop(name, None)
-            self._flat[name] = like.new_empty(size, dtype=dtype or like.dtype)
-        return self._flat[name][:size].view(like.shape[0], columns)
+        columns, dtype = like.shape[1] if columns is None else columns, dtype or like.dtype
+        size, held = like.shape[0] * columns, self._flat.pop(name, None)
+        if held is None or held.numel() < size or held.dtype != dtype:
+            del held  # before the new one is made
+            held = like.new_empty(size, dtype=dtype)
+        self._flat[name] = held
+        return held[:size].view(like.shape[0], columns)

@@ -10,7 +10,8 @@ before its 1x1 convolution: both are linear) and the final norm are taken over.
 
 from __future__ import annotations
 
-from typing import Literal
+import functools
+from typing import Literal, get_args
 
 import torch
 import torch.nn.functional as F
@@ -18,7 +19,7 @@ from torch import Tensor
 
 from densebench.execution.autograd import StageComputation, Window, compute
 from densebench.execution.batch_norm import Observed, commit_observed
-from densebench.execution.convolution import convolution_backward, convolve
+from densebench.execution.convolution import convolution_backward, convolve, product, product_weight_gradient
 from densebench.execution.feature_gradient import FeatureGradient
 from densebench.execution.maps import memory_format_of
 from densebench.execution.pixels import Pixels, Scratch
@@ -26,6 +27,7 @@ from densebench.execution.plan import ConvUnit, Gradients, LayerPlan, NormUnit, 
 from densebench.execution.precision import compute_dtype
 from densebench.execution.shared_statistics import MeanAndVar, SharedStatistics
 from densebench.execution.structure import irregularity
+from densebench.kernels import language
 from densebench.kernels.bn_relu import bn_relu
 from densebench.kernels.bn_relu_backward import bn_relu_backward
 from densebench.kernels.bn_relu_conv1x1 import bn_relu_conv1x1
@@ -34,15 +36,36 @@ from densebench.kernels.bn_relu_pool_backward import bn_relu_max_pool_backward
 from densebench.kernels.rows import Norm, as_rows
 from densebench.models.layers import Transition
 from densebench.models.stage import Stage
-from densebench.registry import strategy
+from densebench.registry import UnsupportedError, strategy
 
 Recompute = Literal["nothing", "bottleneck"]
+DEVICES = ("cpu", "cuda")
+LEAST_CAPABILITY = (
+    8,
+    0,
+)  # older tensor cores have no bfloat16, and too few registers and too little shared memory
 # In inference so many pixels go through a layer at once: enough to keep the device busy.
 PART_PIXELS = {"cpu": 2**13, "cuda": 2**15}
 
 
 def _objection(stage: Stage) -> str | None:
     return irregularity(stage, "stage")
+
+
+@functools.cache
+def _lack(device: torch.device) -> str | None:
+    """What is missing to run on a device; None if nothing."""
+    if device.type not in (*DEVICES, "meta"):
+        return f"runs on {' and '.join(DEVICES)}, not on {device.type}"
+    if device.type != "cuda" or not torch.cuda.is_available():  # a CPU, or a tensor that is only imagined
+        return None
+    if not language.AVAILABLE:
+        return "needs Triton, which is not installed, on a GPU"
+    capability = torch.cuda.get_device_capability(device)
+    if torch.version.hip is None and capability < LEAST_CAPABILITY:
+        least, this = (".".join(map(str, pair)) for pair in (LEAST_CAPABILITY, capability))
+        return f"needs a GPU of compute capability {least} or newer, this one has {this}"
+    return None
 
 
 @strategy(
@@ -55,7 +78,21 @@ def fused(stage: Stage, x: Tensor, recompute: Recompute = "nothing") -> Tensor:
     """Keep the feature buffer and each bottleneck output (or, recomputing it, the buffer alone).
 
     Layers without bottleneck have no 1x1 to fuse into: they go through one shared normalized buffer.
+
+    Args:
+        stage: the stage.
+        x: [N, C, H, W], on a CPU or a CUDA device.
+        recompute: "bottleneck" recomputes each bottleneck output [N H W, 4 k] in backward.
+
+    Raises:
+        UnsupportedError: on another device, on a GPU without Triton, or on one older than A100.
+        ValueError: if `recompute` is unknown.
     """
+    if recompute not in get_args(Recompute):
+        raise ValueError(f"recompute={recompute!r}; known: {', '.join(get_args(Recompute))}")
+    lack = _lack(x.device)
+    if lack:
+        raise UnsupportedError(f"strategy 'fused' {lack}; use 'shared_buffer' there")
     computation, inputs = _Fused(stage, x, recompute == "bottleneck"), [x]
     del x  # `compute` gets the only reference, and may free the input of a stage without gradients
     output = compute(computation, inputs.pop())
@@ -163,12 +200,12 @@ class _Fused(StageComputation):
         """
         first, second = layer.units
         weight = first.matrix(parameters, self.compute)
-        scale, shift = second.reading(self.statistics.running(second), parameters).folded()
+        inner = second.reading(self.statistics.running(second), parameters)
         filters = second.weight(parameters).to(self.compute)
         for pixels, rows in self.pixels.parts(PART_PIXELS["cuda" if weight.is_cuda else "cpu"]):
             prefix = self.features[rows, : layer.start]
             a = self.scratch.rows("activation", prefix, weight.shape[0], self.compute)
-            bn_relu_conv1x1(prefix, *norm, weight, a, None, None, scale, shift)
+            bn_relu_conv1x1(prefix, *norm, weight, a, None, None, *inner)
             self.features[rows, layer.new] = as_rows(convolve(pixels.map(a), second.conv, filters))
 
     def _bottleneck(
@@ -192,10 +229,10 @@ class _Fused(StageComputation):
     def _multiply(self, reader: ConvUnit, x: Tensor, norm: Norm, weight: Tensor, y: Tensor) -> MeanAndVar:
         """y = relu(norm(x)) W^T, and the statistics by which its reader normalizes it."""
         if not reader.call.by_batch:
-            bn_relu_conv1x1(x, *norm, weight, y, None, None, None, None)
+            bn_relu_conv1x1(x, *norm, weight, y, None, None)
             return self.statistics.running(reader)
         mean, var = self.statistics.to_be_written(reader, weight.shape[0], self.pixels)
-        bn_relu_conv1x1(x, *norm, weight, y, mean, var, None, None)
+        bn_relu_conv1x1(x, *norm, weight, y, mean, var)
         return mean, var
 
     def leave(self, parameters: Window) -> tuple[Tensor, list[Tensor]]:
@@ -212,11 +249,11 @@ class _Fused(StageComputation):
             elif self.transition_pool:
                 pixels, pooled = pixels.halved, self._pool(norm)
                 kept += [] if self.recompute else [pooled]
-                rows = pooled.to(self.compute) @ tail.matrix(parameters, self.compute).t()
+                rows = product(pooled.to(self.compute), tail.matrix(parameters, self.compute))
             else:
                 weight = tail.matrix(parameters, self.compute)
                 rows = features.new_empty(pixels.count, weight.shape[0], dtype=self.compute)
-                bn_relu_conv1x1(features, *norm, weight, rows, None, None, None, None)
+                bn_relu_conv1x1(features, *norm, weight, rows, None, None)
         self.observed = self.statistics.observed
         del self.features, self.statistics
         output = pixels.map(rows)
@@ -251,9 +288,9 @@ class _Fused(StageComputation):
         gradients: Gradients = {}
         if tail.weight(needs):
             pooled = kept[-1] if not self.recompute else self._pool(norm)
-            gradients = tail.weight_gradient(needs, rows.t() @ pooled.to(self.compute))
+            gradients = tail.weight_gradient(needs, product_weight_gradient(rows, pooled.to(self.compute)))
             del pooled
-        grad_pooled = rows @ tail.matrix(parameters, self.compute)
+        grad_pooled = product(rows, tail.matrix(parameters, self.compute).t())
         return gradients | self.gradient.through_avg_pool(tail, norm, grad_pooled, needs)
 
     def layer_backward(
@@ -296,7 +333,7 @@ class _Fused(StageComputation):
         else:
             weight = first.matrix(parameters, self.compute)
             y = self.scratch.rows("bottleneck", self.features, weight.shape[0], self.compute)
-            bn_relu_conv1x1(self.features[:, : layer.start], *norm, weight, y, None, None, None, None)
+            bn_relu_conv1x1(self.features[:, : layer.start], *norm, weight, y, None, None)
         inner = second.reading((mean, var), parameters)
         a = self.scratch.rows("activation", y)
         bn_relu(y, *inner, a)
@@ -311,8 +348,9 @@ class _Fused(StageComputation):
         self, parameters: Window, kept: list[Tensor], needs: Window, needs_x: bool
     ) -> tuple[Tensor | None, Gradients]:
         head = self.plan.head
-        grad = self.gradient.settled(slice(0, self.plan.start)) if needs_x or head is not None else None
-        del self.features, self.gradient, self.statistics, self.scratch
+        wanted = needs_x or (head is not None and any(head.affine(needs)))
+        grad = self.gradient.settled(slice(0, self.plan.start)) if wanted else None
+        self.release()
         if grad is None or head is None:
             return (None if grad is None else self.pixels.map(grad)), {}
         x, mean, var = kept

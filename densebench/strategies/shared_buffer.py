@@ -107,10 +107,11 @@ class _SharedBuffer(StageComputation):
     def enter_backward(
         self, parameters: Window, kept: list[Tensor], needs: Window, needs_x: bool
     ) -> tuple[Tensor | None, Gradients]:
-        # A copy, so that the whole buffer does not live on behind a view of it.
-        grad = self.gradient[:, : self.plan.start].clone(memory_format=self.maps.memory_format)
-        del self.gradient, self.features, self.scratch
-        return (grad if needs_x else None), {}
+        grad: Tensor | None = None
+        if needs_x:  # a copy, so that the whole buffer does not live on behind a view of it
+            grad = self.gradient[:, : self.plan.start].clone(memory_format=self.maps.memory_format)
+        self.release()
+        return grad, {}
 
     def _gradient_of_new(self, layer: LayerPlan, mask: Tensor | None) -> Tensor:
         grad = self.gradient[:, layer.new].contiguous(memory_format=self.maps.memory_format)

@@ -89,6 +89,8 @@ FAULTS = [
           "triton_values"),
     Fault("triton: others overwritten", "kernels.bn_relu_conv1x1_backward", "_kernel", "value = before + tl.where",
           "value = 0 * before + tl.where", "triton_values"),
+    Fault("triton: rows beyond the last count", "kernels.bn_relu_conv1x1_backward", "_kernel",
+          "a = tl.where(mask, a, 0.0)", "pass", "triton_float16_range"),
     Fault("triton: nothing settled", "kernels.bn_relu_conv1x1_backward", "_kernel",
           "constant[None, :] + centered * slope[None, :]", "constant[None, :]", "triton_values"),
     Fault("triton: sum instead of mean", "kernels.deferred", "_terms_kernel", "scale * grad_beta / rows",

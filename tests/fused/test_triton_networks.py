@@ -6,12 +6,15 @@ a GPU; the rest of the code is the same.
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from typing import Any
+
 import pytest
 import torch
 
 import densebench
 from densebench.execution import feature_gradient, pixels, shared_statistics
-from densebench.kernels.library import IMPLEMENTATIONS
+from densebench.kernels.library import IMPLEMENTATIONS, require_dense_rows
 from densebench.strategies import fused
 from tests.networks import images, small
 
@@ -24,7 +27,7 @@ def as_on_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
     for module in (fused, shared_statistics, feature_gradient):
         for name, implementations in IMPLEMENTATIONS.items():
             if hasattr(module, name):
-                monkeypatch.setattr(module, name, implementations.cuda)
+                monkeypatch.setattr(module, name, _launched(name, implementations.cuda))
                 replaced += 1
     assert replaced == len(IMPLEMENTATIONS), "an operator is called from elsewhere"
     padded = pixels.Pixels.buffer
@@ -34,6 +37,16 @@ def as_on_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
         return wide.fill_(float("nan"))[:, :channels]
 
     monkeypatch.setattr(pixels.Pixels, "buffer", buffer)
+
+
+def _launched(name: str, launcher: Callable[..., Any]) -> Callable[..., Any]:
+    """With the check that comes before a launch on a GPU."""
+
+    def launched(*arguments: Any) -> Any:
+        require_dense_rows(name, arguments)
+        return launcher(*arguments)
+
+    return launched
 
 
 NETWORKS = {
@@ -57,6 +70,16 @@ def test_training_step(name: str, variant: str) -> None:
 def test_evaluation(name: str) -> None:
     options, size = NETWORKS[name]
     densebench.assert_equivalent(small(**options).eval(), "fused", images(2, size))
+
+
+@pytest.mark.parametrize("training", [True, False])
+@pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last])
+@pytest.mark.parametrize("name", ["bottleneck", "dilated", "imagenet stem"])
+def test_one_image(name: str, layout: torch.memory_format, training: bool) -> None:
+    """Its maps are channels-last and contiguous at once, and autograd hands out either."""
+    options, size = NETWORKS[name]
+    network = small(**options).train(training).to(memory_format=layout)
+    densebench.assert_equivalent(network, "fused", images(1, 2 * size).contiguous(memory_format=layout))
 
 
 def test_inference_with_the_second_norm_in_the_epilogue() -> None:

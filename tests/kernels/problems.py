@@ -211,7 +211,7 @@ def _bn_relu_conv1x1(shape: Shape) -> Problem:
     zero = torch.zeros(shape.outputs, dtype=torch.float64)
     return Problem(
         "bn_relu_conv1x1",
-        [x, *norm, weight, out, *statistics, None, None],
+        [x, *norm, weight, out, *statistics],
         {"out": truth, "mean": zero, "var": zero},
         produced,
     )
@@ -222,12 +222,12 @@ def _bn_relu_conv1x1_epilogue(shape: Shape) -> Problem:
     x = draw.slice(shape.rows, shape.columns)
     norm, weight = draw.norm(x), draw.values(shape.outputs, shape.columns)
     out = torch.full((shape.rows, shape.outputs), float("nan"), dtype=shape.dtype)
-    scale, shift = draw.values(2, shape.outputs, dtype=norm.mean.dtype).unbind()
     truth = bn_relu_conv1x1.reference(x.double(), doubled(norm), weight.double())
+    following = draw.norm(truth.to(shape.dtype))
     return Problem(
         "bn_relu_conv1x1",
-        [x, *norm, weight, out, None, None, scale, shift],
-        {"out": torch.relu(truth * scale.double() + shift.double())},
+        [x, *norm, weight, out, None, None, *following],
+        {"out": bn_relu.reference(truth, doubled(following))},
         lambda a, _: {"out": a[7]},
     )
 

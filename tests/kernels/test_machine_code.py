@@ -14,9 +14,11 @@ from typing import Any
 
 import pytest
 
+from densebench.kernels.compile_report import TARGETS
+
 pytest.importorskip("triton.backends.nvidia", reason="Triton for NVIDIA is not installed")
 TENSOR_CORE_KERNELS = ("bn_relu_conv1x1", "bn_relu_conv1x1_backward")
-SHARED_LIMIT = {"sm_80": 166_912, "sm_90": 232_448, "sm_100": 232_448, "gfx942": 65_536}  # bytes a program
+SHARED_LIMIT = {name: target.shared_limit for name, target in TARGETS.items()}  # bytes a program
 
 
 def compiled(folder: Path, targets: str, dtypes: str, rates: str) -> list[dict[str, Any]]:
@@ -61,7 +63,7 @@ def test_prefixes_are_read_16_bytes_at_a_time(hopper: list[dict[str, Any]]) -> N
 
 @pytest.mark.nightly
 def test_every_target_and_dtype(tmp_path: Path) -> None:
-    assert_sound(compiled(tmp_path, "sm_80,sm_90,sm_100,gfx942", "bfloat16,float16,float32,float64", "12,32,48"))
+    assert_sound(compiled(tmp_path, ",".join(TARGETS), "bfloat16,float16,float32,float64", "12,32,48"))
 
 
 def test_unknown_target_is_refused() -> None:

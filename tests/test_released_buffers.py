@@ -1,0 +1,58 @@
+"""A stage's buffers go when its backward is over, however it ends, although the output lives on."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from densebench.execution.autograd import LAYERS_A_NODE, StageComputation
+from tests.comparison import upstream
+from tests.networks import images, lone_block
+
+BUFFERS = {"features", "gradient", "scratch", "statistics"}
+
+
+def _computation(output: Tensor) -> StageComputation:
+    """What autograd holds on to as long as the output lives; skips for strategies that call every module."""
+    computation = getattr(output.grad_fn, "computation", None)
+    if computation is None:
+        pytest.skip("calls modules: autograd holds what it saved, and frees it")
+    return computation
+
+
+def test_after_backward(strategy: str) -> None:
+    output = lone_block(strategy)(images(2, 4, 5).requires_grad_())
+    computation = _computation(output)
+    output.backward(upstream(output))
+    assert not BUFFERS & vars(computation).keys()
+
+
+def test_after_backward_to_a_frozen_boundary(strategy: str) -> None:
+    """Nothing before the boundary needs a gradient, so the node that enters the stage never runs."""
+    network = lone_block(strategy, layers=2 * LAYERS_A_NODE + 1)
+    for layer in network.denseblock1.layers[: LAYERS_A_NODE + 1]:
+        layer.requires_grad_(False)
+    output = network(images(2, 4, 5))
+    computation = _computation(output)
+    output.backward(upstream(output))
+    assert not BUFFERS & vars(computation).keys()
+
+
+class _Failing(TorchDispatchMode):
+    """Fails at the backward of a convolution."""
+
+    def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if "convolution_backward" in str(function):
+            raise RuntimeError("announced")
+        return function(*args, **(kwargs or {}))
+
+
+def test_after_a_backward_that_failed(strategy: str) -> None:
+    output = lone_block(strategy)(images(2, 4, 5).requires_grad_())
+    computation = _computation(output)
+    with pytest.raises(RuntimeError, match="announced"), _Failing():
+        output.backward(upstream(output))
+    assert not BUFFERS & vars(computation).keys()
