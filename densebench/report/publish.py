@@ -63,7 +63,8 @@ def _conditions(run: Path) -> str:
 
     record = read_records([run / "cases.jsonl"])[0]
     facts = record.environment
-    words = [f"{name} {facts[name]}" for name in ("torch", "triton") if facts.get(name)]
+    packages = facts.get("packages", {})
+    words = [f"{name} {packages[name]}" for name in ("torch", "triton") if packages.get(name)]
     commit = str(facts.get("commit") or "unknown")[:10]
     return (
         f"Measured on {record.created[:10]}, {facts.get('device')}, {', '.join(words)}, commit {commit}; "
