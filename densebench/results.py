@@ -107,12 +107,13 @@ class Record:
 
     Memory, in bytes. `baseline_allocated_bytes` is computed: parameters, gradients, buffers, input and
     optimizer state. `peak_allocated_bytes` is the highest the allocator went in a step whose gradients exist
-    already; `peak_delta_bytes` is the difference, the activation bytes, library workspaces apart
-    (`workspace_bytes`). `plain_peak_bytes` is the peak of a step that starts without gradients.
-    `process_device_bytes` is NVML's figure for the process.
+    already, in bytes asked for (CUDA rounds each tensor up to 512); `peak_delta_bytes` is the difference, the
+    activation bytes, library workspaces apart (`workspace_bytes`). `plain_peak_bytes` is the peak of a step that
+    starts without gradients. `process_device_bytes` is NVML's figure for the process.
 
     Work: `flops_model` counts 2 x multiply-adds without recomputation, `flops_executed` with it.
-    `group` names the cases that were timed in turns, so that their samples pair up.
+    `group` names the cases that were timed together; samples pair up where `turns` agrees, too: it is different
+    for every time that a group was timed (older records have none).
     """
 
     case: Case
@@ -129,6 +130,7 @@ class Record:
     predicted_peak_bytes: int | None = None
     time_s: Timing | None = None
     group: str | None = None
+    turns: str | None = None
     throughput_img_s: float | None = None
     compile_s: float | None = None
     host_time_s: float | None = None
@@ -348,9 +350,28 @@ def _lines(path: Path) -> Iterator[tuple[int, str]]:
                 yield number, line
 
 
+# What tells code and machine apart, of a record's environment.
+_SAME = ("source", "device", "threads", "packages", "torch_git", "cuda", "flags", "allocator")
+
+
 def latest(records: Iterable[Record]) -> list[Record]:
-    """The last record of each case and run: a case that was measured again replaces its older self."""
-    return list({(record.run, record.case.key()): record for record in records}.values())
+    """The last record of each case and run: a case that was measured again replaces its older self.
+
+    A time stays where the same code on the same machine came to none later: that run was cut short before it
+    timed the case, or it failed. A result that turned out wrong has no time.
+    """
+    found: dict[tuple[str, str], Record] = {}
+    for record in records:
+        key = (record.run, record.case.key())
+        if key not in found or not _only_lacks_the_time(record, found[key]):
+            found[key] = record
+    return list(found.values())
+
+
+def _only_lacks_the_time(record: Record, older: Record) -> bool:
+    if older.time_s is None or record.time_s is not None or record.status == "incorrect":
+        return False
+    return all(record.environment.get(name) == older.environment.get(name) for name in _SAME)
 
 
 def to_frame(records: Iterable[Record]) -> pd.DataFrame:

@@ -8,7 +8,7 @@ from typing import Literal
 
 import numpy as np
 
-from densebench.results import Timing
+from densebench.results import Record, Timing
 
 Verdict = Literal["FAST", "SLOW", "SAME", "AMBIGUOUS"]
 
@@ -63,6 +63,38 @@ def time_ratio(samples: Sequence[float], baseline: Sequence[float], seed: int = 
     draws = np.random.default_rng(seed).integers(0, rounds, size=(RESAMPLES, rounds))
     low, high = np.quantile(np.median(ratios[draws], axis=1), [0.025, 0.975]).tolist()
     return Ratio(float(np.median(ratios)), low, high, _verdict(low, high))
+
+
+def unpaired_ratio(samples: Sequence[float], baseline: Sequence[float], seed: int = 0) -> Ratio:
+    """As `time_ratio`, for samples of which nobody knows that they come from the same rounds.
+
+    The ratio of the medians; for its interval each side is resampled by itself, so drift widens it.
+
+    Raises:
+        ValueError: if either has none.
+    """
+    if not samples or not baseline:
+        raise ValueError("no samples to compare")
+    generator, sides = np.random.default_rng(seed), []
+    for times in (np.asarray(samples), np.asarray(baseline)):
+        draws = generator.integers(0, len(times), size=(RESAMPLES, len(times)))
+        sides.append(np.median(times[draws], axis=1))
+    low, high = np.quantile(sides[0] / sides[1], [0.025, 0.975]).tolist()
+    return Ratio(float(np.median(samples) / np.median(baseline)), low, high, _verdict(low, high))
+
+
+def ratio_of(record: Record, baseline: Record) -> Ratio | None:
+    """Time of a record over that of another in its group; None if they were not timed together.
+
+    Pair by pair where both come from the same turns; unpaired where older records do not say.
+    """
+    if record.time_s is None or baseline.time_s is None or record.group is None or record.group != baseline.group:
+        return None
+    if record.turns is None or baseline.turns is None:
+        return unpaired_ratio(record.time_s.samples, baseline.time_s.samples)
+    if record.turns != baseline.turns:
+        return None
+    return time_ratio(record.time_s.samples, baseline.time_s.samples)
 
 
 def _verdict(low: float, high: float) -> Verdict:

@@ -5,45 +5,59 @@ from __future__ import annotations
 from collections.abc import Iterable
 
 from densebench.results import Record
-from densebench.statistics import time_ratio
+from densebench.statistics import ratio_of
 
 MIB = 2**20
+YARDSTICK = "eager"  # another network, shown beside a DenseNet of its size
 _ROW = "{:<25}{:>10}{:>9}{:>9}{:>9}{:>18}"
 
 
 def summary_table(records: Iterable[Record]) -> list[str]:
-    """One table a group: activation memory, time, throughput, FLOPs, and time against naive.
+    """One table a network and setting: activation memory, time, throughput, FLOPs, and time against naive.
 
-    Naive in the faster of its memory formats is what the others are compared with.
+    Naive in the faster of its memory formats, of those timed in the same group, is what a row is compared with.
     """
+    steps = [record for record in records if record.case.kind == "step"]
+    models: dict[str, str] = {}  # of each setting, the first network: ResNet stands beside it
+    for record in steps:
+        if record.case.strategy != YARDSTICK:
+            models.setdefault(_setting(record), record.case.model)
     groups: dict[str, list[Record]] = {}
-    for record in records:
-        if record.case.kind == "step":
-            groups.setdefault(_group(record), []).append(record)
+    for record in steps:
+        own = record.case.strategy != YARDSTICK
+        model = record.case.model if own else models.get(_setting(record), record.case.model)
+        groups.setdefault(_group(record, model), []).append(record)
     lines: list[str] = []
     for group, members in groups.items():
         lines += ["", group, _ROW.format("", "peak MiB", "ms", "img/s", "GFLOP", "x naive's time")]
-        baseline = fastest_naive(members)
-        lines += [_line(record, baseline) for record in members]
+        lines += [_line(record, fastest_naive(members, record.group)) for record in members]
     return lines
 
 
-def fastest_naive(records: Iterable[Record]) -> Record | None:
-    """The record of naive with the least time, over memory formats; None where it was not timed."""
-    timed = [r for r in records if r.case.strategy == "naive" and r.time_s is not None]
+def fastest_naive(records: Iterable[Record], group: str | None) -> Record | None:
+    """The record of naive with the least time in a group, over memory formats; None where it was not timed."""
+    timed = [r for r in records if r.case.strategy == "naive" and r.time_s is not None and r.group == group]
     return min(timed, key=lambda r: r.time_s.median if r.time_s else 0, default=None)
 
 
-def _group(record: Record) -> str:
+def _group(record: Record, model: str) -> str:
+    """The title of a record's table: its setting, and the network that the table is about."""
+    options = record.case.options
+    depths = [f"{name}={value}" for name, value in sorted(options.items())]
+    return " ".join([_setting(record), model, *depths])[:80]
+
+
+def _setting(record: Record) -> str:
     case = record.case
     size = "x".join(map(str, (case.batch, *case.input_shape[1:])))
     source = "predicted: " if case.source == "predicted" else ""
-    return f"{source}{case.mode} {size} {case.autocast or case.dtype} {case.device}"
+    graph = " as a CUDA graph" if case.cuda_graph else ""
+    return f"{source}{case.mode} {size} {case.autocast or case.dtype} {case.device}{graph}"
 
 
 def _line(record: Record, baseline: Record | None) -> str:
     case = record.case
-    name = case.model if case.strategy == "eager" else case.strategy
+    name = case.model if case.strategy == YARDSTICK else case.strategy
     name += " (contiguous)" if case.memory_format == "contiguous" else ""
     if record.peak_delta_bytes is None:
         return f"{name:<26}{record.status}: {record.reason}"[:80]
@@ -52,8 +66,8 @@ def _line(record: Record, baseline: Record | None) -> str:
     if record.time_s is None:
         return _ROW.format(name, memory, "", "", flops, "")
     ratio = ""
-    if baseline is not None and baseline.time_s is not None and record.group == baseline.group:
-        pair = time_ratio(record.time_s.samples, baseline.time_s.samples)
+    pair = None if baseline is None else ratio_of(record, baseline)
+    if pair is not None:
         ratio = f"{pair.median:.2f} {pair.verdict if record is not baseline else ''}".strip()
     time = f"{record.time_s.median * 1e3:.1f}"
     return _ROW.format(name, memory, time, f"{record.throughput_img_s:.1f}", flops, ratio)

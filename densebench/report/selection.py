@@ -11,7 +11,7 @@ from densebench.report.console import fastest_naive
 from densebench.report.style import Look, Roster, display_name
 from densebench.report.units import MODES, Unit, memory_unit, setting_words
 from densebench.results import Case, Record
-from densebench.statistics import Ratio, time_ratio
+from densebench.statistics import Ratio, ratio_of
 
 USABLE = ("ok", "noisy")
 _DEPTH_OPTIONS = ("depth", "block_config")
@@ -66,8 +66,9 @@ class Comparison:
     @property
     def setting(self) -> str:
         """All that its rows share, in words, without the mode."""
+        graph = ", as a CUDA graph" if self.case.cuda_graph else ""
         run = f", run {self.run}" if self.run_shown else ""
-        return setting_words(self.case, self.device) + run
+        return setting_words(self.case, self.device) + graph + run
 
     @property
     def title(self) -> str:
@@ -75,11 +76,14 @@ class Comparison:
 
     @cached_property
     def naive(self) -> Row | None:
-        """The baseline: naive in the memory format in which it is faster."""
+        """The baseline: naive in the memory format in which it is faster, of the group with the most rows."""
         naives = [row for row in self.rows if row.record.case.strategy == "naive"]
-        fastest = fastest_naive(row.record for row in naives)
-        if fastest is not None:
-            return next(row for row in naives if row.record is fastest)
+        timed = [row for row in naives if row.record.time_s is not None]
+        if timed:
+            groups = [row.record.group for row in self.timed]
+            most = max(dict.fromkeys(row.record.group for row in timed), key=groups.count)
+            fastest = fastest_naive([row.record for row in timed], most)
+            return next(row for row in timed if row.record is fastest)
         return min(naives, key=lambda row: row.record.peak_delta_bytes or float("inf"), default=None)
 
     @property
@@ -109,8 +113,8 @@ class Comparison:
 def comparisons(records: Sequence[Record], roster: Roster, source: str = "measured") -> list[Comparison]:
     """All comparisons of whole networks, training first, the most telling ones before the others.
 
-    Rows share run, mode, batch, image, precision, device and options; a network that is a yardstick (ResNet)
-    stands in each comparison of its setting.
+    Rows share run, mode, batch, image, precision, device, options and whether the step is a CUDA graph; a network
+    that is a yardstick (ResNet) stands in each comparison of its setting.
     """
     steps = [r for r in records if r.case.kind == "step" and r.case.source == source]
     runs = {record.run for record in steps}
@@ -137,7 +141,7 @@ def _comparison(own: list[Record], others: list[Record], roster: Roster, run_sho
         case, shared.run, device_of(shared), tuple(_row(record, roster) for record in members), run_shown
     )
     base = None if plain.naive is None else plain.naive.record
-    rows = tuple(_row(record, roster, base) for record in members)
+    rows = tuple(_row(record, roster, fastest_naive(members, record.group) or base) for record in members)
     return Comparison(case, plain.run, plain.device, rows, run_shown)
 
 
@@ -160,14 +164,12 @@ def _memory_ratio(record: Record, base: Record | None) -> float | None:
 
 
 def _time_ratio(record: Record, base: Record | None) -> Ratio | None:
-    if base is None or base.time_s is None or record.time_s is None or record.group != base.group:
-        return None
-    return time_ratio(record.time_s.samples, base.time_s.samples)
+    return None if base is None else ratio_of(record, base)
 
 
 def _setting_key(record: Record) -> str:
     case = record.case
-    shared = (record.run, case.mode, case.batch, case.input_shape, case.dtype, case.autocast)
+    shared = (record.run, case.mode, case.batch, case.input_shape, case.dtype, case.autocast, case.cuda_graph)
     return json.dumps([*shared, case.device, device_of(record), case.options], sort_keys=True)
 
 
@@ -182,6 +184,8 @@ def _interest(comparison: Comparison) -> tuple[object, ...]:
         case.model != "densenet121",
         case.model,
         case.autocast is None,
+        case.cuda_graph,
+        bool(case.options.get("beside")),
         comparison.naive is None or comparison.naive.record.time_s is None,
         -case.batch,
         comparison.run,
@@ -289,7 +293,7 @@ def ladders(found: Sequence[Comparison]) -> list[list[Comparison]]:
     for comparison in found:
         case = comparison.case
         key = (comparison.run, comparison.device, case.model, case.mode, case.input_shape)
-        text = json.dumps([*key, case.dtype, case.autocast, case.options], sort_keys=True)
+        text = json.dumps([*key, case.dtype, case.autocast, case.cuda_graph, case.options], sort_keys=True)
         groups.setdefault(text, []).append(comparison)
     ordered = [sorted(group, key=lambda c: c.case.batch) for group in groups.values()]
     return [group for group in ordered if len(group) > 1]

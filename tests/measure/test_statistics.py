@@ -5,7 +5,8 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from densebench.statistics import SAME_WITHIN, summarize, time_ratio
+from densebench.statistics import SAME_WITHIN, Ratio, ratio_of, summarize, time_ratio, unpaired_ratio
+from tests.measure.cases import small_record
 
 
 def samples(median: float, spread: float, count: int = 40, seed: int = 0) -> list[float]:
@@ -53,6 +54,32 @@ def test_pairs_come_from_the_same_round() -> None:
 def test_it_is_the_same_every_time() -> None:
     pair = samples(1.1, 0.1, seed=3), samples(1.0, 0.1, seed=4)
     assert time_ratio(*pair) == time_ratio(*pair)
+
+
+def test_without_rounds_in_common_drift_is_doubt() -> None:
+    """The machine that doubles its time halfway: paired it does not matter, unpaired it widens the interval."""
+    baseline = [1.0] * 10 + [2.0] * 10
+    paired, unpaired = (f([1.5 * t for t in baseline], baseline) for f in (time_ratio, unpaired_ratio))
+    assert unpaired.median == pytest.approx(paired.median)
+    assert unpaired.low < paired.low
+    assert unpaired.high > paired.high
+    assert unpaired_ratio([2.0] * 5, [1.0] * 7).verdict == "SLOW"
+    with pytest.raises(ValueError, match="no samples"):
+        unpaired_ratio([], [1.0])
+
+
+def test_only_what_was_timed_in_the_same_turns_pairs() -> None:
+    baseline, times = [1.0] * 10 + [2.0] * 10, [2.0] * 10 + [4.0] * 10
+
+    def ratio(turns: str | None, others: str | None = "one", group: str | None = "g") -> Ratio | None:
+        record = small_record(time_s=summarize(times), group=group, turns=turns)
+        return ratio_of(record, small_record(time_s=summarize(baseline), group="g", turns=others))
+
+    assert ratio("one") == time_ratio(times, baseline)
+    assert ratio("two") is None
+    assert ratio(None) == ratio("one", None) == unpaired_ratio(times, baseline)  # older records
+    assert ratio("one", group="other") is ratio("one", group=None) is None
+    assert ratio_of(small_record(group="g"), small_record(time_s=summarize(baseline), group="g")) is None
 
 
 def test_nothing_in_common_is_refused() -> None:

@@ -66,6 +66,7 @@ def timed(
     """A record with memory and time; the constant part is 64 MiB."""
     timing = timing_of(samples)
     peak = peak_delta_bytes + 64 * MIB
+    fields.setdefault("turns", f"turns of {group}")
     return make_record(
         case,
         peak_delta_bytes=peak_delta_bytes,

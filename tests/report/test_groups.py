@@ -1,0 +1,117 @@
+"""What is compared with what: rows of one setting, timed in the same turns, and nothing else."""
+
+from __future__ import annotations
+
+import dataclasses
+
+from densebench.report.console import summary_table
+from densebench.report.selection import Comparison, comparisons, ladders
+from densebench.report.style import Roster
+from densebench.results import Record
+from tests.report.records import MIB, make_case, timed
+
+
+def found(records: list[Record]) -> list[Comparison]:
+    return comparisons(records, Roster.of(records))
+
+
+def ratios(comparison: Comparison) -> dict[str, float | None]:
+    return {row.name: row.time_ratio and round(row.time_ratio.median, 3) for row in comparison.rows}
+
+
+def plain_and_graphed() -> list[Record]:
+    """Graphed, naive is the fastest of all."""
+    records = []
+    for graph, group, times in ((False, "plain", (0.2, 0.1)), (True, "graphed", (0.05, 0.04))):
+        for name, seconds in zip(("naive", "fused"), times, strict=True):
+            records.append(timed(make_case(name, cuda_graph=graph), MIB, [seconds] * 9, group))
+    return records
+
+
+def test_graphs_are_compared_with_graphs() -> None:
+    plain, graphed = found(plain_and_graphed())
+    assert ratios(plain) == {"naive": 1.0, "fused": 0.5}
+    assert ratios(graphed) == {"naive (CUDA graph)": 1.0, "fused (CUDA graph)": 0.8}
+    assert plain.title + ", as a CUDA graph" == graphed.title
+    assert ladders([plain, graphed]) == []
+
+
+def test_a_row_is_held_against_naive_of_its_own_group() -> None:
+    """A group that was resumed has a naive of its own, or none: the faster one of elsewhere is no baseline."""
+    records = [
+        timed(make_case("naive"), MIB, [0.2] * 9, "one"),
+        timed(make_case("fused"), MIB, [0.1] * 9, "one"),
+        timed(make_case("naive", memory_format="contiguous"), MIB, [0.1] * 9, "two"),
+        timed(make_case("shared_buffer"), MIB, [0.3] * 9, "two"),
+        timed(make_case("checkpointed"), MIB, [0.3] * 9, "three"),
+    ]
+    (comparison,) = found(records)
+    assert ratios(comparison) == {
+        "naive": 1.0,
+        "naive (contiguous)": 1.0,
+        "fused": 0.5,
+        "shared_buffer": 3.0,
+        "checkpointed": None,
+    }
+
+
+def test_the_baseline_is_of_the_group_with_the_most_rows() -> None:
+    records = [
+        timed(make_case("naive"), MIB, [0.2] * 9, "one"),
+        timed(make_case("fused"), MIB, [0.1] * 9, "one"),
+        timed(make_case("naive", memory_format="contiguous"), MIB, [0.1] * 9, "two"),
+    ]
+    for order in (records, records[::-1]):
+        baseline = found(order)[0].naive
+        assert baseline is not None
+        assert baseline.name == "naive"
+
+
+def test_turns_of_different_runs_do_not_pair() -> None:
+    naive = timed(make_case("naive"), MIB, [0.2] * 9)
+    fused = timed(make_case("fused"), MIB, [0.1] * 9, turns="later")
+    (comparison,) = found([naive, fused])
+    assert ratios(comparison)["fused"] is None
+    older = [dataclasses.replace(record, turns=None) for record in (naive, fused)]
+    assert ratios(found(older)[0])["fused"] == 0.5
+
+
+def tables(records: list[Record]) -> dict[str, list[str]]:
+    """The console's tables: rows by title."""
+    parts: dict[str, list[str]] = {}
+    title = ""
+    lines = iter(summary_table(records))
+    for line in lines:
+        if line:
+            parts[title].append(line)
+        else:
+            title = next(lines)
+            parts[title] = []
+            next(lines)  # the columns
+    return parts
+
+
+def test_the_console_has_a_table_for_every_network() -> None:
+    records = []
+    for number, model in enumerate(("densenet121", "densenet201")):
+        for name, seconds in (("naive", 0.2 - 0.1 * number), ("fused", 0.1)):
+            records.append(timed(make_case(name, model=model), MIB, [seconds] * 9, model))
+    records.append(timed(make_case("eager"), MIB, [0.05] * 9, "densenet121"))
+    shown = tables(records)
+    small, large = (f"train 64x224x224 bfloat16 cuda {model}" for model in ("densenet121", "densenet201"))
+    assert list(shown) == [small, large]
+    assert [line.split()[0] for line in shown[small]] == ["naive", "fused", "resnet50"]
+    assert [line.split()[-2:] for line in shown[small][1:]] == [["0.50", "FAST"], ["0.25", "FAST"]]
+    assert shown[large][1].split()[-2:] == ["1.00", "SAME"]
+
+
+def test_the_console_keeps_graphs_apart() -> None:
+    shown = tables(plain_and_graphed())
+    assert [title.endswith("as a CUDA graph densenet121") for title in shown] == [False, True]
+    assert [rows[1].split()[-2:] for rows in shown.values()] == [["0.50", "FAST"], ["0.80", "FAST"]]
+
+
+def test_the_console_knows_no_ratio_across_groups() -> None:
+    records = [timed(make_case(name), MIB, [0.1] * 9, name) for name in ("naive", "fused")]
+    (rows,) = tables(records).values()
+    assert rows[1].split()[-1] == "640.0"  # images a second; then nothing
