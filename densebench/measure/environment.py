@@ -44,7 +44,7 @@ def environment(device_type: str) -> dict[str, Any]:
         "allocator": {k: v for k, v in os.environ.items() if _ALLOCATOR.search(k)},
         "commit": _git("rev-parse", "HEAD"),
         "source": _source(),
-        "dirty": bool(_git("status", "--porcelain", "--untracked-files=no")),
+        "dirty": _dirty(),
         "argv": sys.argv,
     }
     if device.type == "cuda" and torch.cuda.is_available():
@@ -62,12 +62,15 @@ def environment(device_type: str) -> dict[str, Any]:
 
 
 _MACHINE = ("device", "threads", "flags", "allocator")
-_CODE = ("commit", "source", "python", "packages", "torch_git", "cuda")
+_CODE = ("source", "python", "packages", "torch_git", "cuda")
 _GPU = ("uuid", "driver", "cudnn")
 
 
 def identity(facts: Mapping[str, Any]) -> str:
-    """What must agree for two records to count as measured in the same place, on the same code."""
+    """What must agree for two records to count as measured in the same place, on the same code.
+
+    The code is known by its hash: a commit that changes none of it, or is not known, changes no measurement.
+    """
     gpu = facts.get("gpu", {})
     same = [*(facts.get(name) for name in (*_MACHINE, *_CODE)), *(gpu.get(name) for name in _GPU)]
     return json.dumps(same, sort_keys=True)
@@ -90,6 +93,12 @@ def _flags() -> dict[str, Any]:
         "matmul_precision": torch.get_float32_matmul_precision(),
         "deterministic_algorithms": torch.are_deterministic_algorithms_enabled(),
     }
+
+
+def _dirty() -> bool | None:
+    """Whether tracked files differ from the commit; None where git does not say."""
+    changes = _git("status", "--porcelain", "--untracked-files=no")
+    return None if changes is None else bool(changes)
 
 
 def _source() -> str:

@@ -156,13 +156,20 @@ def test_a_gpu_that_is_not_there_is_said() -> None:
 def test_identity_survives_json_and_tells_machines_and_code_apart() -> None:
     facts = environment("cpu")
     assert identity(json.loads(json.dumps(facts))) == identity(facts)
-    for name, value in {"commit": "x", "source": "x", "threads": 99, "python": "2.7", "device": "x"}.items():
+    for name, value in {"source": "x", "threads": 99, "python": "2.7", "device": "x"}.items():
         assert identity({**facts, name: value}) != identity(facts), name
     assert identity({**facts, "gpu": {"driver": "1"}}) != identity({**facts, "gpu": {"driver": "2"}})
-    assert identity({**facts, "argv": ["other"], "dirty": True}) == identity(facts)
+    assert identity({**facts, "argv": ["other"], "dirty": True, "commit": "x"}) == identity(facts)
     assert identity({}) == identity({})
 
 
 def test_without_git_there_is_no_commit(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("PATH", "")
     assert environment_module._git("rev-parse", "HEAD") is None
+    assert environment_module._dirty() is None  # not "clean"
+
+
+@pytest.mark.parametrize(("changes", "dirty"), [("", False), (" M file", True), (None, None)])
+def test_dirty_is_what_git_says(changes: str | None, dirty: bool | None, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(environment_module, "_git", lambda *_: changes)
+    assert environment_module._dirty() is dirty
