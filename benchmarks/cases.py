@@ -116,6 +116,7 @@ def _full_cpu() -> Profile:
             network_group("densenet121", "infer", 8, "cpu", both_formats=True),
             network_group("densenet_bc", "train", 64, "cpu", image=(3, 32, 32), both_formats=True),
             depth_group(DEPTHS, "cpu"),
+            compiled_group(4, "cpu"),
         ),
         (*full_size(), *timelines(), *depth_predicted(), *cifar_depths()),
         minutes=53,
@@ -168,6 +169,7 @@ def _full_cuda() -> Profile:
             network_group("densenet161", "train", 64, "cuda", autocast="bfloat16"),
             network_group("densenet264", "train", 64, "cuda", autocast="bfloat16"),
             graph_group("densenet121", 64, "bfloat16"),
+            compiled_group(64, "cuda", "bfloat16"),
         ),
         minutes=25,
     )
@@ -196,9 +198,11 @@ def network_group(
 ) -> Group:
     """One network and shape under every contender that has it, and ResNet-50 beside ImageNet networks.
 
-    `both_formats` adds naive in the contiguous format: ratios are against the faster of the two.
+    `both_formats` adds naive in the contiguous format: ratios are against the faster of the two. On a GPU that is
+    done for all but the smallest batches. What compiles has a group of its own (`compiled_group`).
     """
-    names = contenders if contenders is not None else list_contenders()
+    names = contenders if contenders is not None else _without_compilers()
+    both_formats = both_formats or (device == "cuda" and batch >= 64)
     case = Case("step", model, "naive", mode, batch, image, "float32", autocast, "channels_last", device=device)
     cases = [_with(case, name) for name in names if _has(name, case)]
     if both_formats:
@@ -215,6 +219,15 @@ def graph_group(model: str, batch: int, autocast: str | None) -> Group:
     case = Case("step", model, "naive", "train", batch, IMAGE, "float32", autocast, "channels_last", device="cuda")
     cases = tuple(replace(case, strategy=name, cuda_graph=True) for name in list_strategies())
     return Group(f"train {model} {batch}x{IMAGE[1]}x{IMAGE[2]} {autocast or 'float32'} cuda, CUDA graph", cases)
+
+
+def compiled_group(batch: int, device: str, autocast: str | None = None) -> Group:
+    """A training step of DenseNet-121 under what compiles, beside naive and fused: compiling takes minutes."""
+    case = Case("step", "densenet121", "naive", "train", batch, IMAGE, "float32", autocast, "channels_last")
+    case = replace(case, device=device, options={"beside": "compiled"})
+    names = ["naive", "fused", *(name for name in list_contenders() if get_contender(name).compiles)]
+    cases = tuple(replace(case, strategy=name) for name in names)
+    return Group(f"train densenet121 {batch}x224x224 {autocast or 'float32'} {device}, compiled", cases)
 
 
 def depth_group(depths: tuple[int, ...], device: str) -> Group:
@@ -296,6 +309,10 @@ def timelines() -> list[Case]:
 
 def _quick_contenders() -> list[str]:
     return [*list_strategies(), "torchvision", "torchvision_checkpointed", "eager"]
+
+
+def _without_compilers() -> list[str]:
+    return [name for name in list_contenders() if not get_contender(name).compiles]
 
 
 def _has(contender: str, case: Case) -> bool:

@@ -14,6 +14,7 @@ import torch
 from benchmarks.cases import Group, Profile, profile
 from benchmarks.suite import DATA, Suite, choose_device, run_folder
 from densebench.contenders import get_contender
+from densebench.measure.device import DeviceLostError, tune
 from densebench.measure.environment import device_name
 from densebench.report.console import summary_table
 from densebench.results import Case, Record, RunStore, StoreError, latest
@@ -44,6 +45,7 @@ def pytest_configure(config: pytest.Config) -> None:
         device = choose_device(config.getoption("densebench_device"))
     except ValueError as error:
         raise pytest.UsageError(str(error)) from None
+    tune(device)
     name = config.getoption("densebench_profile") or ("quick" if device == "cpu" else "default")
     config.stash[_DEVICE] = device
     config.stash[_PROFILE] = profile(name, device)
@@ -120,9 +122,15 @@ def suite(pytestconfig: pytest.Config) -> Suite:
 
 @pytest.hookimpl(wrapper=True)
 def pytest_runtest_call(item: pytest.Item) -> Generator[None, Any, Any]:
-    """A disk that takes no more records ends the run: what is measured after that would be lost."""
+    """A disk that takes no more records, or a device that answers no more, ends the run."""
     try:
         return (yield)
+    except DeviceLostError as error:
+        pytest.exit(
+            f"densebench: {error.case.label()}: {error}; nothing more can run on it in this process. "
+            "--densebench-resume goes on with the other cases",
+            returncode=pytest.ExitCode.TESTS_FAILED,
+        )
     except StoreError as error:
         pytest.exit(f"densebench: {error}", returncode=pytest.ExitCode.TESTS_FAILED)
 
@@ -194,7 +202,7 @@ def _figures(suite: Suite) -> bool:
 
 def _name(case: Case) -> str:
     """A contender, and what sets a case apart from the others of its group."""
-    contiguous = "contiguous" if case.memory_format == "contiguous" and case.device == "cpu" else ""
+    contiguous = "contiguous" if case.memory_format == "contiguous" else ""
     graph = "graph" if case.cuda_graph else ""
     options = case.options
     depth = str(options.get("depth", sum(options.get("block_config", [])))) if case.kind == "depth" else ""

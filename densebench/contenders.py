@@ -144,20 +144,29 @@ def _checkpointed_blocks(model: str, **options: Any) -> nn.Module:
 @contender("compiled", summary="torch.compile of naive", compiles=True)
 def _compiled(model: str, **options: Any) -> nn.Module:
     network = build_model(model, strategy="naive", **options)
-    network.compile()
+    _raise_rather_than_fall_back()
+    network.compile(dynamic=False)
     return network
 
 
 @contender("compiled_budget", summary="torch.compile of naive, half its activation memory", compiles=True)
 def _compiled_budget(model: str, **options: Any) -> nn.Module:
     network = build_model(model, strategy="naive", **options)
-    network.compile(backend=_inductor_with_half_the_memory)
+    _raise_rather_than_fall_back()
+    network.compile(backend=_inductor_with_half_the_memory, dynamic=False)
     return network
 
 
 @contender("offloaded", summary="naive, what backward needs kept in host memory")
 def _offloaded(model: str, **options: Any) -> nn.Module:
     return _Offloaded(build_model(model, strategy="naive", **options))
+
+
+def _raise_rather_than_fall_back() -> None:
+    """From the limit of recompilations on dynamo runs the plain network without a word: let it raise instead."""
+    config = torch._dynamo.config
+    if hasattr(config, "fail_on_recompile_limit_hit"):
+        config.fail_on_recompile_limit_hit = True
 
 
 def _inductor_with_half_the_memory(module: Any, inputs: Any) -> Any:

@@ -18,6 +18,9 @@ from densebench.contenders import get_contender
 from densebench.results import Case
 
 MODES = ("train", "forward", "infer")
+# Options that tell cases apart and leave the network as it is: "beside" names what a case is timed beside, so that
+# the same case can be timed in more than one group.
+NOT_OF_THE_MODEL = ("beside",)
 
 
 class Workload:
@@ -167,7 +170,8 @@ def plain(model: nn.Module) -> nn.Module:
 
 def model_options(case: Case) -> dict[str, Any]:
     """The case's options that go to the model's function."""
-    return {key: tuple(v) if isinstance(v, list) else v for key, v in case.options.items()}
+    options = {key: value for key, value in case.options.items() if key not in NOT_OF_THE_MODEL}
+    return {key: tuple(v) if isinstance(v, list) else v for key, v in options.items()}
 
 
 def _fake(tensor: Tensor, dtype: torch.dtype | None, memory_format: torch.memory_format | None) -> Tensor:

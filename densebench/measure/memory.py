@@ -2,8 +2,9 @@
 
 On CUDA the allocator keeps the figures itself. On a CPU PyTorch keeps none, but its profiler records every
 allocation and release (also those inside an operator, which no dispatch-level tracker sees); the peak is the
-highest point of their running sum. Memory that a library takes for itself, past PyTorch's allocator, is not
-in either figure: oneDNN's and MKL's own buffers on a CPU.
+highest point of their running sum. Both count bytes as they were asked for: CUDA's allocator rounds each tensor
+up to 512 bytes, and so a thousand small parameters would count as activations. Memory that a library takes for
+itself, past PyTorch's allocator, is not in either figure: oneDNN's and MKL's own buffers on a CPU.
 """
 
 from __future__ import annotations
@@ -151,17 +152,19 @@ def _cuda_peak(build: Callable[[], Measurable], count: int) -> Peak:
     torch.cuda.synchronize()
     torch.cuda.empty_cache()
     _release_cublas_workspaces()
-    before = torch.cuda.memory_allocated()
+    before = _requested("current")
     work = build()
-    work.step()
+    work.step()  # where cuDNN tries its algorithms, each with a workspace that no later step takes
     work.clear_gradients()
+    torch.cuda.synchronize()
+    torch.cuda.empty_cache()  # the reserved bytes of those trials, too
     peaks = []
     for _ in range(1 + count):
         torch.cuda.synchronize()
         torch.cuda.reset_peak_memory_stats()
         work.step()
         torch.cuda.synchronize()
-        peaks.append(torch.cuda.max_memory_allocated() - before)
+        peaks.append(_requested("peak") - before)
     reserved = torch.cuda.max_memory_reserved()
     constant = work.constant_bytes()
     workspace = _release_cublas_workspaces()
@@ -172,9 +175,14 @@ def _cuda_peak(build: Callable[[], Measurable], count: int) -> Peak:
 
 def _release_cublas_workspaces() -> int:
     """Give back what cuBLAS keeps between calls (2 x 32 MiB on Hopper); returns its bytes."""
-    before = torch.cuda.memory_allocated()
+    before = _requested("current")
     torch._C._cuda_clearCublasWorkspaces()
-    return before - torch.cuda.memory_allocated()
+    return before - _requested("current")
+
+
+def _requested(when: str) -> int:
+    """Bytes asked of CUDA's allocator, "current" or at their "peak" since it was last reset."""
+    return int(torch.cuda.memory_stats()[f"requested_bytes.all.{when}"])
 
 
 def _reset_host_peak() -> None:

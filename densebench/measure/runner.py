@@ -3,28 +3,29 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import gc
-import time
 from collections.abc import Callable, Sequence
 from datetime import UTC, datetime
 from typing import Any
 
 import torch
-from torch import Tensor
 
 from densebench.contenders import get_contender
 from densebench.measure.deadline import TIMEOUT_SECONDS, deadline
-from densebench.measure.environment import environment, identity
-from densebench.measure.graph import Graphed, why_no_graph
-from densebench.measure.memory import Measurable, measure_peak
+from densebench.measure.device import LOST, DeviceLostError, release_memory
+from densebench.measure.environment import environment
+from densebench.measure.graph import why_no_graph
+from densebench.measure.memory import measure_peak
 from densebench.measure.nvml import Nvml, facts_while_repeating
 from densebench.measure.outcome import Fields, Outcome, first_line
-from densebench.measure.timing import Effort, Step, host_seconds, time_in_turns
+from densebench.measure.resume import figures, finished, memory_records
+from densebench.measure.steps import compile_seconds, compiles, forget_compiled, measurable, warm_up
+from densebench.measure.timing import Effort, host_seconds, time_in_turns
 from densebench.measure.validation import Checks, changed
 from densebench.prediction import StepTrace, trace_case
-from densebench.results import Case, Record, RunStore, latest
+from densebench.results import Case, Record, RunStore
 from densebench.statistics import summarize, unsteady
-from densebench.workload import Workload, build_workload
 
 
 class Runner:
@@ -33,7 +34,7 @@ class Runner:
     Args:
         store: where records go, each as soon as it is known.
         effort: how long to time.
-        resume: take over what the store already holds for the same commit and environment.
+        resume: take over what the store already holds for the same source and environment.
         progress: called with one line for each thing that is begun.
     """
 
@@ -47,7 +48,9 @@ class Runner:
         self.store = store
         self.effort = effort
         self.progress = progress
-        self.done = self._already_measured() if resume else {}
+        held = store.read() if resume else []
+        self.done = finished(held)
+        self._memory_done = memory_records(held)
         self._too_large: dict[str, int] = {}
         self._traces: dict[str, StepTrace] = {}
 
@@ -58,17 +61,38 @@ class Runner:
             cases: what to measure.
             group: the name under which they are timed in turns; None measures memory only.
             checks: verdicts of an earlier call to go on from.
+
+        Raises:
+            DeviceLostError: if one of them makes the device unusable; all of them have records then.
         """
-        measured = [Outcome(case) for case in cases if case.key() not in self.done]
+        measured = [self._begun(case) for case in cases if case.key() not in self.done]
         if group is not None and len(measured) < len(cases):  # what was timed before does not pair with these
             group = f"{group}, resumed {datetime.now(UTC):%Y-%m-%d %H:%M:%S}"
-        self._memory_of(measured, checks or Checks(one_network=group is None), timed=group is not None)
-        if group is not None:
-            timed = [one for one in measured if one.has_memory]
-            self._time(timed, group)
-            for one in timed:
-                self._settle(one)
+        try:
+            self._memory_of(measured, checks or Checks(one_network=group is None), timed=group is not None)
+            if group is not None:
+                self._time([one for one in measured if one.has_memory], group)
+        except DeviceLostError as error:
+            self._give_up(measured, error)
+            raise
         return [self.done[case.key()] for case in cases]
+
+    def _begun(self, case: Case) -> Outcome:
+        """A case to measure, with the memory that an earlier run found."""
+        environment(case.device)  # known from now on: a device that is lost would not tell
+        held = self._memory_done.get(case.key())
+        return Outcome(case) if held is None else Outcome(case, held.status, held.reason, figures(held))
+
+    def _give_up(self, measured: Sequence[Outcome], error: DeviceLostError) -> None:
+        """Records of what is not settled yet, when the device is lost: whose doing it was, and who suffers."""
+        for one in measured:
+            if one.key in self.done:
+                continue
+            if one.key == error.case.key():
+                one.end("crash", str(error))
+            elif "time_s" not in one.fields:
+                one.end("skipped", f"{LOST} by {error.case.strategy} before its turn was over")
+            self._settle(one)
 
     def too_large(self, case: Case) -> str | None:
         """Why a case need not be tried: a smaller batch of it did not fit; None if there is no such."""
@@ -111,19 +135,15 @@ class Runner:
         self._settle(one)
         return self.done[case.key()]
 
-    def _already_measured(self) -> dict[str, Record]:
-        records = [r for r in latest(self.store.read()) if r.status not in ("error", "crash", "timeout")]
-        return {
-            r.case.key(): r
-            for r in records
-            if identity(r.environment) == identity(environment(r.case.device)) and _is_complete(r)
-        }
-
     def _settle(self, one: Outcome) -> None:
         self.done[one.key] = self.store.append(one.record())
 
     def _attempt(self, one: Outcome, work: Callable[[Outcome], None]) -> None:
-        """Do some work for a case; what goes wrong becomes its status."""
+        """Do some work for a case; what goes wrong becomes its status.
+
+        Raises:
+            DeviceLostError: if it leaves the device unusable.
+        """
         try:
             with deadline(TIMEOUT_SECONDS):
                 work(one)
@@ -131,17 +151,18 @@ class Runner:
             one.fail(error)
             if one.status == "oom" and not one.has_memory:  # in turns it may have lacked the others' share only
                 self._too_large[_without_batch(one.case)] = one.case.batch
-        gc.collect()  # outside the handler, where no frame of the failure holds tensors
-        if one.case.device == "cuda" and torch.cuda.is_available():
-            torch.cuda.empty_cache()
+        said = release_memory(one.case.device)  # outside the handler, where no frame of the failure holds tensors
+        if said is not None:
+            raise DeviceLostError(one.case, said)
 
     def _memory_of(self, measured: Sequence[Outcome], checks: Checks, timed: bool) -> None:
         """Check each case and measure its memory; what is to be timed is stored without its time for now."""
         for one in measured:
-            self._attempt(one, lambda one: self._memory(one, checks))
-            if timed and one.has_memory:
-                self.store.append(one.record())  # a kill in between keeps this much
-            else:
+            if not one.has_memory:
+                self._attempt(one, functools.partial(self._memory, checks=checks))
+                if timed and one.has_memory:
+                    self.store.append(one.record())  # a kill in between keeps this much
+            if not (timed and one.has_memory):
                 self._settle(one)
 
     def _memory(self, one: Outcome, checks: Checks) -> None:
@@ -153,6 +174,9 @@ class Runner:
         if too_large is not None:
             return one.end("skipped", too_large)
         self.progress(f"memory of {case.label()}")
+        if compiles(case):  # before the check, whose compiled code the compiler's cache on the disk would keep
+            one.fields["compile_s"] = compile_seconds(case)
+        forget_compiled([case])
         verdict = checks.check(case)
         if verdict is not None:
             one.fields["max_error_vs_reference"] = verdict.error
@@ -161,8 +185,8 @@ class Runner:
                 if get_contender(case.strategy).family == "strategy":
                     return None  # a wrong strategy gets no figure; a peer is what people use, right or wrong
         repeats = 3 if case.kind == "step" else 1
-        warm_up = get_contender(case.strategy).compiles
-        peak = measure_peak(lambda: _build(case), torch.device(case.device), repeats, warm_up)
+        forget_compiled([case])
+        peak = measure_peak(lambda: measurable(case), torch.device(case.device), repeats, compiles(case))
         if case.kind == "step":
             one.fields |= self._counted(case)
         one.fields |= _fields_of_peak(peak)
@@ -191,52 +215,62 @@ class Runner:
         return self._traces[same.key()]
 
     def _time(self, measured: list[Outcome], group: str) -> None:
+        """Time cases in turns and settle them."""
+        forget_compiled([one.case for one in measured])
         for one in measured:
-            self._attempt(one, self._warm)
-        steps = {one.key: one.step for one in measured if one.step is not None}
-        if not steps:
-            return
-        ready = [one for one in measured if one.key in steps]
-        self.progress(f"timing {', '.join(one.case.strategy for one in ready)} in turns")
-        turns = time_in_turns(steps, torch.device(ready[0].case.device), self.effort)
-        for one in ready:
-            if one.key in turns.failures:
-                one.fail(turns.failures[one.key])
-            else:
-                samples = turns.samples[one.key]
-                self._attempt(one, lambda one, samples=samples: self._timed(one, samples, group))  # type: ignore[misc]
-            one.step = None
+            self._attempt(one, warm_up)
+        ready = [one for one in measured if one.step is not None]
+        if ready:
+            self.progress(f"timing {', '.join(one.case.strategy for one in ready)} in turns")
+            self._take_turns(ready, group)
+        for one in measured:
+            if one.step is not None:
+                self._attempt(one, _ask_the_driver)
+                one.step = None
+            self._settle(one)
         gc.collect()
 
-    def _timed(self, one: Outcome, samples: Sequence[float], group: str) -> None:
-        """Fill in what the samples say, unless the contender went wrong on the way."""
-        moved = changed(one.outputs[0], one.outputs[-1], one.case)
-        if moved is not None:
-            one.end("incorrect", moved)
-            return
-        timing = summarize(samples)
-        one.fields |= {"time_s": timing, "group": group, "throughput_img_s": one.case.batch / timing.median}
-        if one.fields.get("flops_model"):
-            one.fields["tflops_s"] = one.fields["flops_model"] / timing.median / 1e12
-        noise = unsteady(timing)
-        if noise is not None:
-            one.doubt("noisy", noise)
-        assert one.step is not None
-        device = torch.device(one.case.device)
-        one.fields["host_time_s"] = host_seconds(one.step, device)
-        facts = facts_while_repeating(one.step, Nvml(device))
-        facts["unavailable"] |= one.fields.get("unavailable", {})
-        one.fields |= facts
+    def _take_turns(self, ready: Sequence[Outcome], group: str) -> None:
+        """Time those that are warmed up; each time is on the disk before anything else is tried."""
+        steps = {one.key: one.step for one in ready if one.step is not None}
+        turns = time_in_turns(steps, torch.device(ready[0].case.device), self.effort)
+        by_key = {one.key: one for one in ready}
+        for key, error in turns.failures.items():  # in their order: if the device is lost, the first lost it
+            by_key[key].fail(error)
+            said = release_memory(by_key[key].case.device)
+            if said is not None:
+                raise DeviceLostError(by_key[key].case, said)
+        for one in ready:
+            if one.key in turns.samples:
+                fill = functools.partial(_fill, samples=turns.samples[one.key], group=group, turns=turns.token)
+                self._attempt(one, fill)
+                self.store.append(one.record())  # replaced by the complete one, unless that never comes
 
-    def _warm(self, one: Outcome) -> None:
-        work = build_workload(one.case)
-        start = time.perf_counter()
-        one.outputs.append(work.step().clone())
-        if one.case.device == "cuda":
-            torch.cuda.synchronize()
-        if get_contender(one.case.strategy).compiles:
-            one.fields["compile_s"] = time.perf_counter() - start
-        one.step = _fresh_step(work, one.outputs) if not one.case.cuda_graph else _replayed(work, one.outputs)
+
+def _fill(one: Outcome, samples: Sequence[float], group: str, turns: str) -> None:
+    """Fill in what the samples say, unless the contender went wrong on the way."""
+    moved = changed(one.outputs[0], one.outputs[-1], one.case)
+    if moved is not None:
+        one.end("incorrect", moved)
+        return
+    timing = summarize(samples)
+    one.fields |= {"time_s": timing, "group": group, "turns": turns}
+    one.fields["throughput_img_s"] = one.case.batch / timing.median
+    if one.fields.get("flops_model"):
+        one.fields["tflops_s"] = one.fields["flops_model"] / timing.median / 1e12
+    noise = unsteady(timing)
+    if noise is not None:
+        one.doubt("noisy", noise)
+
+
+def _ask_the_driver(one: Outcome) -> None:
+    """The host's time, and what only the driver knows; both repeat the step."""
+    assert one.step is not None
+    device = torch.device(one.case.device)
+    one.fields["host_time_s"] = host_seconds(one.step, device)
+    facts = facts_while_repeating(one.step, Nvml(device))
+    facts["unavailable"] |= one.fields.get("unavailable", {})
+    one.fields |= facts
 
 
 def _lacking(case: Case) -> str | None:
@@ -246,33 +280,6 @@ def _lacking(case: Case) -> str | None:
     return get_contender(case.strategy).missing() or why_no_graph(case)
 
 
-def _build(case: Case) -> Measurable:
-    work = build_workload(case)
-    return Graphed(work) if case.cuda_graph else work
-
-
-def _replayed(work: Workload, outputs: list[Tensor]) -> Step:
-    """A step that replays a graph; its gradients are the graph's own and overwritten each time."""
-    graph = Graphed(work)
-    work.clear_gradients()
-    graph.step()
-
-    def step() -> None:
-        outputs[1:] = [graph.replay()]
-
-    return step
-
-
-def _fresh_step(work: Workload, outputs: list[Tensor]) -> Step:
-    """A step as training loops take it: gradients are released first."""
-
-    def step() -> None:
-        work.clear_gradients()
-        outputs[1:] = [work.step()]
-
-    return step
-
-
 def _fields_of_peak(peak: Any) -> Fields:
     names = [f.name for f in dataclasses.fields(Record) if hasattr(peak, f.name)]
     return {name: getattr(peak, name) for name in names}
@@ -280,8 +287,3 @@ def _fields_of_peak(peak: Any) -> Fields:
 
 def _without_batch(case: Case) -> str:
     return dataclasses.replace(case, batch=0).key()
-
-
-def _is_complete(record: Record) -> bool:
-    timed = record.case.kind == "step" and record.case.source == "measured"
-    return record.status != "ok" or not timed or record.time_s is not None

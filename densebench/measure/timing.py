@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+import uuid
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -15,11 +16,11 @@ Clock = Callable[[Step], float]
 
 @dataclass(frozen=True)
 class Effort:
-    """How long to go on: until every contender has `rounds` samples, or the time is up.
+    """How long to go on with a contender: until it has `rounds` samples, or its time is up.
 
     Attributes:
         rounds: samples wanted of each contender.
-        seconds: stop earlier once each contender has been timed for this long and has `least` samples.
+        seconds: a contender leaves earlier once it has been timed for this long and has `least` samples.
         least: never fewer samples than this.
     """
 
@@ -32,17 +33,24 @@ class ClockError(RuntimeError):
     """A clock stood still or went backwards: what it says is no time."""
 
 
+def _token() -> str:
+    return uuid.uuid4().hex[:16]
+
+
 @dataclass
 class Turns:
     """What came of timing in turns.
 
     Attributes:
-        samples: seconds a step of each contender that ran to the end; sample i is from round i.
+        samples: seconds a step of each contender that ran to the end; sample i is from round i. One that was
+            through earlier has fewer: what pairs are the rounds that two have in common.
         failures: what the others raised; each left the turns when it did.
+        token: different for every call of `time_in_turns`, for records to say which of them pair.
     """
 
     samples: dict[str, list[float]]
     failures: dict[str, Exception]
+    token: str = field(default_factory=_token)
 
 
 def time_in_turns(
@@ -51,24 +59,27 @@ def time_in_turns(
     """Time each contender in turns (A B C A B C ...), so that drift falls on all alike.
 
     Each step has been warmed up by the caller; one more untimed round is run here, so that the first sample
-    does not follow something else. A contender that raises leaves, and the others go on.
+    does not follow something else. A contender leaves when the effort is spent on it, so that a slow one does
+    not set the clock for all, or when it raises; the others go on.
 
     Args:
         clock: seconds that one call of a step takes; the device's own if None.
     """
     clock = clock or (_cuda_seconds if device.type == "cuda" else _cpu_seconds)
     turns = Turns({name: [] for name in steps}, {})
-    _round(steps, turns, lambda step: step())
-    while not _enough(turns.samples, effort):
-        for name, seconds in _round(steps, turns, clock).items():
+    _round(steps, steps, turns, lambda step: step())
+    while waiting := [name for name, times in turns.samples.items() if not _enough(times, effort)]:
+        for name, seconds in _round(waiting, steps, turns, clock).items():
             turns.samples[name].append(seconds)
     return turns
 
 
-def _round(steps: Mapping[str, Step], turns: Turns, run: Callable[[Step], Any]) -> dict[str, Any]:
-    """One turn of each contender that is still in; what each returned."""
+def _round(
+    names: Iterable[str], steps: Mapping[str, Step], turns: Turns, run: Callable[[Step], Any]
+) -> dict[str, Any]:
+    """One turn of each of some contenders; what each returned."""
     returned = {}
-    for name in list(turns.samples):
+    for name in names:
         try:
             returned[name] = run(steps[name])
         except Exception as error:  # its record says so; the next contender must have its turn
@@ -77,10 +88,8 @@ def _round(steps: Mapping[str, Step], turns: Turns, run: Callable[[Step], Any]) 
     return returned
 
 
-def _enough(samples: Mapping[str, list[float]], effort: Effort) -> bool:
-    shortest = min((sum(times) for times in samples.values()), default=effort.seconds)
-    rounds = min((len(times) for times in samples.values()), default=effort.rounds)
-    return rounds >= effort.rounds or (rounds >= effort.least and shortest >= effort.seconds)
+def _enough(times: list[float], effort: Effort) -> bool:
+    return len(times) >= effort.rounds or (len(times) >= effort.least and sum(times) >= effort.seconds)
 
 
 def _cpu_seconds(step: Step) -> float:

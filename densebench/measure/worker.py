@@ -21,6 +21,7 @@ from pathlib import Path
 
 from densebench.contenders import get_contender
 from densebench.measure.deadline import TIMEOUT_SECONDS
+from densebench.measure.device import DeviceLostError, tune
 from densebench.measure.environment import environment
 from densebench.measure.timing import Effort
 from densebench.results import Case, Record, RunStore, Status
@@ -108,9 +109,11 @@ def main() -> None:
     job = json.load(sys.stdin)
     sys.path[:] = job["path"]
     importlib.import_module(job["module"])
+    tune(job["case"]["device"])
     case = Case(**{**job["case"], "input_shape": tuple(job["case"]["input_shape"])})
     runner = Runner(RunStore(Path(sys.argv[1])), Effort(**job["effort"]))
-    runner.measure([case], job["group"])
+    with contextlib.suppress(DeviceLostError):  # its record says so
+        runner.measure([case], job["group"])
 
 
 if __name__ == "__main__":

@@ -13,6 +13,7 @@ import torch
 from densebench import contenders
 from densebench.contenders import get_contender, list_contenders
 from densebench.measure.memory import measure_peak
+from densebench.measure.steps import forget_compiled
 from densebench.measure.validation import Checks
 from densebench.prediction import trace_case
 from densebench.registry import list_strategies
@@ -141,6 +142,42 @@ def test_the_memory_budget_holds_while_it_compiles_and_no_longer(monkeypatch: py
     torch._dynamo.reset()
     assert set(seen) == {0.5}
     assert config.activation_memory_budget == before
+
+
+def test_what_compiles_does_so_for_its_shape_and_never_falls_back(monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[Any] = []
+    config = torch._dynamo.config
+    monkeypatch.setattr(torch.nn.Module, "compile", lambda self, **facts: asked.append(facts.get("dynamic")))
+    with config.patch(fail_on_recompile_limit_hit=False):
+        for name in ("compiled", "compiled_budget"):
+            config.fail_on_recompile_limit_hit = False
+            get_contender(name).build("densenet_x", **small_case().options)
+            assert config.fail_on_recompile_limit_hit
+    assert asked == [False, False]
+
+
+class Doubled(torch.nn.Module):
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return 2 * x
+
+
+def test_too_many_shapes_are_an_error_rather_than_the_plain_network() -> None:
+    """As `compiled` is built, with a backend that takes no time; the limit is two shapes."""
+    with torch._dynamo.config.patch(recompile_limit=2, fail_on_recompile_limit_hit=False):
+        contenders._raise_rather_than_fall_back()
+        forget_compiled([small_case("compiled")])
+        network = Doubled()
+        network.compile(backend="eager", dynamic=False)
+        for size in (3, 4):
+            network(torch.zeros(1, 3, size, size))
+        with pytest.raises(torch._dynamo.exc.FailOnRecompileLimitHit):
+            network(torch.zeros(1, 3, 5, 5))
+        forget_compiled([small_case("naive")])
+        with pytest.raises(torch._dynamo.exc.FailOnRecompileLimitHit):
+            network(torch.zeros(1, 3, 5, 5))
+        forget_compiled([small_case("naive"), small_case("compiled")])
+        network(torch.zeros(1, 3, 5, 5))
+    torch._dynamo.reset()
 
 
 @pytest.mark.nightly

@@ -193,8 +193,12 @@ def test_an_interrupted_run_keeps_what_is_finished(repository: Path, tmp_path: P
     assert again.returncode == 0, again.stdout[-3000:]
     after = stored(out)
     assert after[: len(kept)] == kept
-    keys = [record.case.key() for record in after if record.time_s is not None or record.case.kind == "depth"]
-    assert len(keys) == len(set(keys)) == 15  # five timed, ten depths; nothing is measured twice
+    depths = [record.case.key() for record in after if record.case.kind == "depth"]
+    assert len(depths) == len(set(depths)) == 10  # nothing is measured twice
+    steps = [record for record in after if (record.case.kind, record.case.source) == ("step", "measured")]
+    memory = [record.case.key() for record in steps if record.time_s is None]
+    assert len(memory) == len(set(memory)) == 5
+    assert {record.case.key() for record in steps if record.time_s is not None} == set(memory)
 
 
 def test_plain_pytest_runs_tests_only(repository: Path) -> None:

@@ -197,6 +197,58 @@ def test_every_mark_gets_its_own_peak() -> None:
     assert memory._peaks_within_marks(events[5:] + events[:5]) == [15, 11]
 
 
+class FakeAllocator:
+    """CUDA's statistics for a step that asks for 100 bytes; the first one also tries something larger."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.current = self.peak = 5000  # of others
+        self.steps = 0
+        self.reserved = self.current
+        fakes = {
+            "synchronize": lambda: None,
+            "empty_cache": self.empty,
+            "memory_stats": lambda: {
+                "requested_bytes.all.current": self.current,
+                "requested_bytes.all.peak": self.peak,
+            },
+            "max_memory_reserved": lambda: self.reserved,
+            "reset_peak_memory_stats": self.reset,
+        }
+        for name, fake in fakes.items():
+            monkeypatch.setattr(torch.cuda, name, fake)
+        monkeypatch.setattr(torch._C, "_cuda_clearCublasWorkspaces", lambda: None, raising=False)
+
+    def empty(self) -> None:
+        self.reserved = self.current
+
+    def reset(self) -> None:
+        self.peak = self.current
+
+    def step(self) -> None:
+        size = 100 if self.steps else 9000
+        self.steps += 1
+        self.peak = max(self.peak, self.current + size)
+        self.reserved = max(self.reserved, self.current + 2 * size)
+
+    def clear_gradients(self) -> None:
+        pass
+
+    def constant_bytes(self) -> int:
+        return 40
+
+    def built(self) -> FakeAllocator:
+        self.current += 40  # ten tensors of four bytes; rounded up they would be 5,120
+        return self
+
+
+def test_on_cuda_neither_rounding_nor_trials_are_charged(monkeypatch: pytest.MonkeyPatch) -> None:
+    allocator = FakeAllocator(monkeypatch)
+    peak = measure_peak(allocator.built, torch.device("cuda"))
+    assert peak.peak_delta_bytes == peak.plain_peak_bytes - 40 == 100
+    assert peak.peak_reserved_bytes == 5040 + 200  # cuDNN's trials in the first step are given back
+    assert allocator.steps == 5
+
+
 @pytest.mark.gpu
 def test_peaks_on_a_gpu_are_identical(every_strategy: str) -> None:
     case = small_case(every_strategy, device="cuda", memory_format="channels_last")

@@ -5,7 +5,10 @@ from __future__ import annotations
 import pytest
 
 from benchmarks.cases import DEPTHS, Profile, profile
+from benchmarks.conftest import _name
+from densebench.contenders import get_contender
 from densebench.registry import list_strategies
+from densebench.workload import model_options
 
 ALL = [(name, device) for name in ("quick", "default", "full") for device in ("cpu", "cuda")]
 
@@ -59,8 +62,39 @@ def test_on_a_cpu_the_full_size_table_is_predicted(name: str) -> None:
 
 
 def test_slow_peers_are_not_in_the_quick_run() -> None:
-    slow = {"compiled", "compiled_budget", "monai", "checkpointed_blocks"}
+    slow = {"monai", "checkpointed_blocks"}
     for device in ("cpu", "cuda"):
         assert slow.isdisjoint(contenders_of(profile("quick", device), "train"))
         assert slow <= contenders_of(profile("default", device), "train")
         assert slow <= contenders_of(profile("full", device), "train")
+
+
+@pytest.mark.parametrize(("where", "batch"), [("cpu", 4), ("cuda", 64)])
+def test_what_compiles_is_measured_once_and_last(where: str, batch: int) -> None:
+    """Beside naive and fused of its own turns; the case is another than theirs elsewhere, the network the same."""
+    for name in ("quick", "default", "full"):
+        groups = profile(name, where).groups
+        compiling = [g for g in groups if any(get_contender(c.strategy).compiles for c in g.cases)]
+        assert compiling == ([groups[-1]] if name == "full" else [])
+    cases = profile("full", where).groups[-1].cases
+    assert [case.strategy for case in cases] == ["naive", "fused", "compiled", "compiled_budget"]
+    assert {(c.model, c.mode, c.batch, c.autocast) for c in cases} == {
+        ("densenet121", "train", batch, "bfloat16" if where == "cuda" else None)
+    }
+    assert all(model_options(case) == {} for case in cases)
+
+
+def test_naive_runs_in_both_formats_on_a_gpu() -> None:
+    for group in profile("full", "cuda").groups:
+        if not group.timed or group.cases[0].batch < 64 or any(c.cuda_graph for c in group.cases):
+            continue
+        formats = [case.memory_format for case in group.cases if case.strategy == "naive"]
+        beside = bool(group.cases[0].options)
+        assert formats == (["channels_last"] if beside else ["channels_last", "contiguous"]), group.name
+
+
+def test_names_of_tests_tell_the_formats_apart() -> None:
+    for device in ("cpu", "cuda"):
+        for group in profile("full", device).groups:
+            names = [_name(case) for case in group.cases]
+            assert len(set(names)) == len(names), group.name

@@ -227,6 +227,21 @@ def test_the_latest_of_a_case_counts() -> None:
     assert [record.seed for record in latest(records)] == [3, 2]
 
 
+def test_a_time_outlives_an_attempt_that_came_to_none() -> None:
+    here, elsewhere = {"source": "a"}, {"source": "b"}
+    timed = small_record(seed=1, time_s=small_timing(), environment=here)
+    for status in ("ok", "noisy", "oom", "crash", "skipped"):
+        cut_short = small_record(seed=2, status=status, environment=here)
+        assert latest([timed, cut_short]) == [timed]
+        assert latest([cut_short, timed]) == [timed]
+    for later in (
+        small_record(seed=2, environment=elsewhere),  # other code
+        small_record(seed=2, status="incorrect", environment=here),
+        small_record(seed=2, time_s=small_timing(), environment=here),
+    ):
+        assert latest([timed, later]) == [later]
+
+
 def test_a_key_is_that_of_the_case_alone() -> None:
     case = small_case()
     assert case.key() == small_case().key() == Record.from_json(small_record().to_json()).case.key()

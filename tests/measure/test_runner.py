@@ -13,13 +13,15 @@ import pytest
 import torch
 
 from densebench import contenders
+from densebench.measure import resume
 from densebench.measure import runner as runner_module
 from densebench.measure.deadline import CaseTimeout, deadline
+from densebench.measure.device import LOST, DeviceLostError, release_memory, tune
 from densebench.measure.outcome import is_out_of_memory
 from densebench.measure.runner import Runner
 from densebench.measure.timing import Effort
 from densebench.results import latest
-from tests.measure.cases import fault_case, small_case
+from tests.measure.cases import fault_case, small_case, small_record, small_timing
 
 
 def test_faults_are_records_and_the_next_case_runs(faults: ModuleType, runner: Callable[..., Runner]) -> None:
@@ -151,12 +153,141 @@ def test_resume_takes_over_what_is_complete(faults: ModuleType, runner: Callable
     assert len(again.store.read()) == before + 1
 
 
+@pytest.mark.parametrize(
+    ("status", "fields", "complete"),
+    [
+        ("ok", {}, False),
+        ("noisy", {}, False),  # its memory is; its time is not there yet
+        ("ok", {"time_s": small_timing()}, True),
+        ("noisy", {"time_s": small_timing()}, True),
+        ("error", {"time_s": small_timing()}, True),
+        ("error", {}, False),
+        *((status, {}, True) for status in ("oom", "unsupported", "skipped", "incorrect", "timeout", "crash")),
+        ("skipped", {"reason": f"{LOST} by another before its turn was over"}, False),
+    ],
+)
+def test_what_is_complete(status: str, fields: dict[str, Any], complete: bool) -> None:
+    assert resume.is_complete(small_record(status=status, **fields)) is complete
+
+
+def test_a_kill_after_the_turns_loses_no_time(
+    faults: ModuleType, monkeypatch: pytest.MonkeyPatch, runner: Callable[..., Runner]
+) -> None:
+    """Nor while the driver is asked about the first of them."""
+    cases = [fault_case("fine"), fault_case("garbles")]
+
+    def killed(*_: Any) -> None:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(runner_module, "facts_while_repeating", killed)
+        with pytest.raises(KeyboardInterrupt):
+            runner().measure(cases, "a group")
+    one, two = latest(runner().store.read())
+    assert one.time_s is not None
+    assert two.time_s is not None
+    assert one.turns == two.turns is not None
+    assert set(runner(resume=True).done) == {case.key() for case in cases}
+
+
+def test_resume_keeps_memory_and_times_what_has_no_time(
+    faults: ModuleType, monkeypatch: pytest.MonkeyPatch, runner: Callable[..., Runner]
+) -> None:
+    def killed(*_: Any) -> None:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(runner_module, "time_in_turns", killed)
+        with pytest.raises(KeyboardInterrupt):
+            runner().measure([fault_case("fine")], "a group")
+    (held,) = runner().store.read()
+    monkeypatch.setattr(runner_module, "measure_peak", lambda *_: pytest.fail("measured again"))
+    (record,) = runner(resume=True).measure([fault_case("fine")], "a group")
+    assert record.time_s is not None
+    assert (record.peak_delta_bytes, record.host_peak_rss_bytes) == (
+        held.peak_delta_bytes,
+        held.host_peak_rss_bytes,
+    )
+
+
+@pytest.mark.parametrize("when", ["memory", "turns", "driver"])
+def test_a_lost_device_ends_the_run_with_records(
+    when: str, faults: ModuleType, monkeypatch: pytest.MonkeyPatch, runner: Callable[..., Runner]
+) -> None:
+    """Who lost it crashed; who had no turn is skipped and measured when the run is resumed."""
+    lost = False
+    calls = 0
+
+    def lose() -> None:
+        nonlocal lost, calls
+        calls += 1
+        if calls > {"memory": 0, "turns": 7, "driver": 10**9}[when]:
+            lost = True
+            raise RuntimeError("an illegal memory access was encountered")
+
+    def driver(*_: Any) -> dict[str, Any]:
+        nonlocal lost
+        lost = when == "driver"
+        return {"unavailable": {}}
+
+    monkeypatch.setitem(faults.ACTS, "fails", lose)
+    monkeypatch.setattr(runner_module, "facts_while_repeating", driver)
+    monkeypatch.setattr(runner_module, "release_memory", lambda _: "illegal memory access" if lost else None)
+    cases = [fault_case(name) for name in ("fails", "fine")]
+    with pytest.raises(DeviceLostError, match="context was lost: illegal memory access") as told:
+        runner(effort=Effort(10, 60, 10)).measure(cases, "a group")
+    assert told.value.case == cases[0]
+    culprit, other = latest(runner().store.read())
+    if when == "driver":  # both times were there already
+        assert culprit.time_s is not None
+        assert (other.status in ("ok", "noisy"), other.time_s is not None) == (True, True)
+        return
+    assert (culprit.status, culprit.reason) == ("crash", "the CUDA context was lost: illegal memory access")
+    assert (other.status, other.reason) == (
+        "skipped",
+        "the CUDA context was lost by fails before its turn was over",
+    )
+    lost = False
+    monkeypatch.setattr(runner_module, "facts_while_repeating", lambda *_: {"unavailable": {}})
+    again, fine = runner(resume=True).measure(cases, "a group")
+    assert again.status == "crash"
+    assert fine.time_s is not None
+
+
+@pytest.mark.parametrize(("failures", "said"), [(0, None), (1, None), (2, "sticky")])
+def test_the_device_is_asked_whether_it_answers(
+    failures: int, said: str | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What a case did may come to light once; what comes twice stays."""
+    answers = iter([RuntimeError("sticky\nmore")] * failures)
+
+    def synchronize() -> None:
+        error = next(answers, None)
+        if error is not None:
+            raise error
+
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "synchronize", synchronize)
+    monkeypatch.setattr(torch.cuda, "empty_cache", lambda: None)
+    assert release_memory("cuda") == said
+    assert release_memory("cpu") is None
+
+
+def test_cudnn_tries_its_algorithms_on_a_gpu_only(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.backends.cudnn, "benchmark", False)
+    tune("cpu")
+    assert not torch.backends.cudnn.benchmark
+    tune("cuda")
+    assert torch.backends.cudnn.benchmark
+
+
 def test_resume_is_for_the_same_code_and_machine(
     faults: ModuleType, monkeypatch: pytest.MonkeyPatch, runner: Callable[..., Runner]
 ) -> None:
-    runner().measure([fault_case("fine")], None)
-    facts = runner_module.environment("cpu")
-    monkeypatch.setattr(runner_module, "environment", lambda _: {**facts, "source": "changed"})
+    runner().measure([fault_case("fine")], "a group")
+    assert len(runner(resume=True).done) == 1
+    facts = resume.environment("cpu")
+    monkeypatch.setattr(resume, "environment", lambda _: {**facts, "source": "changed"})
     assert runner(resume=True).done == {}
 
 

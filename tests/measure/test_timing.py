@@ -49,6 +49,25 @@ def test_how_many_samples(effort: Effort, seconds: float, samples: int) -> None:
     assert turns.samples == {"a": [seconds] * samples}
 
 
+def test_a_slow_contender_does_not_set_the_clock_for_all() -> None:
+    """Each leaves when it has been timed for long enough; the slow one goes on alone to its least."""
+    seconds, notes = {"slow": 1.0, "quick": 0.25}, []
+
+    def clock(step: Step) -> float:
+        step()
+        return seconds[notes[-1]]
+
+    steps = {name: noting(name, notes) for name in seconds}
+    turns = time_in_turns(steps, CPU, Effort(rounds=20, seconds=2.0, least=5), clock)
+    assert {name: len(times) for name, times in turns.samples.items()} == {"slow": 5, "quick": 8}
+    assert notes == ["slow", "quick"] * 6 + ["quick"] * 3  # in turns for as long as both are in
+
+
+def test_every_call_has_a_token_of_its_own() -> None:
+    tokens = {time_in_turns({"a": lambda: None}, CPU, Effort(1, 1, 1)).token for _ in range(3)}
+    assert len(tokens) == 3
+
+
 def test_every_sample_is_kept_in_the_order_taken() -> None:
     readings: Iterator[float] = iter([0.5, 0.1, 0.9])
     turns = time_in_turns({"a": lambda: None}, CPU, Effort(3, 9, 3), lambda step: next(readings))

@@ -1,0 +1,50 @@
+"""What a run that goes on need not measure again."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterable
+
+from densebench.measure.device import was_never_tried
+from densebench.measure.environment import environment, identity
+from densebench.measure.outcome import Fields
+from densebench.results import Record, latest
+
+# A case that hung or took the process with it is left alone until the source changes; an error is tried again.
+_FINAL = ("oom", "unsupported", "skipped", "incorrect", "timeout", "crash")
+# Of a record, but for the figures of its case.
+_STAMPS = ("case", "status", "reason", "environment", "run", "created", "schema", "seed")
+
+
+def finished(records: Iterable[Record]) -> dict[str, Record]:
+    """The records, by the keys of their cases, that stand: of this source and machine, and complete."""
+    return {r.case.key(): r for r in latest(records) if is_complete(r) and _is_of_here(r)}
+
+
+def memory_records(records: Iterable[Record]) -> dict[str, Record]:
+    """The last record of each case with its memory but no time, of this source and machine."""
+    return {
+        r.case.key(): r
+        for r in records
+        if r.status in ("ok", "noisy") and r.peak_delta_bytes is not None and r.time_s is None and _is_of_here(r)
+    }
+
+
+def is_complete(record: Record) -> bool:
+    """Whether nothing is left to be found out about the record's case."""
+    if record.time_s is not None:
+        return True
+    if record.status == "error" or was_never_tried(record):
+        return False
+    timed = record.case.kind == "step" and record.case.source == "measured"
+    return not timed or record.status in _FINAL
+
+
+def figures(record: Record) -> Fields:
+    """The fields of a record that are known, as an outcome has them."""
+    known = {f.name: getattr(record, f.name) for f in dataclasses.fields(record) if f.name not in _STAMPS}
+    return {name: value for name, value in known.items() if value is not None}
+
+
+def _is_of_here(record: Record) -> bool:
+    return identity(record.environment) == identity(environment(record.case.device))
