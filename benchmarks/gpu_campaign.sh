@@ -6,7 +6,8 @@
 # Stages, in this order if none is named: ceilings, correctness, kernels, networks, sanitizer.
 # A stage that fails or is cut short does not stop the next. Run it again with the same OUT: what is finished for
 # this source is skipped, everything else goes on where it was. Records are in OUT/STAGE/cases.jsonl after every
-# case, one line a stage is added to OUT/summary.txt. Without a GPU the same is done in small, as a rehearsal.
+# case, one line a stage is added to OUT/summary.txt, and everything worth keeping is in OUT/evidence.tar.gz.
+# Without a GPU the same is done in small, as a rehearsal.
 #
 # PYTHON=python3   the interpreter        LIMIT=540   seconds a stage may take        WORKERS=4   for the tests
 set -u
@@ -17,13 +18,16 @@ WORKERS=${WORKERS:-4}
 STAGES=(ceilings correctness kernels networks sanitizer)
 
 usage() {
-    sed -n '2,11s/^# \{0,1\}//p' "$0"
+    sed -n '2,12s/^# \{0,1\}//p' "$0"
     exit 2
 }
 
+# All that needs the device; predictions need none. (test_memory is also the name of the file that they are in.)
+MEASURED="(test_step or test_memory) and not test_predicted"
+
 # What the networks stage measures, by priority: name | pytest's selection. The last takes all that is left.
 CUDA_SELECTIONS=(
-    "core 64|test_step and train and densenet121 and bfloat16 and 64x224x224 and not graph"
+    "core 64|test_step and train and densenet121 and bfloat16 and 64x224x224 and not graph and not compiled"
     "core 256|test_step and train and densenet121 and bfloat16 and 256x224x224"
     "CUDA graphs|test_step and graph"
     "inference|test_step and infer and 64x224x224"
@@ -31,9 +35,10 @@ CUDA_SELECTIONS=(
     "float32|test_step and densenet121 and float32"
     "DenseNet-BC|test_step and densenet_bc"
     "larger networks|test_step and (densenet201 or densenet161 or densenet264)"
-    "the rest|not test_kernel"
+    "compiled|test_step and compiled"
+    "the rest|$MEASURED"
 )
-CPU_SELECTIONS=("the rest|not test_kernel")
+CPU_SELECTIONS=("the rest|$MEASURED")
 
 # run NAME COMMAND...: within what is left of the stage's time, and CAP seconds if that is set; once a source.
 # Its output goes to OUT/STAGE/NAME.log.
@@ -42,7 +47,7 @@ run() {
     shift
     [ "$left" -gt "${CAP:-$left}" ] && left=$CAP
     file="$FOLDER/${name// /-}"
-    if [ "$(cat "$file.done" 2>/dev/null)" = "$SOURCE" ]; then
+    if done_before "$name"; then
         note "$name: done before"
         return 0
     fi
@@ -66,7 +71,22 @@ run() {
             note "$name: failed ($code), see $file.log"
             tail -n 3 "$file.log" | sed 's/^/    /' ;;
     esac
+    archive
     return 0
+}
+
+done_before() {  # NAME
+    [ "$(cat "$FOLDER/${1// /-}.done" 2>/dev/null)" = "$SOURCE" ]
+}
+
+# Everything worth keeping in one file, the old one until the new one is whole: records, junit, environment, summary,
+# and logs of less than a megabyte.
+archive() {
+    local files=()
+    mapfile -t files < <(cd "$OUT" && find . -type f \( -name '*.jsonl' -o -name '*.json' -o -name '*.xml' \
+        -o -name summary.txt -o \( -name '*.log' -size -1024k \) \) | sort)
+    [ ${#files[@]} -gt 0 ] || return 0
+    tar -czf "$OUT/evidence.part" -C "$OUT" "${files[@]}" && mv "$OUT/evidence.part" "$OUT/evidence.tar.gz"
 }
 
 note() {
@@ -84,22 +104,40 @@ stage_ceilings() {
 
 # Every test that needs a GPU; none may be skipped for want of one. Evidence: junit files and the environment.
 stage_correctness() {
-    local file name marks=() parallel=()
+    local name pending waiting parallel=() marks=()
+    local names=(processes operators "large buffers" memory "host time" graphs networks)
     "$PYTHON" -c 'import json, sys; from densebench.measure.environment import environment
 print(json.dumps(environment(sys.argv[1]), indent=1))' "$DEVICE" >"$FOLDER/environment.json"
-    [ "$DEVICE" = cuda ] && marks=(-m "gpu or (gpu and nightly)" --require-gpu)
+    [ "$DEVICE" = cuda ] && marks=(-m "gpu and not nightly" --require-gpu) && names+=(suite)
     "$PYTHON" -c 'import xdist' 2>/dev/null && parallel=(-n "$WORKERS" --dist worksteal)
-    for file in tests/gpu/test_*.py; do
-        name=$(basename "$file" .py)
-        [ "$name" = test_memory ] || test_files "$name" "$file" "${parallel[@]}"
+    for name in "${names[@]}"; do
+        # Twice its share of what is left, so that none starves the rest, and one that is left alone has it all.
+        pending=0
+        for waiting in "${names[@]}"; do done_before "$waiting" || pending=$((pending + 1)); done
+        CAP=$((2 * (DEADLINE - SECONDS) / (pending + 1)))
+        correctness "$name"
     done
-    test_files test_memory tests/gpu/test_memory.py  # alone: it limits the memory, and measures a time
-    [ "$DEVICE" = cuda ] && test_files suite tests --ignore=tests/gpu "${parallel[@]}"
+    CAP=''
     return 0
 }
 
+# What needs the memory to itself, or measures a time, runs alone.
+correctness() {  # NAME
+    case $1 in
+        operators) test_files "$1" tests/gpu/test_operators.py -k "not 2_31" "${parallel[@]}" ;;
+        "large buffers") test_files "$1" tests/gpu/test_operators.py -k "2_31 or large_buffers" ;;
+        memory) test_files "$1" tests/gpu/test_memory.py ;;
+        "host time")
+            local marks=()  # of the nightly tests this one alone
+            [ "$DEVICE" = cuda ] && marks=(-m gpu --require-gpu)
+            test_files "$1" tests/gpu/test_memory.py::test_host_is_faster_than_the_device ;;
+        suite) test_files "$1" tests --ignore=tests/gpu --continue-on-collection-errors "${parallel[@]}" ;;
+        *) test_files "$1" "tests/gpu/test_$1.py" "${parallel[@]}" ;;
+    esac
+}
+
 test_files() {
-    run "$1" "$PYTHON" -m pytest "${@:2}" "${marks[@]}" -q -p no:cacheprovider --junitxml "$FOLDER/$1.xml"
+    run "$1" "$PYTHON" -m pytest "${@:2}" "${marks[@]}" -q -p no:cacheprovider --junitxml "$FOLDER/${1// /-}.xml"
 }
 
 stage_kernels() {
@@ -146,7 +184,8 @@ perform() {
     [ -n "$SKIPPED" ] && verdict="not run"
     [ -n "$STOPPED" ] && verdict="unfinished, run it again"
     [ -n "$FAILED" ] && verdict="FAILED"
-    echo "$1: $verdict, $((SECONDS - began)) s, $DEVICE, source $SOURCE" | tee -a "$OUT/summary.txt"
+    echo "$1: $verdict, $((SECONDS - began)) s, $SOURCE" | tee -a "$OUT/summary.txt"
+    archive
     [ -z "$FAILED" ]
 }
 
@@ -178,8 +217,13 @@ if [ -z "$DEVICE" ]; then
 fi
 PROFILE=full KERNEL_PROFILE=default
 [ "$DEVICE" = cpu ] && PROFILE=tiny KERNEL_PROFILE=quick
-# A hash of all that measures, is measured or tests: what was done for another source is done again.
+# A hash of all that measures, is measured or tests: what was done for another source or device is done again.
 SOURCE=$(find densebench kernels benchmarks tests -name '*.py' -print0 | sort -z | xargs -0 cat | cksum | cut -d' ' -f1)
+SOURCE="source $SOURCE on $("$PYTHON" -c 'import sys, torch; from densebench.measure.environment import device_name
+print(device_name(torch.device(sys.argv[1])))' "$DEVICE")"
+trap archive EXIT  # also when it is interrupted
+trap 'exit 130' INT
+trap 'exit 143' TERM
 
 status=0
 for stage in "$@"; do

@@ -13,6 +13,7 @@ from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager
 from typing import Any
 
+import pytest
 import torch
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -22,6 +23,7 @@ from tests.comparison import Quantities, everything, size, upstream
 from tests.networks import align_masks, images, lone_block, small, with_strategy
 
 CPU, CUDA = torch.device("cpu"), torch.device("cuda")
+REPEATS = [100, pytest.param(1000, marks=[pytest.mark.gpu, pytest.mark.nightly])]
 
 
 def busy_network(

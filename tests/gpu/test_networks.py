@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from tests.gpu.runs import (
     CPU,
     CUDA,
+    REPEATS,
     assert_equal_bits,
     busy_network,
     check_errors,
@@ -49,16 +50,17 @@ def test_low_precision_rehearsed(strategy: str, name: str, precision: str) -> No
     _check(strategy, name, precision, CPU)
 
 
+@pytest.mark.parametrize("repeats", REPEATS)
 @pytest.mark.parametrize("autocast", [None, torch.bfloat16])
-def test_38_a_thousand_repeats_are_the_same_bits(
-    strategy: str, device: torch.device, autocast: torch.dtype | None
+def test_38_repeats_are_the_same_bits(
+    strategy: str, device: torch.device, autocast: torch.dtype | None, repeats: int
 ) -> None:
     """Sums in a fixed order, no atomics: a race would show as a difference (as in FlashAttention's tests)."""
     network, x = busy_network(strategy, device)
     state = copy.deepcopy(network.state_dict())
     with repeatable():
         expected = train_step(network, x, autocast)
-        for number in range(1000 if device.type == "cuda" else 3):
+        for number in range(repeats if device.type == "cuda" else 3):
             network.load_state_dict(state)
             assert_equal_bits(train_step(network, x, autocast), expected, f"in repeat {number}")
 

@@ -8,11 +8,12 @@ import pytest
 import torch
 from torch import Tensor
 
+from tests.conftest import lack
 from tests.gpu.operators import COLUMNS, ROWS_BEFORE, arguments_on, far_shape, solve_far, solve_on
-from tests.gpu.runs import CPU, CUDA, repeatable
+from tests.gpu.runs import CPU, CUDA, REPEATS, repeatable
 from tests.kernels.problems import PROBLEMS, Shape
 from tests.kernels.test_operators import SHAPES
-from tests.kernels.test_values import GATE, VARIANTS, relative_error
+from tests.kernels.values import GATE, VARIANTS, relative_error
 
 TF32_GATE = 3e-3  # ten bits of mantissa in every factor
 PRODUCTS = [name for name in PROBLEMS if "conv1x1" in name]
@@ -69,11 +70,12 @@ def test_36_opcheck(name: str, shape: str) -> None:
     torch.library.opcheck(getattr(torch.ops.densebench, problem.operator).default, arguments)
 
 
+@pytest.mark.parametrize("repeats", REPEATS)
 @pytest.mark.parametrize("name", PROBLEMS)
-def test_38_operators_repeat_bit_by_bit(name: str, device: torch.device) -> None:
+def test_38_operators_repeat_bit_by_bit(name: str, device: torch.device, repeats: int) -> None:
     problem = PROBLEMS[name](_with(LARGE, torch.float32))
     first = solve_on(problem, device)
-    for _ in range(1000 if device.type == "cuda" else 2):
+    for _ in range(repeats if device.type == "cuda" else 2):
         for quantity, value in solve_on(problem, device).items():
             assert torch.equal(value, first[quantity]), quantity
 
@@ -92,8 +94,8 @@ def _check_far(name: str, device: torch.device, rows_before: int) -> None:
 
 @pytest.mark.gpu
 @pytest.mark.parametrize("name", FAR)
-def test_15_buffers_of_more_than_2_31_elements(name: str) -> None:
-    _require_memory(24)
+def test_15_buffers_of_more_than_2_31_elements(name: str, pytestconfig: pytest.Config) -> None:
+    _require_memory(pytestconfig, 24)
     _check_far(name, CUDA, ROWS_BEFORE)
 
 
@@ -115,8 +117,8 @@ def _far_statistics(device: torch.device, rows_before: int) -> None:
 
 
 @pytest.mark.gpu
-def test_15_statistics_of_more_than_2_31_elements() -> None:
-    _require_memory(24)
+def test_15_statistics_of_more_than_2_31_elements(pytestconfig: pytest.Config) -> None:
+    _require_memory(pytestconfig, 24)
     _far_statistics(CUDA, ROWS_BEFORE)
 
 
@@ -124,11 +126,23 @@ def test_15_statistics_rehearsed() -> None:
     _far_statistics(CPU, 1024)
 
 
-def _require_memory(gigabytes: int) -> None:
+def _require_memory(config: pytest.Config, gigabytes: int) -> None:
     torch.cuda.empty_cache()
     free, _ = torch.cuda.mem_get_info()
     if free < gigabytes * 1e9:
-        pytest.skip(f"needs {gigabytes} GB of free GPU memory; {free / 1e9:.0f} GB are free")
+        lack(config, f"needs {gigabytes} GB of free GPU memory; {free / 1e9:.0f} GB are free")
+
+
+@pytest.mark.parametrize(("required", "outcome"), [(True, pytest.fail.Exception), (False, pytest.skip.Exception)])
+def test_a_lack_of_memory_is_no_skip_where_a_gpu_was_promised(
+    required: bool, outcome: type[BaseException], pytestconfig: pytest.Config, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(torch.cuda, "empty_cache", lambda: None)
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda: (8e9, 80e9))
+    monkeypatch.setattr(pytestconfig.option, "require_gpu", required)
+    _require_memory(pytestconfig, 8)
+    with pytest.raises(outcome, match="needs 24 GB of free GPU memory; 8 GB are free"):
+        _require_memory(pytestconfig, 24)
 
 
 def test_operators_leave_what_lies_beside_their_slices(device: torch.device) -> None:

@@ -17,26 +17,10 @@ from torch import Tensor
 
 from densebench.kernels.library import IMPLEMENTATIONS
 from tests.kernels.problems import PROBLEMS, Shape, Values
+from tests.kernels.values import GATE, VARIANTS, relative_error
 
 IMPLEMENTATIONS_TESTED = ("cpu", "cuda")
-# |difference| over |reference| as norms. float64 decides; lower precision is held to its own rounding.
-GATE = {torch.float64: 1e-12, torch.float32: 3e-6, torch.float16: 2e-3, torch.bfloat16: 1.6e-2}
 PRODUCTS = [name for name in PROBLEMS if "conv1x1" in name]
-
-VARIANTS = {
-    "as it comes": {},
-    "running statistics": {"by_batch": False},
-    "fresh buffer": {"accumulate": False},
-    "no affine": {"affine": False},
-    "whole tiles": {"columns": 32, "extra": 16, "outputs": 48},
-    "odd column": {"before": 3},
-    "one pixel wide": {"images": 5, "height": 2, "width": 1},
-    "single channel": {"columns": 1, "outputs": 1, "extra": 0},
-    "several tiles": {"images": 3, "height": 8, "width": 8, "columns": 70, "outputs": 70, "extra": 10},
-    "float32": {"dtype": torch.float32},
-    "float16": {"dtype": torch.float16},
-    "bfloat16": {"dtype": torch.bfloat16},
-}
 
 
 def assert_solved(name: str, implementation: str, shape: Shape) -> None:
@@ -48,13 +32,6 @@ def assert_solved(name: str, implementation: str, shape: Shape) -> None:
     for quantity, truth in problem.expected.items():
         error = relative_error(produced[quantity], truth)
         assert error <= GATE[shape.dtype], f"{name} by {implementation}: {quantity} is off by {error:.1e}"
-
-
-def relative_error(value: Tensor, truth: Tensor) -> float:
-    """|value - truth| / |truth| as norms (of what is zero, absolutely); NaN anywhere is infinitely wrong."""
-    assert value.shape == truth.shape
-    error = float((value.double() - truth).norm() / (truth.norm() or 1))
-    return math.inf if math.isnan(error) else error
 
 
 def interpreted() -> bool:

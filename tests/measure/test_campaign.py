@@ -1,0 +1,143 @@
+"""The script that runs everything on a GPU: what it starts, in which order, for how long, and what it keeps.
+
+Here it starts a stand-in for Python that notes its arguments, and one for `timeout` that notes the seconds.
+"""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import tarfile
+from pathlib import Path
+
+import pytest
+
+PYTHON = """#!/usr/bin/env bash
+case "$*" in
+    *device_name*) echo "$FAKE_DEVICE" ;;
+    *environment*) echo '{}' ;;
+    *pytest*)
+        echo "$*" >>"$FAKE_NOTES"
+        while [ $# -gt 0 ]; do
+            case $1 in
+                --junitxml) echo '<xml/>' >"$2" ;;
+                --densebench-out) echo '{}' >>"$2/cases.jsonl" ;;
+            esac
+            shift
+        done
+        head -c "${FAKE_LOG:-10}" /dev/zero
+        [ -n "${FAKE_KILL:-}" ] && kill -TERM "$PPID"
+        exit "${FAKE_EXIT:-0}" ;;
+esac
+"""
+TIMEOUT = """#!/usr/bin/env bash
+echo "$3" >>"$FAKE_NOTES.seconds"
+exec "${@:4}"
+"""
+
+
+class Campaign:
+    """Runs the script with stand-ins; LIMIT is 900 seconds a stage."""
+
+    def __init__(self, repository: Path, folder: Path) -> None:
+        self.script = repository / "benchmarks" / "gpu_campaign.sh"
+        self.out, self.notes = folder / "out", folder / "notes"
+        for name, text in (("python", PYTHON), ("timeout", TIMEOUT)):
+            (folder / name).write_text(text)
+            (folder / name).chmod(0o755)
+        self.environment = {
+            **os.environ,
+            "PATH": f"{folder}:{os.environ['PATH']}",
+            "PYTHON": str(folder / "python"),
+            "FAKE_NOTES": str(self.notes),
+            "LIMIT": "900",
+        }
+
+    def run(self, *stages: str, device: str = "cuda", **changes: str) -> tuple[list[str], list[int], str]:
+        """What pytest was started with, for how many seconds at most, and what was said."""
+        for path in (self.notes, Path(f"{self.notes}.seconds")):
+            path.write_text("")
+        done = subprocess.run(
+            [self.script, "--device", device, self.out, *stages],
+            env={**self.environment, "FAKE_DEVICE": "Some GPU", **changes},
+            capture_output=True,
+            text=True,
+            check=False,
+        )
+        assert done.stderr == ""
+        seconds = [int(line) for line in Path(f"{self.notes}.seconds").read_text().splitlines()]
+        return self.notes.read_text().splitlines(), seconds, done.stdout
+
+    def kept(self) -> set[str]:
+        with tarfile.open(self.out / "evidence.tar.gz") as archive:
+            return {name.removeprefix("./") for name in archive.getnames()}
+
+
+@pytest.fixture
+def campaign(repository: Path, tmp_path: Path) -> Campaign:
+    return Campaign(repository, tmp_path)
+
+
+def test_correctness_comes_file_by_file(campaign: Campaign) -> None:
+    started, seconds, _ = campaign.run("correctness")
+    files = ["processes", "operators", "operators", "memory", "memory", "graphs", "networks"]
+    assert [line.split()[2] for line in started[:-1]] == [
+        f"tests/gpu/test_{name}.py" + ("::test_host_is_faster_than_the_device" if i == 4 else "")
+        for i, name in enumerate(files)
+    ]
+    assert started[-1].split()[2:4] == ["tests", "--ignore=tests/gpu"]
+    assert all("--require-gpu" in line for line in started)
+    assert all(("-m gpu and not nightly" in line) == (i != 4) for i, line in enumerate(started))
+    assert [" -n " in line for line in started] == [True, True, False, False, False, True, True, True]
+    assert "-k not 2_31" in started[1]
+    assert "-k 2_31 or large_buffers" in started[2]
+    assert all(100 < limit < 900 for limit in seconds[:-1])  # none has the time of all
+    assert seconds[-1] > 880
+
+
+def test_what_is_left_has_all_the_time(campaign: Campaign) -> None:
+    campaign.run("correctness")
+    (campaign.out / "correctness" / "networks.done").unlink()
+    started, seconds, said = campaign.run("correctness")
+    assert len(started) == 1
+    assert seconds[0] > 880
+    assert said.count("done before") == 7
+
+
+def test_what_was_done_on_another_device_is_done_again(campaign: Campaign) -> None:
+    assert len(campaign.run("kernels")[0]) == 1
+    assert campaign.run("kernels")[0] == []
+    assert len(campaign.run("kernels", FAKE_DEVICE="Another GPU")[0]) == 1
+    assert (campaign.out / "kernels" / "kernels.done").read_text().strip().endswith("on Another GPU")
+
+
+def test_no_predictions_are_made_on_the_gpu(campaign: Campaign) -> None:
+    started, _, _ = campaign.run("networks")
+    selections = [line.split(" -k ")[1].split(" --benchmark-only")[0] for line in started]
+    assert selections[-1] == "(test_step or test_memory) and not test_predicted"
+    assert selections[-2] == "test_step and compiled"
+    assert all(selection.startswith("test_step") for selection in selections[:-1])
+    assert "and not compiled" in selections[0]
+
+
+def test_one_archive_holds_what_is_worth_keeping(campaign: Campaign) -> None:
+    campaign.run("correctness", "kernels")
+    assert {
+        "summary.txt",
+        "kernels/cases.jsonl",
+        "kernels/kernels.log",
+        "correctness/large-buffers.xml",
+    } < campaign.kept()
+    assert "correctness/environment.json" in campaign.kept()
+    assert not any(name.endswith(".done") for name in campaign.kept())
+    campaign.run("networks", FAKE_LOG="2000000", FAKE_EXIT="1")
+    kept = campaign.kept()
+    assert "networks/cases.jsonl" in kept  # also when the stage failed
+    assert not any(name.startswith("networks/") and name.endswith(".log") for name in kept)
+
+
+def test_an_interrupted_campaign_leaves_its_archive(campaign: Campaign) -> None:
+    started, _, said = campaign.run("kernels", "networks", FAKE_KILL="1")
+    assert len(started) == 1
+    assert "page:" not in said  # it ended there
+    assert "kernels/cases.jsonl" in campaign.kept()
