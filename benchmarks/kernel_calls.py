@@ -1,13 +1,24 @@
 """The contenders of the kernel benchmark: each makes, of operands, a call that is ready to be timed.
 
-"ours" is the operator. "eager" is what the naive network does in its place: batch norm in training mode, ReLU,
-1x1 convolution or pooling, as modules on a dense channels-last map (the concatenation that makes this map is left
-out), and the backward that autograd makes of them; where the operator adds to a gradient buffer, so does eager.
-"compiled" is `torch.compile` of the same. "cudnn" is cuDNN's fused operation, see `benchmarks.kernel_cudnn`.
+"ours" is the operator. It is given the batch statistics of its operand, as the layer before has computed them; a
+forward product takes those of its result on the way out. The gradient that its backward leaves includes the terms
+of the statistics, except for what it defers to the next operator.
+
+"eager" is what the naive network does in its place: batch norm in training mode, ReLU, 1x1 convolution or pooling,
+as modules on a dense channels-last map (the concatenation that makes this map is left out), and the backward that
+autograd makes of them; where the operator adds to a gradient buffer, so does eager. Its time includes the
+statistics of the operand, which cost ours nothing here. "compiled" is `torch.compile` of the same.
+
+"given_statistics" is eager with a norm in evaluation mode, given mean and variance as ours is: neither computes
+the operand's statistics, so this is the comparison of the rest. It takes no statistics of its result, and its
+backward has no terms of the statistics: it does less than ours. (That backward is checked against its own truth.)
+
+"cudnn" is cuDNN's fused operation, see `benchmarks.kernel_cudnn`.
 """
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -41,11 +52,13 @@ class Call:
         run: calls it once.
         results: what the call computed; right for the first call only, where calls accumulate.
         touched: what it reads, and what it writes once more.
+        again: makes the same call on other operands with what was built, and compiled, for this one.
     """
 
     run: Callable[[], object]
     results: Callable[[], Results]
     touched: tuple[Tensor, ...] = ()
+    again: Callable[[Operands], Call] | None = None
 
     @property
     def floor_bytes(self) -> int:
@@ -129,8 +142,17 @@ def _our_backward(operator: str, function: Any, operands: Operands) -> Call:
 
 def eager(operator: str, copies: Sequence[Operands]) -> list[Call]:
     """What PyTorch does in the operator's place, in the operands' dtype."""
-    plain = _plain(operator, copies[0])
-    return [_plain_call(operator, operands, plain) for operands in copies]
+    return _plain_calls(operator, copies, _plain(operator, copies[0]))
+
+
+def given_statistics(operator: str, copies: Sequence[Operands]) -> list[Call]:
+    """Eager with a norm that is given its mean and variance."""
+    network = _modules(operator, copies[0])
+    norm, given = network[0], copies[0].norm()
+    norm.running_mean.copy_(given.mean)
+    norm.running_var.copy_(given.var)
+    norm.eval()
+    return _plain_calls(operator, copies, network)
 
 
 def compiled(operator: str, copies: Sequence[Operands]) -> list[Call]:
@@ -141,7 +163,14 @@ def compiled(operator: str, copies: Sequence[Operands]) -> list[Call]:
     plain = torch.compile(_plain(operator, copies[0]), dynamic=False)
     with config.patch(donated_buffer=False):  # backward is run more than once
         _plain_call(operator, copies[0].copied(), plain).run()
-    return [_plain_call(operator, operands, plain) for operands in copies]
+    return _plain_calls(operator, copies, plain)
+
+
+def _plain_calls(operator: str, copies: Sequence[Operands], plain: Any) -> list[Call]:
+    def again(operands: Operands) -> Call:
+        return _plain_call(operator, operands, plain)
+
+    return [dataclasses.replace(again(operands), again=again) for operands in copies]
 
 
 def _plain(operator: str, operands: Operands) -> Any:
@@ -182,7 +211,7 @@ def _plain_function(operator: str, operands: Operands, plain: Any) -> Call:
     return Call(run, lambda: dict(zip(names, found, strict=True)))
 
 
-def _modules(operator: str, operands: Operands) -> nn.Module:
+def _modules(operator: str, operands: Operands) -> Any:
     """The naive network's modules in the operator's place; a norm's parameters keep the accumulating dtype."""
     x, shape = operands.x, operands.geometry
     norm = nn.BatchNorm2d(shape.columns, eps=EPS, device=x.device, dtype=operands.gamma.dtype)

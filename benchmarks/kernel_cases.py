@@ -17,6 +17,7 @@ PRODUCT, PRODUCT_BACKWARD = "bn_relu_conv1x1", "bn_relu_conv1x1_backward"
 PRODUCTS = (PRODUCT, PRODUCT_BACKWARD)  # of every layer
 OF_BOTTLENECKS = ("bn_relu", "bn_relu_backward")  # the operand of the 3x3 convolution, [M, 128]
 OF_NEW_CHANNELS = ("channel_statistics", "settled_gradient")  # [M, 32], columns of the block's buffer
+WITH_GIVEN_STATISTICS = (*PRODUCTS, *OF_BOTTLENECKS)  # operators that are also timed against a norm given its own
 STEM_POOLS = ("bn_relu_max_pool", "bn_relu_max_pool_backward")
 TRANSITION_POOLS = ("bn_relu_avg_pool", "bn_relu_avg_pool_backward")
 POOLS = (*STEM_POOLS, *TRANSITION_POOLS)
@@ -154,7 +155,7 @@ def _case(
 
 
 def _group(case: Case, compiled: bool = True) -> Group:
-    contenders = ["ours", "eager"]
+    contenders = ["ours", "eager", *(["given_statistics"] if case.model in WITH_GIVEN_STATISTICS else [])]
     if compiled:
         contenders.append("compiled")
     if case.device == "cuda" and case.model == PRODUCT:

@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-import gc
-import itertools
+import functools
 import math
 import time
 from collections.abc import Callable, Sequence
@@ -13,17 +12,19 @@ from dataclasses import asdict
 import torch
 
 from benchmarks.cases import Group
-from benchmarks.kernel_calls import Call, Results, compiled, eager, ours
+from benchmarks.kernel_cache import Rotation, cold_clock, copies, other_operand
+from benchmarks.kernel_calls import Call, Results, compiled, eager, given_statistics, ours
 from benchmarks.kernel_cases import PRODUCT, PRODUCTS
 from benchmarks.kernel_cudnn import cudnn
 from benchmarks.kernel_cudnn import missing as cudnn_missing
 from benchmarks.kernel_operands import Operands
-from densebench.measure.ceilings import device_seconds, measure_ceilings
+from densebench.measure.ceilings import measure_ceilings
 from densebench.measure.deadline import TIMEOUT_SECONDS, deadline
+from densebench.measure.device import LOST, DeviceLostError, release_memory, was_never_tried
 from densebench.measure.environment import environment, identity
 from densebench.measure.nvml import Nvml, facts_while_repeating
 from densebench.measure.outcome import Outcome
-from densebench.measure.timing import Effort, host_seconds, time_in_turns
+from densebench.measure.timing import Effort, Turns, host_seconds, time_in_turns
 from densebench.measure.validation import FLOORS, Verdict
 from densebench.results import Case, Record, RunStore, latest
 from densebench.statistics import summarize, unsteady
@@ -31,14 +32,12 @@ from densebench.statistics import summarize, unsteady
 CONTENDERS: dict[str, Callable[[str, Sequence[Operands]], list[Call]]] = {
     "ours": ours,
     "eager": eager,
+    "given_statistics": given_statistics,
     "compiled": compiled,
     "cudnn": cudnn,
 }
 MISSING: dict[str, Callable[[], str | None]] = {"cudnn": cudnn_missing}
 ERROR_FACTOR = 2.0  # as densebench.measure.validation: at most twice the error of eager, or the dtype's floor
-CPU_CACHE_BYTES = 32 * 2**20  # PyTorch does not say; the last level of common server processors, for one process
-CACHES = 2  # operands of so many times the cache go by before the same come again
-MOST_COPIES = 48
 CLOCK_SECONDS = 0.2  # for the clocks and throttling under this load; energy takes longer loops
 
 
@@ -48,7 +47,7 @@ class KernelRunner:
     Args:
         store: where records go, a group at a time.
         effort: how long to time.
-        resume: take over what the store holds of the same commit and environment.
+        resume: take over what the store holds of the same source and environment.
         progress: called with one line for each group that is begun.
     """
 
@@ -61,25 +60,27 @@ class KernelRunner:
         self.done = _already_measured(store) if resume else {}
 
     def measure(self, group: Group) -> list[Record]:
-        """One record a case of the group; a group of which anything is missing is measured whole."""
+        """One record a case of the group; a group of which anything is missing is measured whole.
+
+        But for a case that hung or took the device with it: that is left alone until the source changes.
+
+        Raises:
+            DeviceLostError: if a case makes the device unusable; all of the group have records then.
+        """
         if any(case.key() not in self.done for case in group.cases):
             self.progress(f"kernel {group.name}")
-            outcomes = [Outcome(case) for case in group.cases]
-            _measure(outcomes, group.name, self.effort)
-            for one in outcomes:
-                self.done[one.key] = self.store.append(_record(one))
+            held = {key for key, record in self.done.items() if record.status in ("crash", "timeout")}
+            outcomes = [Outcome(case) for case in group.cases if case.key() not in held]
+            environment(group.cases[0].device)  # known from now on: a device that is lost would not tell
+            try:
+                _measure(outcomes, group.name, self.effort)
+                records = [_record(one) for one in outcomes]
+            except DeviceLostError as error:
+                for record in _given_up(outcomes, error):
+                    self.done[record.case.key()] = self.store.append(record)
+                raise
+            self.done |= {record.case.key(): self.store.append(record) for record in records}
         return [self.done[case.key()] for case in group.cases]
-
-
-class Rotation:
-    """A step that runs one call after the other, so that each finds its operands out of the cache."""
-
-    def __init__(self, calls: Sequence[Call]) -> None:
-        self.calls = calls
-        self._next = itertools.cycle(call.run for call in calls)
-
-    def __call__(self) -> object:
-        return next(self._next)()
 
 
 class Subject:
@@ -93,6 +94,7 @@ class Subject:
         self.operator, self.floor = case.model, FLOORS[getattr(torch, case.dtype)]
         self._operands = Operands.draw(case)
         self._truth = exact_results(self.operator, self._operands)
+        self._truth_given: Results | None = None
         self._own = relative_errors(self.first_results("eager"), self._truth)
         self.floor_bytes = ours(self.operator, self.fresh(1))[0].floor_bytes
 
@@ -106,9 +108,9 @@ class Subject:
         call.run()
         return call.results()
 
-    def judge(self, results: Results) -> Verdict:
+    def judge(self, results: Results, contender: str = "eager") -> Verdict:
         """Errors may be twice eager's own, or reach the floor of the dtype."""
-        errors = relative_errors(results, self._truth)
+        errors = relative_errors(results, self._truth_of(contender))
         largest = max(errors.values())
         for name, error in errors.items():
             own = self._own.get(name, 0.0)
@@ -117,10 +119,20 @@ class Subject:
                 return Verdict(known, f"{name} is off by {error:.1e} (eager: {own:.1e})")
         return Verdict(largest, None)
 
+    def _truth_of(self, contender: str) -> Results:
+        """Backward through a norm that is given its statistics is another function of the same operands."""
+        if contender != "given_statistics":
+            return self._truth
+        if self._truth_given is None:
+            self._truth_given = exact_results(self.operator, self._operands, given_statistics)
+        return self._truth_given
 
-def exact_results(operator: str, operands: Operands) -> Results:
+
+def exact_results(
+    operator: str, operands: Operands, contender: Callable[[str, Sequence[Operands]], list[Call]] = eager
+) -> Results:
     """What an operator computes, by eager in float64; with the statistics of a product."""
-    (call,) = eager(operator, [operands.copied(torch.float64)])
+    (call,) = contender(operator, [operands.copied(torch.float64)])
     call.run()
     results = call.results()
     if "out" in results:
@@ -144,14 +156,6 @@ def relative_errors(values: Results, truth: Results) -> dict[str, float]:
     return errors
 
 
-def copies(case: Case, floor_bytes: int) -> int:
-    """How many sets of operands a contender goes through before the first comes again."""
-    cache = CPU_CACHE_BYTES
-    if case.device == "cuda":
-        cache = torch.cuda.get_device_properties(torch.cuda.current_device()).L2_cache_size
-    return max(2, min(MOST_COPIES, -(-CACHES * cache // floor_bytes)))
-
-
 def _measure(outcomes: list[Outcome], group: str, effort: Effort) -> None:
     """Fill in what becomes of the cases of a group."""
     try:
@@ -160,25 +164,28 @@ def _measure(outcomes: list[Outcome], group: str, effort: Effort) -> None:
         for one in outcomes:
             one.fail(error)
         return
+    other = other_operand(outcomes[0].case, subject.floor_bytes)
     for one in outcomes:
-        _attempt(one, lambda one: _prepare(one, subject))
+        _attempt(one, functools.partial(_prepare, subject=subject, other=other))
+    again = {one.key: one.step.calls[0].again for one in outcomes if isinstance(one.step, Rotation)}
     steps = {one.key: one.step for one in outcomes if one.step is not None}
     device = torch.device(outcomes[0].case.device)
-    turns = time_in_turns(steps, device, effort, device_seconds if device.type == "cuda" else None)
-    for one in outcomes:
-        if one.key in turns.failures:
-            one.fail(turns.failures[one.key])
-        elif one.key in turns.samples:
-            samples = turns.samples[one.key]
-            _attempt(one, lambda one, samples=samples: _fill(one, samples, group))  # type: ignore[misc]
-            one.step = None
+    turns = time_in_turns(steps, device, effort, cold_clock(device))
     steps.clear()
+    by_key = {one.key: one for one in outcomes}
+    for key, error in turns.failures.items():  # in their order: if the device is lost, the first lost it
+        by_key[key].fail(error)
+        _answers(by_key[key])
+    for one in outcomes:
+        if one.key in turns.samples:
+            _attempt(one, functools.partial(_fill, turns=turns, group=group))
+            one.step = None
     for one in outcomes:
         if "time_s" in one.fields:
-            _attempt(one, lambda one: _check_again(one, subject))
+            _attempt(one, functools.partial(_check_again, subject=subject, again=again[one.key]))
 
 
-def _prepare(one: Outcome, subject: Subject) -> None:
+def _prepare(one: Outcome, subject: Subject, other: torch.Tensor | None) -> None:
     """Check a contender; if it is right, warm it up."""
     case = one.case
     lacking = MISSING.get(case.strategy, lambda: None)()
@@ -189,29 +196,38 @@ def _prepare(one: Outcome, subject: Subject) -> None:
     if case.strategy == "compiled":
         one.fields["compile_s"] = time.perf_counter() - start
     calls[0].run()
-    verdict = subject.judge(calls[0].results())
+    verdict = subject.judge(calls[0].results(), case.strategy)
     one.fields["max_error_vs_reference"] = verdict.error
     if verdict.wrong is not None:
         return one.end("incorrect", verdict.wrong)
     for call in calls[1:]:
         call.run()
-    one.step = Rotation(calls)
+    one.step = Rotation(calls, other)
     one.fields |= {"bytes_moved": subject.floor_bytes, "flops_executed": _flops(case)}
     return None
 
 
-def _check_again(one: Outcome, subject: Subject) -> None:
-    """A contender that is no longer right after many calls has no time either."""
-    verdict = subject.judge(subject.first_results(one.case.strategy))
+def _check_again(one: Outcome, subject: Subject, again: Callable[[Operands], Call] | None) -> None:
+    """A contender that is no longer right after many calls has no time either.
+
+    It is what was timed that is called once more, on fresh operands; nothing is compiled a second time.
+    """
+    if again is None:
+        results = subject.first_results(one.case.strategy)
+    else:
+        call = again(subject.fresh(1)[0])
+        call.run()
+        results = call.results()
+    verdict = subject.judge(results, one.case.strategy)
     if verdict.wrong is not None:
         del one.fields["time_s"]
         one.end("incorrect", f"after many calls, {verdict.wrong}")
 
 
-def _fill(one: Outcome, samples: Sequence[float], group: str) -> None:
+def _fill(one: Outcome, turns: Turns, group: str) -> None:
     assert one.step is not None
-    device, timing = torch.device(one.case.device), summarize(samples)
-    one.fields |= {"time_s": timing, "group": group}
+    device, timing = torch.device(one.case.device), summarize(turns.samples[one.key])
+    one.fields |= {"time_s": timing, "group": group, "turns": turns.token}
     if one.fields["flops_executed"]:
         one.fields["tflops_s"] = one.fields["flops_executed"] / timing.median / 1e12
     noise = unsteady(timing)
@@ -231,16 +247,35 @@ def _flops(case: Case) -> int | None:
 
 
 def _attempt(one: Outcome, work: Callable[[Outcome], object]) -> None:
-    """Do some work for a case; what goes wrong becomes its status."""
+    """Do some work for a case; what goes wrong becomes its status.
+
+    Raises:
+        DeviceLostError: if it leaves the device unusable.
+    """
     try:
         with deadline(TIMEOUT_SECONDS):
             work(one)
     except Exception as error:  # a failing contender is a result, and the next one must run
         one.fields.pop("time_s", None)
         one.fail(error)
-    gc.collect()  # outside the handler, where no frame of the failure holds tensors
-    if one.case.device == "cuda" and torch.cuda.is_available():
-        torch.cuda.empty_cache()
+    _answers(one)  # outside the handler, where no frame of the failure holds tensors
+
+
+def _answers(one: Outcome) -> None:
+    said = release_memory(one.case.device)
+    if said is not None:
+        raise DeviceLostError(one.case, said)
+
+
+def _given_up(outcomes: Sequence[Outcome], error: DeviceLostError) -> list[Record]:
+    """Records of a group when the device is lost: whose doing it was, and who is to be measured again."""
+    for one in outcomes:
+        one.fields.pop("time_s", None)  # nobody can check again what was timed
+        if one.key == error.case.key():
+            one.end("crash", str(error))
+        else:
+            one.end("skipped", f"{LOST} by {error.case.strategy} before its turn was over")
+    return [one.record() for one in outcomes]
 
 
 def _record(one: Outcome) -> Record:
@@ -253,11 +288,12 @@ def _record(one: Outcome) -> Record:
 
 
 def _already_measured(store: RunStore) -> dict[str, Record]:
-    """What a store holds of the same commit and environment, but for what may go better next time."""
+    """What a store holds of the same source and environment, but for what may go better next time."""
     return {
         record.case.key(): record
         for record in latest(store.read())
         if record.case.kind == "kernel"
-        and record.status not in ("error", "crash", "timeout")
+        and record.status != "error"
+        and not was_never_tried(record)
         and identity(record.environment) == identity(environment(record.case.device))
     }

@@ -65,7 +65,7 @@ def time_in_turns(
     Args:
         clock: seconds that one call of a step takes; the device's own if None.
     """
-    clock = clock or (_cuda_seconds if device.type == "cuda" else _cpu_seconds)
+    clock = clock or (_cuda_seconds if device.type == "cuda" else cpu_seconds)
     turns = Turns({name: [] for name in steps}, {})
     _round(steps, steps, turns, lambda step: step())
     while waiting := [name for name, times in turns.samples.items() if not _enough(times, effort)]:
@@ -92,7 +92,8 @@ def _enough(times: list[float], effort: Effort) -> bool:
     return len(times) >= effort.rounds or (len(times) >= effort.least and sum(times) >= effort.seconds)
 
 
-def _cpu_seconds(step: Step) -> float:
+def cpu_seconds(step: Step) -> float:
+    """Seconds by the host's clock that one step takes."""
     start = time.perf_counter()
     step()
     return elapsed(start, time.perf_counter())
@@ -131,6 +132,6 @@ def host_seconds(step: Step, device: torch.device, repeats: int = 5) -> float | 
     times = []
     for _ in range(repeats):
         torch.cuda.synchronize()
-        times.append(_cpu_seconds(step))
+        times.append(cpu_seconds(step))
     torch.cuda.synchronize()
     return min(times)

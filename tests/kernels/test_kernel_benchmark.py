@@ -9,14 +9,24 @@ from pathlib import Path
 import pytest
 import torch
 
-from benchmarks import kernel_runs
+from benchmarks import kernel_cache, kernel_runs
 from benchmarks.cases import Group
-from benchmarks.kernel_calls import Call, Results, eager, ours
-from benchmarks.kernel_cases import BLOCKS, POOLS, PRODUCT, PRODUCTS, geometry, kernel_groups
+from benchmarks.kernel_cache import Rotation, cold_clock, copies, other_operand
+from benchmarks.kernel_calls import Call, Results, eager, given_statistics, ours
+from benchmarks.kernel_cases import (
+    BLOCKS,
+    POOLS,
+    PRODUCT,
+    PRODUCTS,
+    WITH_GIVEN_STATISTICS,
+    geometry,
+    kernel_groups,
+)
 from benchmarks.kernel_operands import Operands
-from benchmarks.kernel_runs import CONTENDERS, KernelRunner, Rotation, Subject, exact_results, relative_errors
+from benchmarks.kernel_runs import CONTENDERS, KernelRunner, Subject, exact_results, relative_errors
 from densebench.kernels.library import IMPLEMENTATIONS
 from densebench.measure import ceilings
+from densebench.measure.device import DeviceLostError
 from densebench.measure.timing import Effort
 from densebench.report.kernels import failures, operators
 from densebench.results import Case, RunStore
@@ -43,7 +53,8 @@ def group_of(*cases: Case) -> Group:
 @pytest.fixture
 def runner(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> KernelRunner:
     monkeypatch.setattr(kernel_runs, "measure_ceilings", lambda device, dtype: CEILINGS)
-    monkeypatch.setattr(kernel_runs, "MOST_COPIES", 2)
+    monkeypatch.setattr(kernel_cache, "MOST_COPIES", 2)
+    monkeypatch.setattr(kernel_cache, "CPU_CACHE_BYTES", 2**16)
     return KernelRunner(RunStore(tmp_path), SHORT, progress=lambda line: None)
 
 
@@ -56,6 +67,36 @@ def test_ours_and_eager_compute_the_same(operator: str, dtype: str) -> None:
         verdict = subject.judge(results)
         assert verdict.wrong is None, f"{contender}: {verdict.wrong}"
         assert all(float(value.double().norm()) > 0 for value in results.values())
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("operator", WITH_GIVEN_STATISTICS)
+def test_given_statistics_computes_the_same_without_taking_any(operator: str, dtype: str) -> None:
+    """Forward it is held against the same truth; backward the terms of the statistics are missing."""
+    subject = Subject(small(operator, dtype))
+    results = subject.first_results("given_statistics")
+    assert subject.judge(results, "given_statistics").wrong is None
+    as_eager = subject.judge(results).wrong
+    assert (as_eager is not None) == operator.endswith("backward")
+    spoiled = {name: value * 1.5 for name, value in results.items()}
+    assert subject.judge(spoiled, "given_statistics").wrong is not None
+
+
+def test_given_statistics_are_those_of_the_operand() -> None:
+    operands = Operands.draw(small("bn_relu"))
+    (call,) = given_statistics("bn_relu", [operands])
+    operands.x.add_(1.0)  # by its own statistics the norm would not change
+    call.run()
+    assert call.again is not None
+    other = call.again(operands)
+    other.run()
+    assert not torch.allclose(call.results()["out"], other.results()["out"])
+    assert {
+        g.cases[0].model
+        for g in kernel_groups("default", "cuda")
+        for c in g.cases
+        if c.strategy == "given_statistics"
+    } == set(WITH_GIVEN_STATISTICS)
 
 
 @pytest.mark.parametrize("operator", OPERATORS)
@@ -97,7 +138,7 @@ def test_shapes_are_those_of_densenet121(kind: str) -> None:
 
 def test_the_quick_run_on_a_cpu_compiles_nothing() -> None:
     cases = [case for group in kernel_groups("quick", "cpu") for case in group.cases]
-    assert {case.strategy for case in cases} == {"ours", "eager"}
+    assert {case.strategy for case in cases} == {"ours", "eager", "given_statistics"}
     assert {case.options["block"] for case in cases} == {1}
     assert kernel_groups("tiny", "cpu") == kernel_groups("tiny", "cuda") == ()
 
@@ -204,6 +245,87 @@ def test_rotation_takes_the_operands_in_turns() -> None:
     for _ in range(5):
         step()
     assert order == [0, 1, 2, 0, 1]
+
+
+def test_what_fits_into_the_cache_is_pushed_out_of_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Twice the cache goes by between two calls on the same operands: copies, or else other memory."""
+    case = small("bn_relu")
+    monkeypatch.setattr(kernel_cache, "CPU_CACHE_BYTES", 1000)
+    monkeypatch.setattr(kernel_cache, "MOST_COPIES", 8)
+    for floor, count, other in [(5000, 2, 0), (400, 5, 0), (250, 8, 0), (100, 8, 2000)]:
+        assert copies(case, floor) == count
+        buffer = other_operand(case, floor)
+        assert (0 if buffer is None else buffer.nbytes) == other
+        assert other or count * floor >= 2000
+
+
+def test_the_cache_is_cleared_before_the_clock_starts() -> None:
+    other, seen = torch.ones(4), []
+    step = Rotation([Call(lambda: seen.append(other.tolist()), dict)], other)
+    assert cold_clock(torch.device("cpu"))(step) > 0
+    assert seen == [[0.0] * 4]
+    Rotation([Call(lambda: None, dict)]).clear_cache()
+
+
+def test_what_was_timed_is_checked_again_without_being_built_again(
+    runner: KernelRunner, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A compiler would take its time for that; and what it then made was not what was timed."""
+    built: list[int] = []
+    checked: list[Operands] = []
+
+    def watched(operator: str, operands: list[Operands]) -> list[Call]:
+        built.append(len(operands))
+        (first, *rest) = eager(operator, operands)
+        again = first.again
+        assert again is not None
+
+        def noted(fresh: Operands) -> Call:
+            checked.append(fresh)
+            call = again(fresh)
+            return dataclasses.replace(call, results=lambda: {k: 2 * v for k, v in call.results().items()})
+
+        return [dataclasses.replace(first, again=noted), *rest]
+
+    monkeypatch.setattr(kernel_runs, "CONTENDERS", {**CONTENDERS, "watched": watched})
+    (record,) = runner.measure(group_of(small("bn_relu", strategy="watched")))
+    assert (len(built), len(checked)) == (1, 1)
+    assert record.status == "incorrect"
+    assert str(record.reason).startswith("after many calls, out is off by")
+    assert record.time_s is None
+
+
+def test_contenders_of_one_group_share_their_turns(runner: KernelRunner) -> None:
+    cases = [small("bn_relu", strategy=name) for name in ("ours", "eager", "given_statistics")]
+    first, second = ({r.turns for r in runner.measure(group_of(*cases))}, set[str]())
+    runner.done.clear()
+    second = {r.turns for r in runner.measure(group_of(*cases))}
+    assert len(first) == len(second) == 1
+    assert first != second
+    assert None not in first
+
+
+def test_a_lost_device_leaves_records_and_is_not_lost_again(
+    runner: KernelRunner, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    lost = False
+
+    def fatal(operator: str, operands: list[Operands]) -> list[Call]:
+        nonlocal lost
+        lost = True
+        raise RuntimeError("an illegal memory access was encountered")
+
+    monkeypatch.setattr(kernel_runs, "CONTENDERS", {**CONTENDERS, "fatal": fatal})
+    monkeypatch.setattr(kernel_runs, "release_memory", lambda _: "illegal access" if lost else None)
+    cases = [small("bn_relu", strategy=name) for name in ("eager", "fatal", "ours")]
+    with pytest.raises(DeviceLostError, match="illegal access"):
+        runner.measure(group_of(*cases))
+    assert [r.status for r in runner.store.read()] == ["skipped", "crash", "skipped"]
+    lost = False
+    again = KernelRunner(runner.store, SHORT, resume=True, progress=lambda line: None)
+    records = again.measure(group_of(*cases))
+    assert [record.time_s is not None for record in records] == [True, False, True]
+    assert records[1].status == "crash"
 
 
 def test_nan_is_infinitely_wrong_and_shapes_must_agree() -> None:
