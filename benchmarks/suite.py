@@ -27,7 +27,7 @@ class Suite:
         profile: what could be measured.
         store: where records go.
         isolate: a fresh process for each case; then nothing is timed in turns, and no ratios are formed.
-        resume: take over what the store holds of the same commit and environment.
+        resume: take over what the store holds of the same source and environment.
         progress: called with one line for each thing that is begun.
     """
 

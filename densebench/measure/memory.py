@@ -181,8 +181,12 @@ def _release_cublas_workspaces() -> int:
 
 
 def _requested(when: str) -> int:
-    """Bytes asked of CUDA's allocator, "current" or at their "peak" since it was last reset."""
-    return int(torch.cuda.memory_stats()[f"requested_bytes.all.{when}"])
+    """Bytes asked of CUDA's allocator, "current" or at their "peak" since it was last reset.
+
+    Only PyTorch's own allocator counts what was asked for; of another one (cudaMallocAsync), what it gave.
+    """
+    name = "requested_bytes" if torch.cuda.get_allocator_backend() == "native" else "allocated_bytes"
+    return int(torch.cuda.memory_stats()[f"{name}.all.{when}"])
 
 
 def _reset_host_peak() -> None:

@@ -212,6 +212,7 @@ class FakeAllocator:
                 "requested_bytes.all.peak": self.peak,
             },
             "max_memory_reserved": lambda: self.reserved,
+            "get_allocator_backend": lambda: "native",
             "reset_peak_memory_stats": self.reset,
         }
         for name, fake in fakes.items():
@@ -239,6 +240,13 @@ class FakeAllocator:
     def built(self) -> FakeAllocator:
         self.current += 40  # ten tensors of four bytes; rounded up they would be 5,120
         return self
+
+
+def test_an_allocator_that_does_not_count_what_was_asked_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    stats = {"requested_bytes.all.peak": 0, "allocated_bytes.all.peak": 512}
+    monkeypatch.setattr(torch.cuda, "memory_stats", lambda: stats)
+    monkeypatch.setattr(torch.cuda, "get_allocator_backend", lambda: "cudaMallocAsync")
+    assert memory._requested("peak") == 512
 
 
 def test_on_cuda_neither_rounding_nor_trials_are_charged(monkeypatch: pytest.MonkeyPatch) -> None:

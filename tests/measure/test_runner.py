@@ -254,6 +254,33 @@ def test_a_lost_device_ends_the_run_with_records(
     assert fine.time_s is not None
 
 
+def test_what_compiles_starts_afresh_each_time_and_its_first_step_is_timed(
+    faults: ModuleType, monkeypatch: pytest.MonkeyPatch, runner: Callable[..., Runner]
+) -> None:
+    """Before the first step, the check, the memory and the timing; for the others nothing is forgotten."""
+    events: list[str] = []
+
+    def compile_first() -> None:
+        time.sleep(0.2 if "step" not in events else 0)
+        events.append("step")
+
+    monkeypatch.setitem(faults.ACTS, "fine", compile_first)
+    monkeypatch.setattr(torch._dynamo, "reset", lambda: events.append("reset"))
+    plain = runner().measure([fault_case("fine", batch=2)], "a group")[0]
+    assert "reset" not in events
+    assert plain.compile_s is None
+    events.clear()
+    known = contenders._peers["fine"]
+    monkeypatch.setitem(contenders._peers, "fine", dataclasses.replace(known, compiles=True))
+    (record,) = runner().measure([fault_case("fine")], "a group")
+    assert record.compile_s is not None
+    assert record.compile_s >= 0.2
+    assert events[:4] == ["reset", "step", "reset", "reset"]  # a network of no kind of ours is not checked
+    rest = events[4:]
+    assert rest.count("reset") == 1
+    assert rest.index("reset") > 3  # warm-up, plain step and repeats
+
+
 @pytest.mark.parametrize(("failures", "said"), [(0, None), (1, None), (2, "sticky")])
 def test_the_device_is_asked_whether_it_answers(
     failures: int, said: str | None, monkeypatch: pytest.MonkeyPatch
