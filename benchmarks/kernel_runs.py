@@ -160,11 +160,14 @@ def _measure(outcomes: list[Outcome], group: str, effort: Effort) -> None:
     """Fill in what becomes of the cases of a group."""
     try:
         subject = Subject(outcomes[0].case)
+        other = other_operand(outcomes[0].case, subject.floor_bytes)
     except Exception as error:  # nothing to hold contenders against: none of them gets a time
+        subject = None
         for one in outcomes:
             one.fail(error)
+    if subject is None:
+        _answers(next((one for one in outcomes if one.case.strategy == "eager"), outcomes[0]))  # all that ran
         return
-    other = other_operand(outcomes[0].case, subject.floor_bytes)
     for one in outcomes:
         _attempt(one, functools.partial(_prepare, subject=subject, other=other))
     again = {one.key: one.step.calls[0].again for one in outcomes if isinstance(one.step, Rotation)}

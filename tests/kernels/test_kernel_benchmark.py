@@ -29,7 +29,7 @@ from densebench.measure import ceilings
 from densebench.measure.device import DeviceLostError
 from densebench.measure.timing import Effort
 from densebench.report.kernels import failures, operators
-from densebench.results import Case, RunStore
+from densebench.results import Case, RunStore, latest
 
 OPERATORS = sorted({group.cases[0].model for group in kernel_groups("default", "cpu")})
 SHORT = Effort(rounds=3, seconds=0.1, least=2)
@@ -326,6 +326,23 @@ def test_a_lost_device_leaves_records_and_is_not_lost_again(
     records = again.measure(group_of(*cases))
     assert [record.time_s is not None for record in records] == [True, False, True]
     assert records[1].status == "crash"
+
+
+def test_a_device_lost_by_the_reference_is_not_held_against_ours(
+    runner: KernelRunner, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fatal(case: Case) -> Subject:
+        raise RuntimeError("an illegal memory access was encountered")
+
+    monkeypatch.setattr(kernel_runs, "Subject", fatal)
+    cases = [small("bn_relu", strategy=name) for name in ("ours", "eager")]
+    assert [record.status for record in runner.measure(group_of(*cases))] == ["error", "error"]
+    runner.done.clear()
+    monkeypatch.setattr(kernel_runs, "release_memory", lambda _: "illegal access")
+    with pytest.raises(DeviceLostError) as told:
+        runner.measure(group_of(*cases))
+    assert told.value.case == cases[1]
+    assert [r.status for r in latest(runner.store.read())] == ["skipped", "crash"]
 
 
 def test_nan_is_infinitely_wrong_and_shapes_must_agree() -> None:
