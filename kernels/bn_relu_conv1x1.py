@@ -161,7 +161,7 @@ def _tile(x: Tensor, weight: Tensor, normalizes: bool) -> Tile:
         return Tile(128, 32, outputs, warps=16, stages=4)
     if cdiv(x.shape[0], 64) >= device.multiprocessors:
         return Tile(64, 32, outputs, warps=8, stages=4, registers=128 if fits and outputs <= 128 else None)
-    return Tile(32, 32, outputs, warps=4 if outputs <= 64 else 8, stages=4)
+    return Tile(32, 32, outputs, warps=4 if outputs <= 64 and not normalizes else 8, stages=4)
 
 
 def _cuda(

@@ -27,7 +27,11 @@ VARIANTS = {
 
 
 def relative_error(value: Tensor, truth: Tensor) -> float:
-    """|value - truth| / |truth| as norms (of what is zero, absolutely); NaN anywhere is infinitely wrong."""
+    """|value - truth| / |truth| as norms; NaN anywhere is infinitely wrong.
+
+    Operands are drawn near 1: what is smaller than that on average has cancelled, and is held absolutely.
+    """
     assert value.shape == truth.shape
-    error = float((value.double() - truth).norm() / (truth.norm() or 1))
+    size = max(float(truth.norm()), math.sqrt(truth.numel()))
+    error = float((value.double() - truth).norm()) / (size or 1.0)
     return math.inf if math.isnan(error) else error
