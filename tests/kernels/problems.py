@@ -204,9 +204,9 @@ def _bn_relu_conv1x1(shape: Shape) -> Problem:
     truth = bn_relu_conv1x1.reference(x.double(), doubled(norm), weight.double())
 
     def produced(a: list[Any], _: Any) -> Values:
-        # The statistics are those of the product as stored: held against the product itself.
+        # The statistics are those of the product as stored: held against the product itself, which may be 0.
         mean, var = channel_statistics.reference(a[7].double())
-        return {"out": a[7], "mean": a[8] - mean, "var": a[9] / var - 1}
+        return {"out": a[7], "mean": a[8] - mean, "var": (a[9] - var) / var.clamp_min(1e-30)}
 
     zero = torch.zeros(shape.outputs, dtype=torch.float64)
     return Problem(
