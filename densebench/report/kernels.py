@@ -18,7 +18,7 @@ from densebench.report.selection import device_of
 from densebench.report.tables import Column, Table, build
 from densebench.report.units import STATUS_WORDS, number, precision, times
 from densebench.results import Record
-from densebench.statistics import time_ratio
+from densebench.statistics import ratio_of
 
 BASELINE = "eager"
 SHAPE = ("block", "layer", "rows", "columns", "outputs")
@@ -193,8 +193,8 @@ def _run(record: Record, baseline: Record | None) -> Run:
 def _against(record: Record, baseline: Record | None) -> tuple[float | None, str | None]:
     if baseline is None or baseline is record or record.time_s is None or baseline.time_s is None:
         return None, None
-    if record.group is not None and record.group == baseline.group:
-        ratio = time_ratio(record.time_s.samples, baseline.time_s.samples)
+    ratio = ratio_of(record, baseline)
+    if ratio is not None:
         return ratio.median, ratio_words(ratio)
     plain = record.time_s.median / baseline.time_s.median
     return plain, times(plain)
