@@ -8,6 +8,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 
 from densebench.report.blocks import Prose, Section, Sheet
+from densebench.report.deepest import deepest_tables
 from densebench.report.selection import device_of
 from densebench.report.sources import MAKE_SOME
 from densebench.report.style import Roster, display_name
@@ -61,8 +62,8 @@ def affine(records: Sequence[Record]) -> Affine | None:
     return Affine((last.peak_allocated_bytes or 0) - slope * last.case.batch, slope) if slope > 0 else None
 
 
-def capacity_section(records: Iterable[Record], roster: Roster) -> Section:
-    """The largest batch of a training step for cards of several sizes."""
+def capacity_section(records: Sequence[Record], roster: Roster) -> Section:
+    """The largest batch of a training step for cards of several sizes, and the deepest network."""
     id, title = "capacity", "Largest batch for 8, 16, 24, 40 and 80 GiB"
     tables = [capacity_table(members, roster) for members in settings(records, roster)]
     if not tables:
@@ -75,7 +76,13 @@ def capacity_section(records: Iterable[Record], roster: Roster) -> Section:
         "very batch and the next larger one (or by running them), with the allocator's rounding, cuBLAS's "
         "workspaces and half a GiB for the driver counted in."
     )
-    return Section(id, title, (Prose(text), *map(Sheet, tables)))
+    deepest = deepest_tables(records, roster)
+    most = (
+        [Prose("With the batch fixed, depth grows instead. Found in the same way, without running.")]
+        if deepest
+        else []
+    )
+    return Section(id, title, (Prose(text), *map(Sheet, tables), *most, *map(Sheet, deepest)))
 
 
 def settings(records: Iterable[Record], roster: Roster) -> list[list[Record]]:

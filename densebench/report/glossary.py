@@ -81,7 +81,11 @@ _ENTRIES: tuple[tuple[str, str, str], ...] = (
     ),
     (f"temporaries{_UNIT}", "temporaries", "Released again within forward, or made by backward."),
     ("peak in", "peak in", "The half of the step in which the peak lies."),
-    (r"\d+ GiB", "8 to 80 GiB", "The largest batch that a card with so much memory holds; ≈: estimated."),
+    (
+        r"\d+ GiB",
+        "8 to 80 GiB",
+        "The largest batch, or the most layers, that a card with so much memory holds; ≈: estimated.",
+    ),
     ("known from", "known from", "The batches or cards that the largest batch was found with."),
     (r"img/s at batch \d+", "img/s at batch N", "Images a second at that batch."),
     (f"activation memory of naive{_UNIT}", "activation memory of naive", "As activation memory, of naive."),

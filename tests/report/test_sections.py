@@ -11,6 +11,7 @@ import pytest
 from densebench.report.capacity import affine, capacity_table, settings
 from densebench.report.comparison_tables import main_table, prediction_error, prediction_table
 from densebench.report.context_sections import kernels_section
+from densebench.report.deepest import deepest_tables
 from densebench.report.figure_prediction import both
 from densebench.report.glossary import explain
 from densebench.report.kernels import failures, operator_table, operators, overview_table
@@ -30,6 +31,7 @@ from tests.report.records import (
     gpu_run,
     kernel_records,
     make_case,
+    make_record,
     timed,
 )
 
@@ -179,3 +181,21 @@ def test_an_unknown_strategy_has_a_place_in_the_table() -> None:
     table = main_table(comparisons(records, Roster.of(records))[0])
     assert _cells(table, "brand_new")["memory against naive"].startswith("0.25")
     assert _cells(table, "brand_new")["verdict"] == "↑ faster"
+
+
+def test_deepest_networks() -> None:
+    """By capacity; where the search ended before the memory did, the table says so."""
+
+    def found(name: str, gib: int, depth: int, reason: str | None = None) -> Record:
+        options = {"capacity_gib": gib, "depth": depth, "growth_rate": 40}
+        case = make_case(name, kind="deepest", model="densenet_bc", batch=64, options=options)
+        return dataclasses.replace(make_record(case), reason=reason)
+
+    ended = found("fused", 80, 1000, "1000 layers fit; no deeper network was traced")
+    records = [found("fused", 12, 742), found("naive", 80, 388), found("naive", 12, 130), ended]
+    (table,) = deepest_tables(records, Roster.of(records))
+    assert [row[0] for row in table.rows] == ["naive", "fused"]
+    assert _cells(table, "naive") == {"contender": "naive", "12 GiB": "130", "80 GiB": "388"}
+    assert _cells(table, "fused") == {"contender": "fused", "12 GiB": "742", "80 GiB": "1,000 or more"}
+    assert "growth_rate=40" in table.caption
+    assert "depth" not in table.caption

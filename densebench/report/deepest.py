@@ -1,0 +1,74 @@
+"""The deepest network that trains in memories of several sizes, from searches by `densebench.prediction`."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Sequence
+from dataclasses import replace
+
+from densebench.report.selection import device_of
+from densebench.report.style import Roster, display_name
+from densebench.report.tables import Column, Table, build
+from densebench.report.units import setting_words
+from densebench.results import Record
+
+SEARCHED_FOR = ("capacity_gib", "depth")
+
+
+def deepest_tables(records: Iterable[Record], roster: Roster) -> list[Table]:
+    """A table for each network that was searched: the most layers of each contender by capacity in GiB."""
+    networks: dict[str, list[Record]] = {}
+    for record in records:
+        options = record.case.options
+        if record.case.kind == "deepest" and all(isinstance(options.get(name), int) for name in SEARCHED_FOR):
+            case = record.case
+            place = (
+                record.run,
+                case.model,
+                case.input_shape,
+                case.batch,
+                case.dtype,
+                case.autocast,
+                _fixed(record),
+            )
+            networks.setdefault(json.dumps(place, sort_keys=True), []).append(record)
+    return [_table(members, roster) for members in networks.values()]
+
+
+def _table(members: Sequence[Record], roster: Roster) -> Table:
+    found: dict[str, dict[int, Record]] = {}
+    for record in sorted(members, key=lambda record: roster.rank(record.case.strategy)):
+        found.setdefault(record.case.strategy, {})[record.case.options["capacity_gib"]] = record
+
+    def column(capacity: int) -> Column[dict[int, Record]]:
+        return Column(f"{capacity} GiB", lambda row: _layers(row.get(capacity)))
+
+    first = members[0]
+    case = replace(first.case, options=_fixed(first))
+    caption = f"Most layers. Training step: {setting_words(case, device_of(first))}"
+    columns = [
+        Column[dict[int, Record]]("contender", lambda row: _name(row, roster), numeric=False),
+        *map(column, sorted({capacity for row in found.values() for capacity in row})),
+    ]
+    return build(caption, columns, list(found.values()), strong=lambda row: _strategy(row) == "naive")
+
+
+def _layers(record: Record | None) -> str | None:
+    """So many layers; the search ends somewhere, and says so in the record's reason."""
+    if record is None:
+        return None
+    layers = f"{record.case.options['depth']:,}"
+    return layers if record.reason is None else f"{layers} or more"
+
+
+def _fixed(record: Record) -> dict[str, object]:
+    """The options of the network that were not searched for."""
+    return {name: value for name, value in record.case.options.items() if name not in SEARCHED_FOR}
+
+
+def _strategy(row: dict[int, Record]) -> str:
+    return next(iter(row.values())).case.strategy
+
+
+def _name(row: dict[int, Record], roster: Roster) -> str:
+    return display_name(next(iter(row.values())), roster[_strategy(row)].family)
