@@ -81,7 +81,7 @@ def profile(name: str, device: str) -> Profile:
 
 def _quick_cpu() -> Profile:
     return Profile(
-        Effort(rounds=10, seconds=2.0, least=5),
+        Effort(rounds=10, seconds=2.0, least=6),
         (
             network_group("densenet121", "train", 2, "cpu", contenders=_quick_contenders()),
             network_group("densenet121", "infer", 2, "cpu", contenders=_quick_contenders()),

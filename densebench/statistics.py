@@ -14,8 +14,8 @@ Verdict = Literal["FAST", "SLOW", "SAME", "AMBIGUOUS"]
 
 SAME_WITHIN = 0.03  # two identical models differ by less than this in an interleaved run on a quiet machine
 RESAMPLES = 2000
-
-
+# With fewer, no interval between two of them holds the median with 95 %: (1 - 2 / 2^5) < 0.95 < (1 - 2 / 2^6).
+LEAST_ROUNDS = 6
 UNSTEADY = 0.10  # torch.utils.benchmark warns from here on
 
 
@@ -51,7 +51,8 @@ def time_ratio(samples: Sequence[float], baseline: Sequence[float], seed: int = 
     """How many times the baseline's time a contender takes; sample i of both comes from the same round.
 
     The interval is a bootstrap over rounds (2,000 resamples of the median of the pairwise ratios). FAST or
-    SLOW: the whole interval lies beyond 3 % of equal; SAME: within; AMBIGUOUS: it crosses that line.
+    SLOW: the whole interval lies beyond 3 % of equal; SAME: within; AMBIGUOUS: it crosses that line, or there are
+    fewer than six rounds.
 
     Raises:
         ValueError: if the two have no rounds in common.
@@ -62,7 +63,7 @@ def time_ratio(samples: Sequence[float], baseline: Sequence[float], seed: int = 
     ratios = np.asarray(samples[:rounds]) / np.asarray(baseline[:rounds])
     draws = np.random.default_rng(seed).integers(0, rounds, size=(RESAMPLES, rounds))
     low, high = np.quantile(np.median(ratios[draws], axis=1), [0.025, 0.975]).tolist()
-    return Ratio(float(np.median(ratios)), low, high, _verdict(low, high))
+    return Ratio(float(np.median(ratios)), low, high, _verdict(low, high, rounds))
 
 
 def unpaired_ratio(samples: Sequence[float], baseline: Sequence[float], seed: int = 0) -> Ratio:
@@ -80,7 +81,8 @@ def unpaired_ratio(samples: Sequence[float], baseline: Sequence[float], seed: in
         draws = generator.integers(0, len(times), size=(RESAMPLES, len(times)))
         sides.append(np.median(times[draws], axis=1))
     low, high = np.quantile(sides[0] / sides[1], [0.025, 0.975]).tolist()
-    return Ratio(float(np.median(samples) / np.median(baseline)), low, high, _verdict(low, high))
+    rounds = min(len(samples), len(baseline))
+    return Ratio(float(np.median(samples) / np.median(baseline)), low, high, _verdict(low, high, rounds))
 
 
 def ratio_of(record: Record, baseline: Record) -> Ratio | None:
@@ -97,7 +99,9 @@ def ratio_of(record: Record, baseline: Record) -> Ratio | None:
     return time_ratio(record.time_s.samples, baseline.time_s.samples)
 
 
-def _verdict(low: float, high: float) -> Verdict:
+def _verdict(low: float, high: float, rounds: int) -> Verdict:
+    if rounds < LEAST_ROUNDS:
+        return "AMBIGUOUS"
     if high < 1 - SAME_WITHIN:
         return "FAST"
     if low > 1 + SAME_WITHIN:

@@ -18,6 +18,9 @@ from tests.networks import images, lone_block, small
 
 CONFIGS: dict[str, tuple[dict[str, Any], str]] = {
     "no blocks": ({"block_config": ()}, r"block_config is empty; .* e\.g\. \(6, 12, 24, 16\)"),
+    "one number": ({"block_config": 5}, r"block_config=5 is not a sequence; .* e\.g\. \(6, 12, 24, 16\)"),
+    "words for compression": ({"compression": "half"}, "compression='half' is not a number"),
+    "no dropout": ({"drop_rate": None}, "drop_rate=None is not a number"),
     "zero layers": ({"block_config": (6, 0)}, "each entry of block_config must be a positive integer, got 0"),
     "half a layer": ({"block_config": (6, 1.5)}, r"each entry of block_config .* got 1\.5"),
     "no growth": ({"growth_rate": 0}, "growth_rate must be a positive integer, got 0"),

@@ -18,7 +18,8 @@ _STAMPS = ("case", "status", "reason", "environment", "run", "created", "schema"
 
 def finished(records: Iterable[Record]) -> dict[str, Record]:
     """The records, by the keys of their cases, that stand: of this source and machine, and complete."""
-    return {r.case.key(): r for r in latest(records) if is_complete(r) and _is_of_here(r)}
+    here = [record for record in records if _is_of_here(record)]  # first: another machine's may be the latest
+    return {record.case.key(): record for record in latest(here) if is_complete(record)}
 
 
 def memory_records(records: Iterable[Record]) -> dict[str, Record]:

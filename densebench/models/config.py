@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -48,7 +49,15 @@ class DenseNetConfig:
     initial_output_stride: int = 4
 
     def __post_init__(self) -> None:
+        if isinstance(self.block_config, str) or not isinstance(self.block_config, Iterable):
+            raise ValueError(
+                f"block_config={self.block_config!r} is not a sequence; give the number of layers of each block, "
+                "e.g. (6, 12, 24, 16)"
+            )
         object.__setattr__(self, "block_config", tuple(self.block_config))
+        for name in ("compression", "drop_rate"):
+            if not isinstance(getattr(self, name), int | float):
+                raise ValueError(f"{name}={getattr(self, name)!r} is not a number")
         if not self.block_config:
             raise ValueError(
                 "block_config is empty; give the number of layers of each block, e.g. (6, 12, 24, 16)"

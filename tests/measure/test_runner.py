@@ -314,8 +314,17 @@ def test_resume_is_for_the_same_code_and_machine(
     runner().measure([fault_case("fine")], "a group")
     assert len(runner(resume=True).done) == 1
     facts = resume.environment("cpu")
-    monkeypatch.setattr(resume, "environment", lambda _: {**facts, "source": "changed"})
-    assert runner(resume=True).done == {}
+    with monkeypatch.context() as patch:
+        patch.setattr(resume, "environment", lambda _: {**facts, "source": "changed"})
+        assert runner(resume=True).done == {}
+
+
+def test_another_machine_in_the_same_folder_hides_nothing(
+    faults: ModuleType, monkeypatch: pytest.MonkeyPatch, runner: Callable[..., Runner]
+) -> None:
+    (own,) = runner().measure([fault_case("fine")], "a group")
+    other = dataclasses.replace(own, environment={**own.environment, "source": "changed"})
+    assert resume.finished([own, other]) == {own.case.key(): own}
 
 
 def test_what_was_timed_apart_does_not_pair(faults: ModuleType, runner: Callable[..., Runner]) -> None:

@@ -30,6 +30,13 @@ def test_verdicts(median: float, spread: float, verdict: str) -> None:
     assert ratio.low <= ratio.median <= ratio.high
 
 
+@pytest.mark.parametrize(("rounds", "verdict"), [(2, "AMBIGUOUS"), (5, "AMBIGUOUS"), (6, "FAST")])
+def test_a_few_rounds_claim_nothing(rounds: int, verdict: str) -> None:
+    """However well they agree."""
+    assert time_ratio([0.5] * rounds, [1.0] * rounds).verdict == verdict
+    assert unpaired_ratio([0.5] * rounds, [1.0] * 40).verdict == verdict
+
+
 def test_identical_contenders_are_never_called_different() -> None:
     """200 pairs of the same distribution, with the noise of a quiet machine."""
     verdicts = [
@@ -63,7 +70,7 @@ def test_without_rounds_in_common_drift_is_doubt() -> None:
     assert unpaired.median == pytest.approx(paired.median)
     assert unpaired.low < paired.low
     assert unpaired.high > paired.high
-    assert unpaired_ratio([2.0] * 5, [1.0] * 7).verdict == "SLOW"
+    assert unpaired_ratio([2.0] * 6, [1.0] * 7).verdict == "SLOW"
     with pytest.raises(ValueError, match="no samples"):
         unpaired_ratio([], [1.0])
 
@@ -90,8 +97,8 @@ def test_nothing_in_common_is_refused() -> None:
 
 
 def test_the_edge_of_same() -> None:
-    assert time_ratio([1 + SAME_WITHIN / 2] * 5, [1.0] * 5).verdict == "SAME"
-    assert time_ratio([1 + SAME_WITHIN * 2] * 5, [1.0] * 5).verdict == "SLOW"
+    assert time_ratio([1 + SAME_WITHIN / 2] * 6, [1.0] * 6).verdict == "SAME"
+    assert time_ratio([1 + SAME_WITHIN * 2] * 6, [1.0] * 6).verdict == "SLOW"
 
 
 def test_quartiles() -> None:
