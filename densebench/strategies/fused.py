@@ -40,10 +40,7 @@ from densebench.registry import UnsupportedError, strategy
 
 Recompute = Literal["nothing", "bottleneck"]
 DEVICES = ("cpu", "cuda")
-LEAST_CAPABILITY = (
-    8,
-    0,
-)  # older tensor cores have no bfloat16, and too few registers and too little shared memory
+LEAST_CAPABILITY = (8, 0)  # older ones have too few registers and too little shared memory
 # In inference so many pixels go through a layer at once: enough to keep the device busy.
 PART_PIXELS = {"cpu": 2**13, "cuda": 2**15}
 
