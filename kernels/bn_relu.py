@@ -9,7 +9,8 @@ from densebench.kernels.device import load_norm, relu
 from densebench.kernels.language import tl, triton
 from densebench.kernels.launch import cdiv, elementwise_tile, launch, loadable
 from densebench.kernels.library import NORM, operator
-from densebench.kernels.rows import Norm, relu_norm, row_slices, tile_bytes, tiles
+from densebench.kernels.passes import pass_bytes, relu_norm
+from densebench.kernels.rows import Norm, row_slices, tile_bytes
 
 
 def reference(x: Tensor, norm: Norm) -> Tensor:
@@ -23,13 +24,9 @@ def reference(x: Tensor, norm: Norm) -> Tensor:
 def _cpu(
     x: Tensor, mean: Tensor, var: Tensor, gamma: Tensor | None, beta: Tensor | None, eps: float, out: Tensor
 ) -> None:
-    scale, shift = Norm(mean, var, gamma, beta, eps).folded()
-    if out.dtype == scale.dtype:
-        for rows in row_slices(x):
-            relu_norm(x[rows], scale, shift, out[rows])
-    else:
-        for rows, (tile,) in tiles(x, 1):
-            out[rows] = relu_norm(x[rows], scale, shift, tile)
+    norm = Norm(mean, var, gamma, beta, eps).folded()
+    for rows in row_slices(x):
+        relu_norm(x[rows], norm, out[rows])
 
 
 @triton.jit
@@ -68,5 +65,5 @@ bn_relu = operator(
     cpu=_cpu,
     cuda=_cuda,
     fake=lambda x, mean, var, gamma, beta, eps, out: torch._check(out.shape == x.shape),
-    workspace=lambda x, mean, var, gamma, beta, eps, out: 0 if out.dtype == mean.dtype else tile_bytes(x),
+    workspace=lambda x, *_: pass_bytes(tile_bytes(x), x, made=0, converted=1),
 )

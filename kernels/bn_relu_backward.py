@@ -6,8 +6,6 @@ a gradient buffer that other readers share, with the terms deferred.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-
 import torch
 from torch import Tensor
 
@@ -25,9 +23,14 @@ from densebench.kernels.launch import (
     share,
 )
 from densebench.kernels.library import NORM, operator
-from densebench.kernels.rows import Norm, accumulate_dtype, norm_sums, store_scaled, tile_bytes, tiles
-
-threshold_backward = torch.ops.aten.threshold_backward
+from densebench.kernels.passes import (
+    backward_bytes,
+    new_sums,
+    norm_gradients,
+    relu_norm_backward,
+    relu_norm_backward_in_place,
+)
+from densebench.kernels.rows import Norm, row_slices, tile_bytes
 
 
 def reference(grad: Tensor, x: Tensor, norm: Norm, by_batch: bool) -> tuple[Tensor, Tensor, Tensor]:
@@ -58,47 +61,15 @@ def _cpu_backward(
     eps: float,
     by_batch: bool,
 ) -> tuple[Tensor, Tensor]:
-    norm = Norm(mean, var, gamma, beta, eps)
-    scale, shift = norm.folded()
-    grad_gamma, grad_beta = torch.zeros_like(mean), torch.zeros_like(mean)
-    for rows, (x_tile, dz, z) in _working_tiles(grad, x):
-        torch.addcmul(shift, x_tile, scale, out=z)
-        threshold_backward(dz, z, 0, grad_input=dz)
-        more_gamma, more_beta = norm_sums(dz, x_tile, norm)
-        grad_gamma += more_gamma
-        grad_beta += more_beta
-        _store(dz, grad[rows])  # as it was, or 0: nothing is rounded
-    del x_tile, dz, z  # the second pass makes tiles of its own
-    constant, slope = terms_of(norm, scale, grad_gamma, grad_beta, x.shape[0]).neg_()
-    for rows, (x_tile, dz, terms) in _working_tiles(grad, x):
-        if by_batch:
-            torch.addcmul(constant, torch.sub(x_tile, mean, out=terms), slope, out=terms)
-            torch.addcmul(terms, dz, scale, out=dz)
-        else:
-            dz.mul_(scale)
-        _store(dz, grad[rows])
+    norm = Norm(mean, var, gamma, beta, eps).folded()
+    sums = new_sums(x)
+    for rows in row_slices(x):
+        relu_norm_backward(grad[rows], x[rows], norm, sums, None, False)
+    grad_gamma, grad_beta = norm_gradients(sums, norm)
+    terms = terms_of(norm, grad_gamma, grad_beta, x.shape[0]) if by_batch else None
+    for rows in row_slices(x):
+        relu_norm_backward_in_place(grad[rows], x[rows], norm, terms)
     return grad_gamma, grad_beta
-
-
-def _working_tiles(grad: Tensor, x: Tensor) -> Iterator[tuple[slice, tuple[Tensor, Tensor, Tensor]]]:
-    """Dense rows of x and grad in the accumulating dtype, their own memory where they are so, and scratch."""
-    if _is_direct(grad, x):
-        for rows, (spare,) in tiles(x, 1):
-            yield rows, (x[rows], grad[rows], spare)
-    else:
-        for rows, (x_tile, grad_tile, spare) in tiles(x, 3):
-            yield rows, (x_tile.copy_(x[rows]), grad_tile.copy_(grad[rows]), spare)
-
-
-def _is_direct(grad: Tensor, x: Tensor) -> bool:
-    same = grad.dtype == x.dtype == accumulate_dtype(x)
-    return same and x.is_contiguous() and grad.is_contiguous()
-
-
-def _store(tile: Tensor, rows: Tensor) -> None:
-    """Into rows that the tile may be."""
-    if tile.data_ptr() != rows.data_ptr():
-        rows.copy_(tile)
 
 
 def _cpu_backward_into(
@@ -114,21 +85,14 @@ def _cpu_backward_into(
     accumulate: bool,
     pending: Tensor,
 ) -> tuple[Tensor, Tensor]:
-    norm = Norm(mean, var, gamma, beta, eps)
-    scale, shift = norm.folded()
-    grad_gamma, grad_beta = torch.zeros_like(mean), torch.zeros_like(mean)
-    for rows, (x_tile, z, dz) in tiles(x, 3):
-        torch.addcmul(shift, x_tile.copy_(x[rows]), scale, out=z)
-        threshold_backward(dz.copy_(grad[rows]), z, 0, grad_input=dz)
-        more_gamma, more_beta = norm_sums(dz, x_tile, norm)
-        grad_gamma += more_gamma
-        grad_beta += more_beta
-        if grad_x is not None:
-            store_scaled(dz, scale, grad_x[rows], spare=x_tile if accumulate else None)
-    del x_tile, z, dz  # settling makes a tile of its own
+    norm = Norm(mean, var, gamma, beta, eps).folded()
+    sums = new_sums(x)
+    for rows in row_slices(x):
+        grad_rows = None if grad_x is None else grad_x[rows]
+        relu_norm_backward(grad[rows], x[rows], norm, sums, grad_rows, accumulate)
+    grad_gamma, grad_beta = norm_gradients(sums, norm)
     if by_batch and grad_x is not None:
-        terms = terms_of(norm, scale, grad_gamma, grad_beta, x.shape[0])
-        defer(terms, pending, grad_x, x, mean)
+        defer(terms_of(norm, grad_gamma, grad_beta, x.shape[0]), pending, grad_x, x, mean)
     return grad_gamma, grad_beta
 
 
@@ -253,7 +217,7 @@ bn_relu_backward = operator(
     cpu=_cpu_backward,
     cuda=_cuda_backward,
     fake=_fake_sums,
-    workspace=lambda grad, x, *_: (1 if _is_direct(grad, x) else 3) * tile_bytes(x),
+    workspace=lambda grad, x, *_: backward_bytes(tile_bytes(x), x, converted=2),
 )
 
 bn_relu_backward_into = operator(
@@ -262,5 +226,5 @@ bn_relu_backward_into = operator(
     cpu=_cpu_backward_into,
     cuda=_cuda_backward_into,
     fake=_fake_sums,
-    workspace=lambda grad, x, *_: 3 * tile_bytes(x),
+    workspace=lambda grad, x, *_: backward_bytes(tile_bytes(x), x, converted=3),
 )

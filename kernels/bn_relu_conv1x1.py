@@ -24,7 +24,8 @@ from densebench.kernels.launch import (
     share,
 )
 from densebench.kernels.library import NORM, operator
-from densebench.kernels.rows import Norm, relu_norm, tile_bytes, tile_rows, tiles
+from densebench.kernels.passes import pass_bytes, relu_norm
+from densebench.kernels.rows import Norm, tile_bytes, tile_rows, tiles
 
 
 def reference(x: Tensor, norm: Norm, weight: Tensor) -> Tensor:
@@ -53,26 +54,26 @@ def _cpu(
     next_beta: Tensor | None = None,
     next_eps: float = 0.0,
 ) -> None:
-    scale, shift = Norm(mean, var, gamma, beta, eps).folded()
-    transposed = weight.to(scale.dtype).t()
-    direct = out.dtype == scale.dtype
-    bias = None
+    norm = Norm(mean, var, gamma, beta, eps).folded()
+    transposed = weight.to(mean.dtype).t()
+    following = None
     if next_mean is not None and next_var is not None:
-        out_scale, bias = Norm(next_mean, next_var, next_gamma, next_beta, next_eps).folded()
-        transposed = transposed * out_scale
-    statistics = None if out_mean is None or out_var is None else RunningStatistics(out_mean, out_var)
-    scratch = None if direct else scale.new_empty(tile_rows(x), weight.shape[0])
-    for rows, (tile,) in tiles(x, 1):
-        a = relu_norm(x[rows], scale, shift, tile)
+        following = Norm(next_mean, next_var, next_gamma, next_beta, next_eps).folded()
+    scratch = None if out.dtype == mean.dtype else mean.new_empty(tile_rows(x), weight.shape[0])
+    statistics: RunningStatistics | None = None
+    for rows, tile in tiles(x):
+        a = relu_norm(x[rows], norm, tile)
         product = out[rows] if scratch is None else scratch[: a.shape[0]]
-        if bias is not None:
-            torch.addmm(bias, a, transposed, out=product).relu_()
-        else:
-            torch.mm(a, transposed, out=product)
+        torch.mm(a, transposed, out=product)
+        if following is not None:
+            relu_norm(product, following, product)
         if scratch is not None:
             out[rows] = product
-        if statistics is not None:  # of the product as stored, while its tile is in the cache
-            statistics.add(product if scratch is None else product.copy_(out[rows]))
+        if out_mean is not None:  # of the product as stored, while its tile is in the cache
+            statistics = statistics or RunningStatistics(out[rows], mean.dtype)
+            statistics.add(out[rows])
+    if statistics is not None and out_mean is not None and out_var is not None:
+        statistics.store(out_mean, out_var)
 
 
 @triton.jit
@@ -206,10 +207,12 @@ def _flops(x: Tensor, *arguments: Tensor, out_val: object = None) -> int:
 
 
 def _workspace(x: Tensor, *arguments: Tensor) -> int:
-    """One tile of x; one of the product and the weight, where they have to be converted."""
-    mean, weight, out = arguments[0], *arguments[5:7]
-    converted = (tile_rows(x) + x.shape[1]) * weight.shape[0] * mean.element_size()
-    return tile_bytes(x) + (converted if out.dtype != mean.dtype else 0)
+    """One tile of x; tiles of the product and the weight, where they have to be converted."""
+    mean, weight, out, out_mean = arguments[0], *arguments[5:8]
+    product = tile_rows(x) * weight.shape[0] * mean.element_size()
+    converted = 0 if out.dtype == mean.dtype else product + weight.numel() * mean.element_size()
+    statistics = 0 if out_mean is None else pass_bytes(product, out, made=1, converted=1)
+    return tile_bytes(x) + converted + statistics
 
 
 bn_relu_conv1x1 = operator(

@@ -12,7 +12,6 @@ from torch import Tensor
 
 from densebench.kernels.bn_relu import reference as bn_relu
 from densebench.kernels.bn_relu_backward import reference as bn_relu_backward
-from densebench.kernels.bn_relu_backward import threshold_backward
 from densebench.kernels.bn_relu_conv1x1 import packed
 from densebench.kernels.deferred import defer, reduce_terms, terms_of
 from densebench.kernels.device import load_norm, relu, relu_backward
@@ -29,7 +28,8 @@ from densebench.kernels.launch import (
     share,
 )
 from densebench.kernels.library import NORM, operator
-from densebench.kernels.rows import Norm, norm_sums, relu_norm, store_scaled, tile_bytes, tile_rows, tiles
+from densebench.kernels.passes import backward_bytes, new_sums, norm_gradients, relu_norm, relu_norm_backward
+from densebench.kernels.rows import Norm, tile_bytes, tile_rows, tiles
 
 
 def reference(
@@ -61,31 +61,21 @@ def _cpu_backward(
     needs_affine: bool,
     needs_weight: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    norm = Norm(mean, var, gamma, beta, eps)
-    scale, shift = norm.folded()
-    weight = weight.to(scale.dtype)
-    grad_gamma, grad_beta = torch.zeros_like(mean), torch.zeros_like(mean)
+    norm = Norm(mean, var, gamma, beta, eps).folded()
+    weight, sums = weight.to(mean.dtype), new_sums(x)
     outputs = grad.shape[1] if needs_weight else 0
-    grad_weight = scale.new_zeros(x.shape[1], outputs)  # transposed: the faster product
-    converted = None if grad.dtype == scale.dtype else scale.new_empty(tile_rows(x), grad.shape[1])
-    for rows, (x_tile, a, dz) in tiles(x, 3):
-        relu_norm(x_tile.copy_(x[rows]), scale, shift, a)
-        grad_tile = grad[rows] if converted is None else converted[: a.shape[0]].copy_(grad[rows])
+    grad_weight = mean.new_zeros(x.shape[1], outputs)  # transposed: the faster product
+    for rows, tile in tiles(x):
+        grad_rows = grad[rows].to(mean.dtype)
         if needs_weight:
-            grad_weight.addmm_(a.t(), grad_tile)
-        if grad_x is None and not needs_affine:
-            continue
-        torch.mm(grad_tile, weight, out=dz)
-        threshold_backward(dz, a, 0, grad_input=dz)
-        more_gamma, more_beta = norm_sums(dz, x_tile, norm)
-        grad_gamma += more_gamma
-        grad_beta += more_beta
-        if grad_x is not None:
-            store_scaled(dz, scale, grad_x[rows], spare=x_tile if accumulate else None)
-    del x_tile, a, dz, grad_tile, converted  # settling makes a tile of its own
+            grad_weight.addmm_(relu_norm(x[rows], norm, tile).t(), grad_rows)
+        if grad_x is not None or needs_affine:
+            torch.mm(grad_rows, weight, out=tile)
+            relu_norm_backward(tile, x[rows], norm, sums, None if grad_x is None else grad_x[rows], accumulate)
+        del grad_rows  # before the next is made
+    grad_gamma, grad_beta = norm_gradients(sums, norm)
     if by_batch and grad_x is not None:
-        terms = terms_of(norm, scale, grad_gamma, grad_beta, x.shape[0])
-        defer(terms, pending, grad_x, x, mean)
+        defer(terms_of(norm, grad_gamma, grad_beta, x.shape[0]), pending, grad_x, x, mean)
     return grad_gamma, grad_beta, grad_weight.t().contiguous()
 
 
@@ -250,10 +240,13 @@ def _fake(grad: Tensor, x: Tensor, mean: Tensor, *arguments: object) -> tuple[Te
 
 
 def _workspace(grad: Tensor, x: Tensor, mean: Tensor, *_: object) -> int:
-    """Three tiles of x's columns; one of the outputs' and the weight, where they have to be converted."""
-    if grad.dtype == mean.dtype:
-        return 3 * tile_bytes(x)
-    return 3 * tile_bytes(x) + (tile_rows(x) + x.shape[1]) * grad.shape[1] * mean.element_size()
+    """One tile of x's columns, the weight's gradient once more, and what the norm's backward takes.
+
+    Where they have to be converted, a tile of the outputs and the weight, too.
+    """
+    tile, weight = tile_bytes(x), x.shape[1] * grad.shape[1] * mean.element_size()
+    converted = 0 if grad.dtype == mean.dtype else tile_rows(x) * grad.shape[1] * mean.element_size() + weight
+    return tile + weight + converted + backward_bytes(tile, x, converted=2)
 
 
 def _flops(grad: Tensor, x: Tensor, *arguments: object, out_val: object = None) -> int:

@@ -17,7 +17,8 @@ from densebench.kernels.device import load_norm, relu
 from densebench.kernels.language import tl, triton
 from densebench.kernels.launch import cdiv, elementwise_tile, launch, pixel_stride
 from densebench.kernels.library import NORM, operator
-from densebench.kernels.rows import TILE_BYTES, Norm, accumulate_dtype, relu_norm
+from densebench.kernels.passes import relu_norm
+from densebench.kernels.rows import TILE_BYTES, Folded, Norm, accumulate_dtype
 
 STEM = ([3, 3], [2, 2], [1, 1])  # kernel, stride, padding
 
@@ -29,14 +30,13 @@ def reference(x: Tensor, norm: Norm, pool: str) -> Tensor:
     return pooled.permute(0, 2, 3, 1)
 
 
-def image_tiles(x: Tensor, count: int) -> Iterator[tuple[slice, list[Tensor]]]:
-    """A few images at a time, with `count` pieces of dense scratch for them."""
-    step, dtype = _images_a_tile(x), accumulate_dtype(x)
-    size = (min(step, x.shape[0]), *x.shape[1:])
-    scratch = [x.new_empty(size, dtype=dtype) for _ in range(count)]
+def image_tiles(x: Tensor) -> Iterator[tuple[slice, Tensor]]:
+    """A few images at a time, with scratch for them [n, H, W, C], dense and reused."""
+    step = _images_a_tile(x)
+    scratch = x.new_empty(min(step, x.shape[0]), *x.shape[1:], dtype=accumulate_dtype(x))
     for start in range(0, x.shape[0], step):
         images = slice(start, min(start + step, x.shape[0]))
-        yield images, [piece[: images.stop - start] for piece in scratch]
+        yield images, scratch[: images.stop - images.start]
 
 
 def _images_a_tile(x: Tensor) -> int:
@@ -48,17 +48,17 @@ def scratch_bytes(x: Tensor) -> int:
     return min(_images_a_tile(x), x.shape[0]) * x[0].numel() * accumulate_dtype(x).itemsize
 
 
-def activate(x: Tensor, norm: Norm, a: Tensor) -> Tensor:
+def activate(x: Tensor, norm: Folded, a: Tensor) -> Tensor:
     """relu(norm(x)) into dense scratch, seen as [N, C, H, W]."""
-    relu_norm(x, *norm.folded(), a)
+    relu_norm(x.flatten(0, 2), norm, a.flatten(0, 2))
     return a.permute(0, 3, 1, 2)
 
 
 def _cpu_max(
     x: Tensor, mean: Tensor, var: Tensor, gamma: Tensor | None, beta: Tensor | None, eps: float, out: Tensor
 ) -> None:
-    norm = Norm(mean, var, gamma, beta, eps)
-    for images, (scratch,) in image_tiles(x, 1):
+    norm = Norm(mean, var, gamma, beta, eps).folded()
+    for images, scratch in image_tiles(x):
         pooled = F.max_pool2d(activate(x[images], norm, scratch), *STEM)
         out[images] = pooled.permute(0, 2, 3, 1)
         del pooled  # before the next is made
@@ -67,8 +67,8 @@ def _cpu_max(
 def _cpu_avg(
     x: Tensor, mean: Tensor, var: Tensor, gamma: Tensor | None, beta: Tensor | None, eps: float, out: Tensor
 ) -> None:
-    norm = Norm(mean, var, gamma, beta, eps)
-    for images, (scratch,) in image_tiles(x, 1):
+    norm = Norm(mean, var, gamma, beta, eps).folded()
+    for images, scratch in image_tiles(x):
         pooled = F.avg_pool2d(activate(x[images], norm, scratch), 2)
         out[images] = pooled.permute(0, 2, 3, 1)
         del pooled  # before the next is made

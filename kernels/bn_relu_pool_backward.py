@@ -11,7 +11,6 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from densebench.kernels.bn_relu_backward import threshold_backward
 from densebench.kernels.bn_relu_pool import (
     STEM,
     activate,
@@ -25,7 +24,8 @@ from densebench.kernels.device import load_norm, relu, relu_backward
 from densebench.kernels.language import tl, triton
 from densebench.kernels.launch import Share, cdiv, device_of, elementwise_tile, launch, pixel_stride, share
 from densebench.kernels.library import NORM, operator
-from densebench.kernels.rows import Norm, as_rows, norm_sums, store_scaled
+from densebench.kernels.passes import backward_bytes, new_sums, norm_gradients, relu_norm_backward
+from densebench.kernels.rows import Norm
 
 aten = torch.ops.aten
 
@@ -41,16 +41,17 @@ def _cpu_max_backward(
     by_batch: bool,
     grad_x: Tensor,
 ) -> tuple[Tensor, Tensor]:
-    norm = Norm(mean, var, gamma, beta, eps)
-    pending = mean.new_zeros(2, x.shape[-1])
+    norm, pending = Norm(mean, var, gamma, beta, eps), mean.new_zeros(2, x.shape[-1])
 
-    def unpool(grad_map: Tensor, a: Tensor) -> Tensor:
+    def unpool(grad_map: Tensor, images: slice, dz: Tensor) -> None:
+        a = activate(x[images], norm.folded(), dz.permute(0, 2, 3, 1))
         _, where = aten.max_pool2d_with_indices(a, *STEM)
-        return aten.max_pool2d_with_indices_backward(grad_map, a, *STEM, [1, 1], False, where)
+        aten.max_pool2d_with_indices_backward(grad_map, a, *STEM, [1, 1], False, where, grad_input=dz)
 
     sums = _backward(grad, x, norm, by_batch, grad_x, pending, unpool)
     if by_batch:
-        settle_rows(grad_x.view(-1, x.shape[-1]), x.reshape(-1, x.shape[-1]), mean, pending)
+        rows = grad_x.flatten(0, 2)
+        settle_rows(rows, x.flatten(0, 2), mean, pending, rows)
     return sums
 
 
@@ -66,8 +67,8 @@ def _cpu_avg_backward(
     grad_x: Tensor,
     pending: Tensor,
 ) -> tuple[Tensor, Tensor]:
-    def unpool(grad_map: Tensor, a: Tensor) -> Tensor:
-        return aten.avg_pool2d_backward(grad_map, a, [2, 2], [2, 2], [0, 0], False, True, None)
+    def unpool(grad_map: Tensor, images: slice, dz: Tensor) -> None:
+        aten.avg_pool2d_backward(grad_map, dz, [2, 2], [2, 2], [0, 0], False, True, None, grad_input=dz)
 
     return _backward(grad, x, Norm(mean, var, gamma, beta, eps), by_batch, grad_x, pending, unpool)
 
@@ -79,22 +80,20 @@ def _backward(
     by_batch: bool,
     grad_x: Tensor,
     pending: Tensor,
-    unpool: Callable[[Tensor, Tensor], Tensor],
+    unpool: Callable[[Tensor, slice, Tensor], None],
 ) -> tuple[Tensor, Tensor]:
-    """Through pooling, ReLU and norm: grad_x = scale * dz, and the norm's terms join `pending`."""
-    grad_gamma, grad_beta = torch.zeros_like(norm.mean), torch.zeros_like(norm.mean)
-    scale, _ = norm.folded()
-    for images, (scratch, x_tile) in image_tiles(x, 2):
-        a = activate(x_tile.copy_(x[images]), norm, scratch)
-        dz = unpool(grad[images].to(a.dtype).permute(0, 3, 1, 2), a)
-        dz = threshold_backward(dz, a, 0, grad_input=dz)
-        more_gamma, more_beta = norm_sums(as_rows(dz), x_tile.view(-1, x.shape[-1]), norm)
-        grad_gamma += more_gamma
-        grad_beta += more_beta
-        store_scaled(dz.permute(0, 2, 3, 1), scale, grad_x[images])
-        del dz  # before the next is made
+    """Through pooling, ReLU and norm: grad_x = scale * dz, and the norm's terms join `pending`.
+
+    `unpool` writes the gradient of some images before the pooling into dense scratch, seen as [N, C, H, W].
+    """
+    folded, sums = norm.folded(), new_sums(x)
+    for images, dz in image_tiles(x):
+        unpool(grad[images].to(dz.dtype).permute(0, 3, 1, 2), images, dz.permute(0, 3, 1, 2))
+        rows = (grad_x[images].flatten(0, 2), False)
+        relu_norm_backward(dz.flatten(0, 2), x[images].flatten(0, 2), folded, sums, *rows)
+    grad_gamma, grad_beta = norm_gradients(sums, folded)
     if by_batch:
-        pending += terms_of(norm, scale, grad_gamma, grad_beta, x[..., 0].numel())
+        pending += terms_of(folded, grad_gamma, grad_beta, x[..., 0].numel())
     return grad_gamma, grad_beta
 
 
@@ -245,10 +244,16 @@ def _fake_backward(grad: Tensor, x: Tensor, mean: Tensor, *_: object) -> tuple[T
     return torch.empty_like(mean), torch.empty_like(mean)
 
 
-def _workspace(grad: Tensor, x: Tensor, mean: Tensor) -> int:
-    """x, its activations and their gradient; the pooled gradient, a quarter as large, where it is converted."""
-    converted = 0 if grad.dtype == mean.dtype else scratch_bytes(x) // 4
-    return 3 * scratch_bytes(x) + converted
+def _workspace(grad: Tensor, x: Tensor, mean: Tensor, *_: object) -> int:
+    """The gradient before the pooling, and what the norm's backward takes."""
+    return scratch_bytes(x) + backward_bytes(scratch_bytes(x), x, converted=2)
+
+
+def _max_workspace(grad: Tensor, x: Tensor, mean: Tensor, *_: object) -> int:
+    """Before the norm's backward, the maxima with their places, 8 bytes each; their gradient, if converted."""
+    windows = scratch_bytes(x) // mean.element_size() // 4
+    converted = 0 if grad.dtype == mean.dtype else mean.element_size()
+    return max(_workspace(grad, x, mean), scratch_bytes(x) + windows * (mean.element_size() + 8 + converted))
 
 
 bn_relu_max_pool_backward = operator(
@@ -257,10 +262,7 @@ bn_relu_max_pool_backward = operator(
     cpu=_cpu_max_backward,
     cuda=_cuda_max_backward,
     fake=_fake_backward,
-    # And the maxima with their places, a quarter as many, 8 bytes a place.
-    workspace=lambda grad, x, mean, *_: (
-        _workspace(grad, x, mean) + scratch_bytes(x) // 4 + scratch_bytes(x) * 2 // mean.element_size()
-    ),
+    workspace=_max_workspace,
 )
 
 bn_relu_avg_pool_backward = operator(
@@ -269,5 +271,5 @@ bn_relu_avg_pool_backward = operator(
     cpu=_cpu_avg_backward,
     cuda=_cuda_avg_backward,
     fake=_fake_backward,
-    workspace=lambda grad, x, mean, *_: _workspace(grad, x, mean),
+    workspace=_workspace,
 )

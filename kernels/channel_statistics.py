@@ -13,7 +13,8 @@ from densebench.kernels.device import merge_statistics, tile_statistics
 from densebench.kernels.language import tl, triton
 from densebench.kernels.launch import Share, Tile, cdiv, device_of, launch, parts_tile, power_of_two, share
 from densebench.kernels.library import operator
-from densebench.kernels.rows import accumulate_dtype, as_map, tile_bytes, tiles
+from densebench.kernels.passes import add_column_sums, pass_bytes
+from densebench.kernels.rows import accumulate_dtype, row_slices, tile_bytes
 
 PIVOT_ROWS = 64  # whose mean all values are taken relative to
 
@@ -25,37 +26,35 @@ def reference(x: Tensor) -> tuple[Tensor, Tensor]:
 
 
 class RunningStatistics:
-    """Mean and biased variance [C] of all rows seen so far, tile by tile (CPU).
+    """Mean and biased variance [C] of all rows seen so far (CPU).
 
-    Each tile by PyTorch's native two-pass kernel, merged by Chan's formula, which never subtracts large squares.
+    Sums are taken relative to the mean of some of the first rows, in float64: E[x^2] - E[x]^2 cancels only if that
+    mean is far from the whole's, by many times the spread.
     """
 
-    def __init__(self, mean: Tensor, var: Tensor) -> None:
-        self.mean, self.var, self.rows = mean, var, 0
+    def __init__(self, some: Tensor, dtype: torch.dtype) -> None:
+        chosen = some[:: -(-some.shape[0] // PIVOT_ROWS)].to(dtype)
+        self.pivot = chosen.mean(0).nan_to_num_(0, 0, 0)
+        self.sums = self.pivot.new_zeros(2, some.shape[1], dtype=torch.float64)
+        self.rows = 0
 
-    def add(self, tile: Tensor) -> None:
-        """Take in a dense tile [rows, C] of the accumulating dtype."""
-        mean, var = torch.ops.aten.batch_norm_update_stats(as_map(tile), None, None, 0.0)
-        total = self.rows + tile.shape[0]
-        share = tile.shape[0] / total
-        if self.rows == 0:
-            self.mean.copy_(mean)
-            self.var.copy_(var)
-        else:
-            delta = mean - self.mean
-            self.var.lerp_(var, share).addcmul_(delta, delta, value=share * (1 - share))
-            self.mean.add_(delta, alpha=share)
-        self.rows = total
+    def add(self, rows: Tensor) -> None:
+        """Take in rows [R, C]."""
+        add_column_sums(rows, self.pivot, self.sums)
+        self.rows += rows.shape[0]
+
+    def store(self, mean: Tensor, var: Tensor) -> None:
+        """Write the statistics into [C] each."""
+        difference, squares = self.sums / self.rows
+        mean.copy_(difference + self.pivot)
+        var.copy_(squares.sub_(difference.square_()).clamp_min_(0))
 
 
 def _cpu(x: Tensor, mean: Tensor, var: Tensor) -> None:
-    """Relative to the mean of some rows: where means are large beside the spread, they round it away."""
-    some = x[:: -(-x.shape[0] // PIVOT_ROWS)].to(mean.dtype)
-    statistics, pivot = RunningStatistics(mean, var), some.mean(0).nan_to_num_(0, 0, 0)
-    for part, (tile,) in tiles(x, 1):
-        torch.sub(x[part] if x.dtype == tile.dtype else tile.copy_(x[part]), pivot, out=tile)
-        statistics.add(tile)
-    mean += pivot
+    statistics = RunningStatistics(x, mean.dtype)
+    for rows in row_slices(x):
+        statistics.add(x[rows])
+    statistics.store(mean, var)
 
 
 @triton.jit
@@ -164,5 +163,5 @@ channel_statistics = operator(
     cpu=_cpu,
     cuda=_cuda,
     fake=_fake,
-    workspace=lambda x, mean, var: tile_bytes(x) + 8 * mean.nbytes,
+    workspace=lambda x, mean, var: pass_bytes(tile_bytes(x), x, made=1, converted=1) + 8 * mean.nbytes,
 )

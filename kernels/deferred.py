@@ -19,7 +19,8 @@ from densebench.kernels.device import load_norm
 from densebench.kernels.language import tl, triton
 from densebench.kernels.launch import cdiv, elementwise_tile, launch, loadable, parts_tile
 from densebench.kernels.library import operator
-from densebench.kernels.rows import Norm, tile_bytes, tiles
+from densebench.kernels.passes import pass_bytes, settle
+from densebench.kernels.rows import Folded, Norm, row_slices, tile_bytes
 
 
 def reference(grad: Tensor, x: Tensor, mean: Tensor, pending: Tensor) -> Tensor:
@@ -27,29 +28,18 @@ def reference(grad: Tensor, x: Tensor, mean: Tensor, pending: Tensor) -> Tensor:
     return (grad.to(mean.dtype) - pending[0] - (x.to(mean.dtype) - mean) * pending[1]).to(grad.dtype)
 
 
-def terms_of(norm: Norm, scale: Tensor, grad_gamma: Tensor, grad_beta: Tensor, rows: int) -> Tensor:
+def terms_of(norm: Folded, grad_gamma: Tensor, grad_beta: Tensor, rows: int) -> Tensor:
     """A reader's two terms [2, C]; scale = gamma / std.
 
     grad_x = scale * dz - scale * dbeta / M - xhat * scale * dgamma / M, with xhat = (x - mean) / std.
     """
-    inv_std = (norm.var + norm.eps).rsqrt()
-    return torch.stack((grad_beta, grad_gamma * inv_std)).mul_(scale / rows)
+    return torch.stack((grad_beta, grad_gamma * norm.inv_std)).mul_(norm.scale / rows)
 
 
-def settle_rows(grad: Tensor, x: Tensor, mean: Tensor, pending: Tensor) -> None:
-    """Subtract what is pending from the rows of a buffer, in place (CPU)."""
-    for rows, (tile,) in tiles(x, 1):
-        _pending_rows(x[rows], mean, pending, tile)
-        grad[rows] -= tile if grad.dtype == tile.dtype else tile.to(grad.dtype)
-
-
-def _pending_rows(x: Tensor, mean: Tensor, pending: Tensor, out: Tensor) -> None:
-    """What is pending for some rows (CPU), into a tile of scratch."""
-    if x.dtype == out.dtype:
-        torch.sub(x, mean, out=out)
-    else:
-        out.copy_(x).sub_(mean)
-    torch.addcmul(pending[0], out, pending[1], out=out)
+def settle_rows(grad: Tensor, x: Tensor, mean: Tensor, pending: Tensor, out: Tensor) -> None:
+    """Write what a buffer stands for, tile by tile (CPU); `out` may be `grad`."""
+    for rows in row_slices(x):
+        settle(grad[rows], x[rows], mean, pending, out[rows])
 
 
 def defer(terms: Tensor, pending: Tensor, grad: Tensor, x: Tensor, mean: Tensor) -> None:
@@ -59,19 +49,10 @@ def defer(terms: Tensor, pending: Tensor, grad: Tensor, x: Tensor, mean: Tensor)
     gradient, beside which the gradient itself would round away.
     """
     if grad.dtype in (torch.float16, torch.bfloat16):
-        settle_rows(grad, x, mean, pending)
+        settle_rows(grad, x, mean, pending, grad)
         pending.copy_(terms)
     else:
         pending += terms
-
-
-def _cpu(grad: Tensor, x: Tensor, mean: Tensor, pending: Tensor, out: Tensor) -> None:
-    for rows, (tile,) in tiles(x, 1):
-        _pending_rows(x[rows], mean, pending, tile)
-        if grad.dtype == tile.dtype:
-            torch.sub(grad[rows], tile, out=out[rows])
-        else:
-            out[rows] = torch.sub(grad[rows], tile, out=tile)
 
 
 @triton.jit
@@ -162,9 +143,8 @@ def reduce_terms(
 
 settled_gradient = operator(
     "settled_gradient(Tensor grad, Tensor x, Tensor mean, Tensor pending, Tensor(a!) out) -> ()",
-    cpu=_cpu,
+    cpu=settle_rows,
     cuda=_cuda,
     fake=lambda grad, x, mean, pending, out: torch._check(out.shape == grad.shape == x.shape),
-    # In low precision the subtraction makes a converted copy of the gradient.
-    workspace=lambda grad, x, mean, *_: (1 if grad.dtype == mean.dtype else 2) * tile_bytes(x),
+    workspace=lambda grad, x, *_: pass_bytes(tile_bytes(x), x, made=1, converted=2),
 )

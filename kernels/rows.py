@@ -17,6 +17,15 @@ from torch import Tensor
 TILE_BYTES = 2 * 2**20
 
 
+class Folded(NamedTuple):
+    """A norm as one multiply-add, x * scale + shift, as PyTorch's own CPU kernel computes it; all [C]."""
+
+    mean: Tensor
+    inv_std: Tensor
+    scale: Tensor
+    shift: Tensor
+
+
 class Norm(NamedTuple):
     """A batch norm over columns: (x - mean) / sqrt(var + eps) * gamma + beta; all [C].
 
@@ -29,14 +38,12 @@ class Norm(NamedTuple):
     beta: Tensor | None
     eps: float
 
-    def folded(self) -> tuple[Tensor, Tensor]:
-        """(scale, shift) with norm(x) = x * scale + shift, as PyTorch's own CPU kernel computes it."""
-        scale = (self.var + self.eps).rsqrt()
-        if self.gamma is not None:
-            scale = scale.mul_(self.gamma)
-        if self.beta is None:
-            return scale, (self.mean * scale).neg_()
-        return scale, torch.addcmul(self.beta.to(scale.dtype), self.mean, scale, value=-1)
+    def folded(self) -> Folded:
+        """In the accumulating dtype."""
+        inv_std = (self.var + self.eps).rsqrt_()
+        scale = inv_std if self.gamma is None else inv_std * self.gamma.to(inv_std.dtype)
+        beta = torch.zeros_like(scale) if self.beta is None else self.beta.to(scale.dtype)
+        return Folded(self.mean.contiguous(), inv_std, scale, torch.addcmul(beta, self.mean, scale, value=-1))
 
     def affine(self) -> tuple[Tensor | None, Tensor | None]:
         """gamma and beta in the accumulating dtype."""
@@ -60,15 +67,19 @@ def tile_rows(x: Tensor) -> int:
 
 def tile_bytes(x: Tensor) -> int:
     """Bytes of one tile of x in scratch."""
-    return tile_rows(x) * x.shape[-1] * accumulate_dtype(x).itemsize
+    return tile_rows(x) * _tile_columns(x) * accumulate_dtype(x).itemsize
 
 
-def tiles(x: Tensor, count: int) -> Iterator[tuple[slice, list[Tensor]]]:
-    """Consecutive rows that cover x, each with `count` pieces of scratch [rows, C], dense and reused."""
-    dtype = accumulate_dtype(x)
-    scratch = [x.new_empty(tile_rows(x), x.shape[1], dtype=dtype) for _ in range(count)]
+def _tile_columns(x: Tensor) -> int:
+    """Rows of a tile begin with a cache line: products of 204 channels are 4 % faster for it."""
+    return -(-x.shape[-1] // 16) * 16
+
+
+def tiles(x: Tensor) -> Iterator[tuple[slice, Tensor]]:
+    """Consecutive rows that cover x, each with scratch for them [rows, C], reused."""
+    scratch = x.new_empty(tile_rows(x), _tile_columns(x), dtype=accumulate_dtype(x))
     for rows in row_slices(x):
-        yield rows, [piece[: rows.stop - rows.start] for piece in scratch]
+        yield rows, scratch[: rows.stop - rows.start, : x.shape[1]]
 
 
 def row_slices(x: Tensor) -> Iterator[slice]:
@@ -78,43 +89,9 @@ def row_slices(x: Tensor) -> Iterator[slice]:
         yield slice(start, min(start + step, x.shape[0]))
 
 
-def relu_norm(x: Tensor, scale: Tensor, shift: Tensor, out: Tensor) -> Tensor:
-    """relu(x * scale + shift) into `out`, of the accumulating dtype; ReLU passes NaN on, as PyTorch's does."""
-    if x.dtype == out.dtype:
-        torch.addcmul(shift, x, scale, out=out)
-    else:
-        out.copy_(x).mul_(scale).add_(shift)
-    return out.relu_()
-
-
 def as_map(rows: Tensor) -> Tensor:
     """A dense matrix [M, C] as a channels-last map [1, C, M, 1], which PyTorch's native norms are fast on."""
     return rows.view(1, rows.shape[0], 1, rows.shape[1]).permute(0, 3, 1, 2)
-
-
-def norm_sums(dz: Tensor, x: Tensor, norm: Norm) -> tuple[Tensor, Tensor]:
-    """(dgamma, dbeta) = column sums of (dz * xhat, dz), in one pass of PyTorch's native kernel.
-
-    Args:
-        dz, x: dense [M, C] of the accumulating dtype.
-    """
-    wanted = [False, True, True]  # without the gradient of x: that would cost two tiles, and time
-    _, grad_gamma, grad_beta = torch.ops.aten.native_batch_norm_backward(
-        as_map(dz), as_map(x), norm.affine()[0], norm.mean, norm.var, None, None, False, norm.eps, wanted
-    )
-    return grad_gamma, grad_beta
-
-
-def store_scaled(dz: Tensor, scale: Tensor, out: Tensor, spare: Tensor | None = None) -> None:
-    """out = scale * dz, or with `spare` out += scale * dz, rounded to out's dtype once.
-
-    dz and `spare`, of its shape and dtype, may be overwritten.
-    """
-    if out.dtype == dz.dtype:
-        torch.mul(dz, scale, out=out) if spare is None else out.addcmul_(dz, scale)
-    else:
-        dz.mul_(scale)
-        out.copy_(dz if spare is None else dz.add_(spare.copy_(out)))
 
 
 def as_rows(x: Tensor) -> Tensor:

@@ -18,6 +18,7 @@ from typing import Any
 import psutil
 import torch
 
+from densebench.kernels import compiled
 from densebench.measure.nvml import Nvml
 
 _PACKAGES = ("densebench", "torch", "triton", "numpy", "torchvision", "timm", "monai", "pytest-benchmark")
@@ -41,6 +42,7 @@ def environment(device_type: str) -> dict[str, Any]:
         "torch_git": torch.version.git_version,
         "cuda": torch.version.cuda,
         "flags": _flags(),
+        "cpu_kernels": compiled.description() if device.type == "cpu" else None,
         "allocator": {k: v for k, v in os.environ.items() if _ALLOCATOR.search(k)},
         "commit": _git("rev-parse", "HEAD"),
         "source": _source(),
@@ -61,7 +63,7 @@ def environment(device_type: str) -> dict[str, Any]:
     return facts
 
 
-_MACHINE = ("device", "threads", "flags", "allocator")
+_MACHINE = ("device", "threads", "flags", "allocator", "cpu_kernels")
 _CODE = ("source", "python", "packages", "torch_git", "cuda")
 _GPU = ("uuid", "driver", "cudnn")
 
@@ -105,7 +107,8 @@ def _source() -> str:
     """A hash of the code that measures and is measured, so that changes not committed tell, too."""
     package = Path(__file__).resolve().parents[1]
     folders = [package, (package / "kernels").resolve()]  # a link, which rglob does not follow
-    files = {path for folder in folders for path in folder.rglob("*.py") if "report" not in path.parts}
+    sources = (path for folder in folders for path in folder.rglob("*") if path.suffix in (".py", ".c"))
+    files = {path for path in sources if "report" not in path.parts}
     digest = hashlib.sha256()
     for path in sorted(files):
         digest.update(path.name.encode() + b"\0" + path.read_bytes())

@@ -9,15 +9,25 @@ from __future__ import annotations
 import contextlib
 import importlib
 import inspect
+import re
 import textwrap
 from collections.abc import Iterator
 from pathlib import Path
 from types import FunctionType
 from typing import Any, NamedTuple
 
+import torch
+
+from densebench.kernels import compiled
+
+PASSES = "kernels/passes.c"
+
 
 class Fault(NamedTuple):
-    """What is broken: `old` becomes `new` in `module`'s function or kernel `place`; `check` has to notice."""
+    """What is broken: `old` becomes `new` in `module`'s function or kernel `place`; `check` has to notice.
+
+    With `uncompiled` the CPU path runs as it does without a C compiler.
+    """
 
     name: str
     module: str
@@ -25,6 +35,7 @@ class Fault(NamedTuple):
     old: str
     new: str
     check: str
+    uncompiled: bool = False
 
 
 @contextlib.contextmanager
@@ -32,8 +43,33 @@ def seeded(fault: Fault, folder: Path) -> Iterator[None]:
     """The fault is in the code inside the `with` block.
 
     A plain function gets other code, wherever it has been registered already; a Triton kernel is compiled anew
-    from a file, which its interpreter reads.
+    from a file, which its interpreter reads, and so is C.
     """
+    if fault.module == PASSES:
+        with compiled.using(_mutated_passes(fault, folder)):
+            assert compiled.library(torch.float64) is not None, compiled.description()
+            yield
+        return
+    with compiled.using(None) if fault.uncompiled else contextlib.nullcontext(), _seeded_python(fault, folder):
+        yield
+
+
+def _mutated_passes(fault: Fault, folder: Path) -> Path:
+    source = compiled.SOURCE.read_text()
+    start = re.search(rf"^[^ #\n][^;{{]*\b{fault.place}\(", source, re.MULTILINE)
+    assert start is not None, fault.place
+    stop = source.index("\n}\n", start.start())
+    function = source[start.start() : stop]
+    assert function.count(fault.old) == 1, (
+        f"{fault.old!r} stands {function.count(fault.old)} times in {fault.place}"
+    )
+    file = folder / "passes.c"
+    file.write_text(source[: start.start()] + function.replace(fault.old, fault.new) + source[stop:])
+    return file
+
+
+@contextlib.contextmanager
+def _seeded_python(fault: Fault, folder: Path) -> Iterator[None]:
     module = importlib.import_module(f"densebench.{fault.module}")
     owner, function = _found(module, fault.place)
     kernel = function if not isinstance(function, FunctionType) else None

@@ -10,9 +10,9 @@ from pathlib import Path
 import pytest
 import torch
 
-from densebench.kernels import bn_relu_pool, rows
+from densebench.kernels import bn_relu_pool, compiled, rows
 from tests.fused.checks import CHECKS
-from tests.fused.seeding import Fault, seeded
+from tests.fused.seeding import PASSES, Fault, seeded
 
 NORM, ROWS = "execution.batch_norm", "kernels.rows"
 FUSED, GRADIENT = "strategies.fused", "execution.feature_gradient"
@@ -23,12 +23,12 @@ FAULTS = [
     Fault("only the last reader's terms", "kernels.deferred", "defer", "pending += terms", "pending.copy_(terms)",
           "training"),
     Fault("mean's term missing", "kernels.deferred", "terms_of", "(grad_beta,", "(0 * grad_beta,", "training"),
-    Fault("variance's term missing", "kernels.deferred", "_pending_rows", "pending[1], out", "0 * pending[1], out",
+    Fault("variance's term missing", "kernels.deferred", "terms_of", "grad_gamma *", "0 * grad_gamma *",
           "training"),
-    Fault("eps in xhat twice", "kernels.deferred", "terms_of", "(norm.var + norm.eps)",
-          "(norm.var + 2 * norm.eps)", "training"),
-    Fault("norm2 as if in evaluation", "kernels.bn_relu_backward", "_cpu_backward", "if by_batch:", "if False:",
-          "training"),
+    Fault("eps in xhat forgotten", "kernels.passes", "norm_gradients", "norm.inv_std",
+          "norm.inv_std / (1 - 1e-5 * norm.inv_std ** 2) ** 0.5", "training"),
+    Fault("norm2 as if in evaluation", "kernels.bn_relu_backward", "_cpu_backward", "if by_batch else",
+          "if False else", "training"),
     Fault("training's backward in evaluation", GRADIENT, PRODUCT, "unit.call.by_batch", "True",
           "mixed_modes"),
     # Running statistics
@@ -41,22 +41,35 @@ FAULTS = [
     Fault("cumulative average one behind", NORM, "call_norm", "num_batches_tracked + 1", "num_batches_tracked + 2",
           "cumulative_average"),
     # The norm itself
-    Fault("absolute gamma", ROWS, "Norm.folded", "mul_(self.gamma)", "mul_(self.gamma.abs())",
+    Fault("absolute gamma", ROWS, "Norm.folded", "inv_std * self.gamma.to", "inv_std * self.gamma.abs().to",
           "training"),
-    Fault("beta missing", ROWS, "Norm.folded", "self.beta.to(scale.dtype), self.mean",
-          "torch.zeros_like(scale), self.mean", "evaluation"),
-    Fault("eps outside the root", ROWS, "Norm.folded", "(self.var + self.eps).rsqrt()",
+    Fault("beta missing", ROWS, "Norm.folded", "self.beta.to(scale.dtype)", "torch.zeros_like(scale)",
+          "evaluation"),
+    Fault("eps outside the root", ROWS, "Norm.folded", "(self.var + self.eps).rsqrt_()",
           "1 / (self.var.sqrt() + self.eps)", "evaluation"),
-    Fault("NaN swallowed", ROWS, "relu_norm", "out.relu_()", "out.relu_().nan_to_num_(0)", "nan"),
+    Fault("NaN swallowed", PASSES, "relu", "z <= 0 ? 0 : z", "z > 0 ? z : 0", "nan"),
+    Fault("NaN swallowed, uncompiled", "kernels.passes", "relu_norm", "out=out).relu_()",
+          "out=out).relu_().nan_to_num_(0)", "nan", uncompiled=True),
     # Tiles and slices
     Fault("last tile dropped", ROWS, "row_slices", "range(0, x.shape[0], step)",
           "range(0, max(1, x.shape[0] - step), step)", "evaluation"),
-    Fault("between tiles forgotten", "kernels.channel_statistics", "RunningStatistics.add",
-          "value=share * (1 - share)", "value=0", "training"),
+    Fault("pivot forgotten", "kernels.channel_statistics", "RunningStatistics.store", "difference + self.pivot",
+          "difference", "training"),
+    Fault("mean of squares as variance", "kernels.channel_statistics", "RunningStatistics.store",
+          "squares.sub_(difference.square_())", "squares", "training"),
+    Fault("last row dropped", PASSES, "own_rows", "rows * (thread + 1)", "(rows - 1) * (thread + 1)",
+          "evaluation"),
     Fault("last image dropped", "kernels.bn_relu_pool", "image_tiles", "range(0, x.shape[0], step)",
           "range(0, max(1, x.shape[0] - 1), step)", "training"),
     Fault("statistics of the channels before", FUSED, "_Fused._take_statistics", "(self.features, channels)",
           "(self.features, slice(0, channels.stop - channels.start))", "training"),
+    Fault("overwrites the other readers, in C", PASSES, "relu_norm_backward", "accumulates ? grad_x_row[c]",
+          "accumulates ? 0", "training"),
+    Fault("overwrites the other readers, uncompiled", "kernels.passes", "relu_norm_backward",
+          "target.addcmul_(dz, norm.scale) if accumulate else", "None if accumulate else", "training",
+          uncompiled=True),
+    Fault("pending terms left out", PASSES, "settle", "* slope[c]", "* 0", "training"),
+    Fault("only one term in place", PASSES, "relu_norm_backward_in_place", "constant[c] + ", "", "training"),
     Fault("stale scratch in backward", FUSED, "_Fused._bottleneck_backward", "bn_relu(y, *inner, a)", "pass",
           "training"),
     Fault("overwrites the other readers", GRADIENT, PRODUCT, "self._accumulates", "False",
@@ -64,9 +77,9 @@ FAULTS = [
     Fault("other readers overwritten, plain", GRADIENT, "FeatureGradient.through_norm", "self._accumulates",
           "False", "plain_layers"),
     # Masks
-    Fault("ReLU passes everything back", "kernels.bn_relu_conv1x1_backward", "_cpu_backward",
-          "threshold_backward(dz, a, 0, grad_input=dz)", "threshold_backward(dz, a, -1, grad_input=dz)",
-          "training"),
+    Fault("ReLU passes everything back", PASSES, "relu_backward", "<= 0", "<= -1", "training"),
+    Fault("ReLU passes everything back, uncompiled", "kernels.passes", "_masked", "(grad, z, 0,", "(grad, z, -1,",
+          "training", uncompiled=True),
     Fault("dropout not in backward", FUSED, "_Fused.layer_backward", "new.mul_(as_rows(mask))", "pass", "dropout"),
     Fault("dropout redrawn", FUSED, "_Fused.layer_backward", "as_rows(mask)", "as_rows(mask).flip(0)", "dropout"),
     # Who gets what
@@ -74,7 +87,7 @@ FAULTS = [
           "if False", "training"),
     Fault("trained norms get none", "execution.plan", "NormUnit.affine_gradients", "if needed", "if not needed",
           "frozen"),
-    Fault("epilogue without its scale", "kernels.bn_relu_conv1x1", "_cpu", "transposed * out_scale", "transposed",
+    Fault("epilogue left out", "kernels.bn_relu_conv1x1", "_cpu", "if following is not None", "if False",
           "inference"),
     Fault("pooled by three", "kernels.bn_relu_pool", "_cpu_avg", "activate(x[images], norm, scratch), 2)",
           "activate(x[images], norm, scratch), 2, divisor_override=3)", "evaluation"),
@@ -117,13 +130,17 @@ def many_tiles(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(bn_relu_pool, "TILE_BYTES", 2048)
 
 
+@pytest.mark.parametrize("source", [compiled.SOURCE, None], ids=["compiled", "uncompiled"])
 @pytest.mark.parametrize("name", CHECKS)
-def test_right_code_passes(name: str) -> None:
-    CHECKS[name]()
+def test_right_code_passes(name: str, source: Path | None) -> None:
+    with compiled.using(source):
+        CHECKS[name]()
 
 
 @pytest.mark.parametrize("fault", FAULTS, ids=[fault.name.replace(" ", "_") for fault in FAULTS])
 def test_fault_is_noticed(fault: Fault, tmp_path: Path) -> None:
+    if fault.module == PASSES and compiled.library(torch.float64) is None:
+        pytest.skip(f"nothing is compiled here: {compiled.description()}")
     with seeded(fault, tmp_path), pytest.raises(AssertionError):
         CHECKS[fault.check]()
 

@@ -5,6 +5,7 @@ A gradient buffer is compared as the gradient that it stands for, so implementat
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -20,6 +21,7 @@ from densebench.kernels import (
     bn_relu_conv1x1_backward,
     bn_relu_pool,
     channel_statistics,
+    compiled,
     deferred,
 )
 from densebench.kernels.library import IMPLEMENTATIONS
@@ -71,8 +73,14 @@ class Problem:
     def solve(self, implementation: str) -> Values:
         """Run on copies of the arguments, buffers around slices included."""
         arguments = [_copy(a) for a in self.arguments]
-        outcome = getattr(IMPLEMENTATIONS[self.operator], implementation)(*arguments)
-        return self.produced(arguments, outcome)
+        return self.produced(arguments, call(self.operator, implementation, arguments))
+
+
+def call(operator: str, implementation: str, arguments: list[Any]) -> Any:
+    """One of an operator's implementations: "cpu", "cpu uncompiled" (as without a C compiler) or "cuda"."""
+    function = getattr(IMPLEMENTATIONS[operator], implementation.split()[0])
+    with compiled.using(None) if "uncompiled" in implementation else contextlib.nullcontext():
+        return function(*arguments)
 
 
 def _copy(argument: Any) -> Any:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -9,9 +10,10 @@ import torch
 from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
+from densebench.kernels import compiled
 from densebench.kernels.library import IMPLEMENTATIONS, WORKSPACE
 from densebench.measure.memory import measure_peak
-from tests.kernels.problems import PROBLEMS, Problem, Shape
+from tests.kernels.problems import PROBLEMS, Problem, Shape, call
 
 SHAPES = {
     "odd": Shape(columns=17, outputs=5),
@@ -39,17 +41,22 @@ def test_every_operator_is_here() -> None:
     assert {PROBLEMS[name](Shape()).operator for name in PROBLEMS} == set(IMPLEMENTATIONS)
 
 
+@pytest.mark.parametrize("source", [compiled.SOURCE, None], ids=["compiled", "uncompiled"])
+@pytest.mark.parametrize("extra", [0, 16], ids=["dense", "prefix"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("name", PROBLEMS)
-def test_workspace_is_what_the_allocator_saw(name: str, dtype: torch.dtype) -> None:
+def test_workspace_is_what_the_allocator_saw(
+    name: str, dtype: torch.dtype, extra: int, source: Path | None
+) -> None:
     """The declared bytes, plus results that the operator returns, against the allocator's peak: within 5 %."""
-    shape = Shape(images=4, height=56, width=56, columns=128, outputs=128, extra=0, dtype=dtype)
+    shape = Shape(images=4, height=56, width=56, columns=128, outputs=128, extra=extra, dtype=dtype)
     problem = PROBLEMS[name](shape)
     operator = getattr(torch.ops.densebench, problem.operator)
-    declared = WORKSPACE[operator](*problem.arguments)
-    results = operator(*problem.arguments)
-    returned = sum(t.nbytes for t in (results or ()) if isinstance(t, Tensor))
-    peak = measure_peak(lambda: _Call(operator, problem), torch.device("cpu"), repeats=1).peak_allocated_bytes
+    with compiled.using(source):
+        declared = WORKSPACE[operator](*problem.arguments)
+        results = operator(*problem.arguments)
+        returned = sum(t.nbytes for t in (results or ()) if isinstance(t, Tensor))
+        peak = measure_peak(lambda: _Call(operator, problem), torch.device("cpu"), repeats=1).peak_allocated_bytes
     assert peak - returned == pytest.approx(declared, rel=0.05, abs=64 * 1024)
 
 
@@ -88,9 +95,9 @@ def test_backward_skips_what_is_not_needed(needs_x: bool, needs_weight: bool) ->
     arguments[9] = arguments[9] if needs_x else None
     arguments[12], arguments[13] = needs_x, needs_weight
     full = problem.solve("cpu")
-    for implementation in ("cpu", "cuda"):
+    for implementation in ("cpu", "cpu uncompiled", "cuda"):
         copies = [a.clone() if isinstance(a, Tensor) else a for a in arguments]
-        *_, grad_weight = getattr(IMPLEMENTATIONS[problem.operator], implementation)(*copies)
+        *_, grad_weight = call(problem.operator, implementation, copies)
         if needs_weight:
             torch.testing.assert_close(grad_weight, full["grad_weight"])
     with FlopCounterMode(display=False) as counter:

@@ -1,7 +1,8 @@
 """Values of every operator, by every implementation, against its reference in float64.
 
-`cpu` is the cache-blocked path; `cuda` the Triton kernels, which run in Triton's interpreter where there is no
-GPU (`tests/conftest.py` asks for it), with the same masks, tails and merging of partial results.
+`cpu` is the cache-blocked path, `cpu uncompiled` the same on a machine without a C compiler; `cuda` the Triton
+kernels, which run in Triton's interpreter where there is no GPU (`tests/conftest.py` asks for it), with the same
+masks, tails and merging of partial results.
 """
 
 from __future__ import annotations
@@ -15,11 +16,10 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from densebench.kernels.library import IMPLEMENTATIONS
-from tests.kernels.problems import PROBLEMS, Shape, Values
+from tests.kernels.problems import PROBLEMS, Shape, Values, call
 from tests.kernels.values import GATE, VARIANTS, relative_error
 
-IMPLEMENTATIONS_TESTED = ("cpu", "cuda")
+IMPLEMENTATIONS_TESTED = ("cpu", "cpu uncompiled", "cuda")
 PRODUCTS = [name for name in PROBLEMS if "conv1x1" in name]
 
 
@@ -141,7 +141,7 @@ def test_writes_nothing_beside_its_slice(name: str) -> None:
     for implementation in IMPLEMENTATIONS_TESTED:
         problem = PROBLEMS[name](Shape(before=4, extra=9))
         arguments = list(problem.arguments)
-        getattr(IMPLEMENTATIONS[problem.operator], implementation)(*arguments)
+        call(problem.operator, implementation, arguments)
         for argument in arguments:
             if isinstance(argument, Tensor) and argument.dim() == 2 and argument.stride(0) > argument.shape[1]:
                 whole = argument.as_strided((argument.shape[0], argument.stride(0)), (argument.stride(0), 1), 0)
