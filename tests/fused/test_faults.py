@@ -15,7 +15,7 @@ from tests.fused.checks import CHECKS
 from tests.fused.seeding import PASSES, Fault, seeded
 
 NORM, ROWS = "execution.batch_norm", "kernels.rows"
-FUSED, GRADIENT = "strategies.fused", "execution.feature_gradient"
+FUSED, STAGE, GRADIENT = "strategies.fused", "execution.fused_stage", "execution.feature_gradient"
 PRODUCT = "FeatureGradient.through_product"
 FAULTS = [
     # What the statistics do to the gradient
@@ -61,7 +61,7 @@ FAULTS = [
           "evaluation"),
     Fault("last image dropped", "kernels.bn_relu_pool", "image_tiles", "range(0, x.shape[0], step)",
           "range(0, max(1, x.shape[0] - 1), step)", "training"),
-    Fault("statistics of the channels before", FUSED, "_Fused._take_statistics", "(self.features, channels)",
+    Fault("statistics of the channels before", STAGE, "FusedStage._take_statistics", "(self.features, channels)",
           "(self.features, slice(0, channels.stop - channels.start))", "training"),
     Fault("overwrites the other readers, in C", PASSES, "relu_norm_backward", "accumulates ? grad_x_row[c]",
           "accumulates ? 0", "training"),
@@ -70,7 +70,7 @@ FAULTS = [
           uncompiled=True),
     Fault("pending terms left out", PASSES, "settle", "* slope[c]", "* 0", "training"),
     Fault("only one term in place", PASSES, "relu_norm_backward_in_place", "constant[c] + ", "", "training"),
-    Fault("stale scratch in backward", FUSED, "_Fused._bottleneck_backward", "bn_relu(y, *inner, a)", "pass",
+    Fault("stale scratch in backward", STAGE, "FusedStage._bottleneck_backward", "bn_relu(y, *inner, a)", "pass",
           "training"),
     Fault("overwrites the other readers", GRADIENT, PRODUCT, "self._accumulates", "False",
           "training"),
@@ -80,8 +80,10 @@ FAULTS = [
     Fault("ReLU passes everything back", PASSES, "relu_backward", "<= 0", "<= -1", "training"),
     Fault("ReLU passes everything back, uncompiled", "kernels.passes", "_masked", "(grad, z, 0,", "(grad, z, -1,",
           "training", uncompiled=True),
-    Fault("dropout not in backward", FUSED, "_Fused.layer_backward", "new.mul_(as_rows(mask))", "pass", "dropout"),
-    Fault("dropout redrawn", FUSED, "_Fused.layer_backward", "as_rows(mask)", "as_rows(mask).flip(0)", "dropout"),
+    Fault("dropout not in backward", STAGE, "FusedStage.layer_backward", "new.mul_(as_rows(mask))", "pass",
+          "dropout"),
+    Fault("dropout redrawn", STAGE, "FusedStage.layer_backward", "as_rows(mask)", "as_rows(mask).flip(0)",
+          "dropout"),
     # Who gets what
     Fault("no gradient of weights", "execution.plan", "ConvUnit.weight_gradient", "if self.weight(needs)",
           "if False", "training"),

@@ -13,9 +13,8 @@ import pytest
 import torch
 
 import densebench
-from densebench.execution import feature_gradient, pixels, shared_statistics
+from densebench.execution import feature_gradient, fused_stage, pixels, shared_statistics
 from densebench.kernels.library import IMPLEMENTATIONS, require_dense_rows
-from densebench.strategies import fused
 from tests.networks import images, small
 
 
@@ -24,7 +23,7 @@ def as_on_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
     if torch.cuda.is_available():
         pytest.skip("a GPU runs them for real (tests/gpu)")
     replaced = 0
-    for module in (fused, shared_statistics, feature_gradient):
+    for module in (fused_stage, shared_statistics, feature_gradient):
         for name, implementations in IMPLEMENTATIONS.items():
             if hasattr(module, name):
                 monkeypatch.setattr(module, name, _launched(name, implementations.cuda))
