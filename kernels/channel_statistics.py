@@ -1,7 +1,7 @@
 """Mean and biased variance of each column of a matrix: the statistics of a batch norm.
 
 In a dense block a channel's statistics do not depend on who reads it, so they are computed once, when the
-channel has been written, from the values as stored.
+channel has been written, from the values as stored; or while it is written into the feature buffer.
 """
 
 from __future__ import annotations
@@ -38,9 +38,9 @@ class RunningStatistics:
         self.sums = self.pivot.new_zeros(2, some.shape[1], dtype=torch.float64)
         self.rows = 0
 
-    def add(self, rows: Tensor) -> None:
-        """Take in rows [R, C]."""
-        add_column_sums(rows, self.pivot, self.sums)
+    def add(self, rows: Tensor, out: Tensor | None = None) -> None:
+        """Take in rows [R, C], and copy them to `out`."""
+        add_column_sums(rows, self.pivot, self.sums, out)
         self.rows += rows.shape[0]
 
     def store(self, mean: Tensor, var: Tensor) -> None:
@@ -50,21 +50,21 @@ class RunningStatistics:
         var.copy_(squares.sub_(difference.square_()).clamp_min_(0))
 
 
-def _cpu(x: Tensor, mean: Tensor, var: Tensor) -> None:
+def _cpu(x: Tensor, mean: Tensor, var: Tensor, out: Tensor | None = None) -> None:
     statistics = RunningStatistics(x, mean.dtype)
     for rows in row_slices(x):
-        statistics.add(x[rows])
+        statistics.add(x[rows], None if out is None else out[rows])
     statistics.store(mean, var)
 
 
 @triton.jit
 def _partial_statistics_kernel(
-    x_pointer, partial_pointer,
+    x_pointer, partial_pointer, out_pointer,
     rows, columns, rows_a_program,
-    x_stride,
+    x_stride, out_stride,
     BLOCK_ROWS: tl.constexpr, BLOCK_COLUMNS: tl.constexpr,
 ):  # fmt: skip
-    """Mean and sum of squared differences over a range of rows: partial [parts, 2, C].
+    """Mean and sum of squared differences over a range of rows: partial [parts, 2, C]; with `out`, a copy of them.
 
     Means are kept relative to the first row of all: where they are large beside the differences between parts,
     these would drown in their rounding.
@@ -82,9 +82,12 @@ def _partial_statistics_kernel(
     for start in range(first, last, BLOCK_ROWS):
         row = start + tl.arange(0, BLOCK_ROWS)
         mask = (row < last)[:, None]
-        offsets = row.to(tl.int64)[:, None] * x_stride + column[None, :]
-        x = tl.load(x_pointer + offsets, mask=mask & kept[None, :], other=0.0).to(dtype)  # [rows, columns]
-        x = x - pivot[None, :]
+        wide = row.to(tl.int64)[:, None]
+        x = tl.load(x_pointer + wide * x_stride + column[None, :], mask=mask & kept[None, :], other=0.0)
+        if out_pointer is not None:
+            out = out_pointer + wide * out_stride + column[None, :]
+            tl.store(out, x.to(out_pointer.dtype.element_ty), mask=mask & kept[None, :])
+        x = x.to(dtype) - pivot[None, :]  # [rows, columns]
         here = tl.minimum(last - start, BLOCK_ROWS).to(dtype)
         tile_mean, tile_squares = tile_statistics(x, mask, here)
         count, mean, squares = merge_statistics(count, mean, squares, here, tile_mean, tile_squares)
@@ -139,7 +142,7 @@ def merge_partial_statistics(
     )  # fmt: skip
 
 
-def _cuda(x: Tensor, mean: Tensor, var: Tensor) -> None:
+def _cuda(x: Tensor, mean: Tensor, var: Tensor, out: Tensor | None = None) -> None:
     rows, columns = x.shape
     tile = Tile(64, power_of_two(columns, 16, 64), warps=4, stages=3)
     column_tiles = cdiv(columns, tile.columns)
@@ -148,20 +151,21 @@ def _cuda(x: Tensor, mean: Tensor, var: Tensor) -> None:
     partial = mean.new_empty(shared.parts, 2, columns)
     launch(
         _partial_statistics_kernel, (shared.parts, column_tiles),
-        x, partial, rows, columns, shared.rows, x.stride(0),
+        x, partial, out, rows, columns, shared.rows, x.stride(0), 0 if out is None else out.stride(0),
         tile=tile, BLOCK_ROWS=tile.rows, BLOCK_COLUMNS=tile.columns,
     )  # fmt: skip
     merge_partial_statistics(partial, rows, shared, mean, var, pivot=x[0])
 
 
-def _fake(x: Tensor, mean: Tensor, var: Tensor) -> None:
+def _fake(x: Tensor, mean: Tensor, var: Tensor, out: Tensor | None = None) -> None:
     torch._check(mean.shape == var.shape == x.shape[1:])
+    torch._check(out is None or out.shape == x.shape)
 
 
 channel_statistics = operator(
-    "channel_statistics(Tensor x, Tensor(a!) mean, Tensor(b!) var) -> ()",
+    "channel_statistics(Tensor x, Tensor(a!) mean, Tensor(b!) var, Tensor(c!)? out=None) -> ()",
     cpu=_cpu,
     cuda=_cuda,
     fake=_fake,
-    workspace=lambda x, mean, var: pass_bytes(tile_bytes(x), x, made=1, converted=1) + 8 * mean.nbytes,
+    workspace=lambda x, mean, *_: pass_bytes(tile_bytes(x), x, made=1, converted=1) + 8 * mean.nbytes,
 )

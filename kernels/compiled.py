@@ -42,7 +42,7 @@ _SHAPE = (_SIZE, _SIZE)
 _VECTOR = (_POINTER,)
 _SIGNATURES = {
     "relu_norm": (*_MATRIX, *_SHAPE, *2 * _VECTOR, *_MATRIX, _INT),
-    "column_sums": (*_MATRIX, *_SHAPE, *2 * _VECTOR, _INT),
+    "column_sums": (*_MATRIX, *_SHAPE, *2 * _VECTOR, *_MATRIX, _INT),
     "relu_norm_backward": (*2 * _MATRIX, *_SHAPE, *4 * _VECTOR, *_MATRIX, _INT, _INT),
     "relu_norm_backward_in_place": (*2 * _MATRIX, *_SHAPE, *5 * _VECTOR, _INT),
     "settle": (*2 * _MATRIX, *_SHAPE, *3 * _VECTOR, *_MATRIX, _INT),

@@ -62,9 +62,9 @@ void relu_norm(const REAL *x, int64_t x_stride, int64_t rows, int64_t columns, c
     }
 }
 
-/* sums [2, columns] += the column sums of x - pivot, and of its squares */
+/* sums [2, columns] += the column sums of x - pivot, and of its squares; x is copied to `out` unless that is NULL */
 int column_sums(const REAL *x, int64_t x_stride, int64_t rows, int64_t columns, const REAL *pivot, double *sums,
-                int threads) {
+                REAL *out, int64_t out_stride, int threads) {
     double *partial = new_partial(threads, 2 * columns);
     if (!partial) return -1;
 #pragma omp parallel num_threads(threads)
@@ -73,9 +73,12 @@ int column_sums(const REAL *x, int64_t x_stride, int64_t rows, int64_t columns, 
         double *values = partial + omp_get_thread_num() * 2 * columns, *squares = values + columns;
         for (int64_t row = own.first; row < own.last; row++) {
             const REAL *x_row = x + row * x_stride;
+            REAL *out_row = out ? out + row * out_stride : NULL;
             fetch(x_row + AHEAD * x_stride, columns);
+            if (out) fetch(out_row + AHEAD * out_stride, columns);
 #pragma omp simd
             for (int64_t c = 0; c < columns; c++) {
+                if (out) out_row[c] = x_row[c];
                 double value = (double)x_row[c] - (double)pivot[c];
                 values[c] += value;
                 squares[c] += value * value;

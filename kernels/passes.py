@@ -31,17 +31,21 @@ def relu_norm(x: Tensor, norm: Folded, out: Tensor) -> Tensor:
     return out
 
 
-def add_column_sums(x: Tensor, pivot: Tensor, sums: Tensor) -> None:
-    """sums [2, C] += the column sums of x - pivot, and of its squares."""
-    x = _wide(x, pivot)
-    library = _library(x)
+def add_column_sums(x: Tensor, pivot: Tensor, sums: Tensor, out: Tensor | None = None) -> None:
+    """sums [2, C] += the column sums of x - pivot, and of its squares; with `out` [R, C], x is copied there."""
+    wide = _wide(x, pivot)
+    copied = out if out is not None and out.dtype == x.dtype == wide.dtype else None
+    library = _library(wide, copied)
     if library is None:
         # By PyTorch's own two passes over the tile; the sums that belong to its mean and biased variance.
-        mean, var = torch.ops.aten.batch_norm_update_stats(as_map(x - pivot), None, None, 0.0)
+        mean, var = torch.ops.aten.batch_norm_update_stats(as_map(wide - pivot), None, None, 0.0)
         mean, var = mean.to(sums.dtype), var.to(sums.dtype)
         sums += x.shape[0] * torch.stack((mean, var + mean.square()))
-        return
-    _check(library.column_sums(*_matrix(x), *x.shape, *_at(pivot, sums), _threads(x)))
+    else:
+        written = _matrix_or_none(copied)
+        _check(library.column_sums(*_matrix(wide), *x.shape, *_at(pivot, sums), *written, _threads(x)))
+    if out is not None and (library is None or copied is None):
+        out.copy_(x)
 
 
 def new_sums(x: Tensor) -> Tensor:
@@ -74,9 +78,8 @@ def relu_norm_backward(
         if target is not None:
             target.addcmul_(dz, norm.scale) if accumulate else torch.mul(dz, norm.scale, out=target)
     else:
-        written = (None, 0) if target is None else _matrix(target)
         vectors = _at(norm.mean, norm.scale, norm.shift, sums)
-        arguments = (*_matrix(grad), *_matrix(x), *x.shape, *vectors, *written, accumulate)
+        arguments = (*_matrix(grad), *_matrix(x), *x.shape, *vectors, *_matrix_or_none(target), accumulate)
         _check(library.relu_norm_backward(*arguments, _threads(x)))
     if grad_x is not None and target is not None and target is not grad_x:
         grad_x.copy_(target)
@@ -162,6 +165,10 @@ def _library(*matrices: Tensor | None) -> ctypes.CDLL | None:
 def _matrix(x: Tensor) -> tuple[int, int]:
     """Address and row stride."""
     return x.data_ptr(), x.stride(0)
+
+
+def _matrix_or_none(x: Tensor | None) -> tuple[int | None, int]:
+    return (None, 0) if x is None else _matrix(x)
 
 
 def _at(*vectors: Tensor) -> list[int]:

@@ -108,8 +108,10 @@ class FusedStage(StageComputation):
             mask = F.dropout(torch.ones_like(new, memory_format=self.format), layer.drop_rate)
             new = new * mask  # drawn in the network's own memory format, as F.dropout(new) would be
             kept.append(mask)
-        self.features[:, layer.new] = as_rows(new)
-        self._take_statistics(layer.new)
+        if self.plan.shares_statistics:
+            self.statistics.take_and_store(as_rows(new), self.features, layer.new)
+        else:
+            self.features[:, layer.new] = as_rows(new)
         return kept
 
     def _infer(self, layer: LayerPlan, norm: Norm, parameters: Window) -> None:

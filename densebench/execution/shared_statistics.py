@@ -37,6 +37,10 @@ class SharedStatistics:
         """Compute those of channels that have just been written into the buffer [M, C]."""
         channel_statistics(features[:, channels], self.mean[channels], self.var[channels])
 
+    def take_and_store(self, new: Tensor, features: Tensor, channels: slice) -> None:
+        """Write channels [M, k] into the buffer [M, C] and compute their statistics in the same pass."""
+        channel_statistics(new, self.mean[channels], self.var[channels], features[:, channels])
+
     def of(self, unit: NormUnit, width: int, pixels: Pixels, kept: list[Tensor]) -> MeanAndVar:
         """What a reader of the first channels normalizes by; running statistics are kept for backward."""
         if not unit.call.by_batch:

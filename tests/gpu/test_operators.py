@@ -81,7 +81,7 @@ def test_38_operators_repeat_bit_by_bit(name: str, device: torch.device, repeats
 
 
 # bn_relu_conv1x1 by itself also takes the statistics of its product; those of all rows are another problem.
-FAR = [name for name in PROBLEMS if name not in ("channel_statistics", "bn_relu_conv1x1")]
+FAR = [name for name in PROBLEMS if "statistics" not in name and name != "bn_relu_conv1x1"]
 
 
 def _check_far(name: str, device: torch.device, rows_before: int) -> None:

@@ -143,6 +143,19 @@ def _channel_statistics(shape: Shape) -> Problem:
     )
 
 
+def _channel_statistics_storing(shape: Shape) -> Problem:
+    draw = Draw(shape)
+    x, empty = draw.values(shape.rows, shape.columns), _channel_statistics(shape).arguments[1:]
+    out = draw.slice(shape.rows, shape.columns).fill_(float("nan"))
+    mean, var = channel_statistics.reference(x.double())
+    return Problem(
+        "channel_statistics",
+        [x, *empty, out],
+        {"mean": mean, "var": var, "out": x.double()},
+        lambda a, _: {"mean": a[1], "var": a[2], "out": a[3]},
+    )
+
+
 def _bn_relu(shape: Shape) -> Problem:
     draw = Draw(shape)
     x = draw.slice(shape.rows, shape.columns)
@@ -330,6 +343,7 @@ def _pool_backward(pool: str) -> Callable[[Shape], Problem]:
 
 PROBLEMS: dict[str, Callable[[Shape], Problem]] = {
     "channel_statistics": _channel_statistics,
+    "channel_statistics_storing": _channel_statistics_storing,
     "bn_relu": _bn_relu,
     "bn_relu_backward": _bn_relu_backward,
     "bn_relu_backward_into": _bn_relu_backward_into,

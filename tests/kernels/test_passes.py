@@ -52,9 +52,10 @@ def every_pass(rows: int, columns: int, dtype: torch.dtype, source: Path | None)
     terms = torch.randn(2, columns, dtype=torch.float64).to(dtype)
     with compiled.using(source):
         out, buffer, settled, in_place = torch.empty_like(x), grad.clone(), torch.empty_like(x), grad.clone()
-        statistics, sums, fresh = passes.new_sums(x), passes.new_sums(x), torch.empty_like(x)
+        statistics, sums = passes.new_sums(x), passes.new_sums(x)
+        fresh, copied = torch.empty_like(x), torch.empty(rows, WIDE, dtype=dtype)[:, :columns]
         passes.relu_norm(x, norm, out)
-        passes.add_column_sums(x, norm.mean, statistics)
+        passes.add_column_sums(x, norm.mean, statistics, copied)
         passes.relu_norm_backward(grad, x, norm, sums, buffer, True)
         passes.relu_norm_backward(grad, x, norm, sums, fresh, False)
         passes.relu_norm_backward(grad, x, norm, sums, None, False)
@@ -62,7 +63,7 @@ def every_pass(rows: int, columns: int, dtype: torch.dtype, source: Path | None)
         without = grad.clone()
         passes.relu_norm_backward_in_place(without, x, norm, None)
         passes.settle(grad, x, norm.mean, terms, settled)
-    return [out, buffer, settled, in_place, without, fresh, statistics, sums]
+    return [out, copied, buffer, settled, in_place, without, fresh, statistics, sums]
 
 
 @pytest.mark.usefixtures("library")
