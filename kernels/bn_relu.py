@@ -62,6 +62,7 @@ def _cuda(
 
 bn_relu = operator(
     f"bn_relu(Tensor x, {NORM}, Tensor(a!) out) -> ()",
+    "out = relu(norm(x)); x and out [M, C].",
     cpu=_cpu,
     cuda=_cuda,
     fake=lambda x, mean, var, gamma, beta, eps, out: torch._check(out.shape == x.shape),

@@ -214,6 +214,10 @@ def _fake_sums(grad: Tensor, x: Tensor, mean: Tensor, *_: object) -> tuple[Tenso
 
 bn_relu_backward = operator(
     f"bn_relu_backward(Tensor(a!) grad, Tensor x, {NORM}, bool by_batch) -> (Tensor, Tensor)",
+    """Through relu(norm(x)), in place: grad [M, C] becomes the gradient of x [M, C].
+
+    For a norm that is the only reader of x. Returns (dgamma, dbeta).
+    """,
     cpu=_cpu_backward,
     cuda=_cuda_backward,
     fake=_fake_sums,
@@ -223,6 +227,11 @@ bn_relu_backward = operator(
 bn_relu_backward_into = operator(
     f"bn_relu_backward_into(Tensor grad, Tensor x, {NORM}, bool by_batch, Tensor(a!)? grad_x, bool accumulate,"
     " Tensor(b!) pending) -> (Tensor, Tensor)",
+    """Through relu(norm(x)) from grad [M, C] into a buffer that other readers share.
+
+    grad_x [M, C] is written, or with `accumulate` added to; None: not needed. The norm's own terms join `pending`.
+    Returns (dgamma, dbeta).
+    """,
     cpu=_cpu_backward_into,
     cuda=_cuda_backward_into,
     fake=_fake_sums,

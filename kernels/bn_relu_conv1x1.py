@@ -219,6 +219,11 @@ bn_relu_conv1x1 = operator(
     f"bn_relu_conv1x1(Tensor x, {NORM}, Tensor weight, Tensor(a!) out, Tensor(b!)? out_mean, Tensor(c!)? out_var,"
     " Tensor? next_mean=None, Tensor? next_var=None, Tensor? next_gamma=None, Tensor? next_beta=None,"
     " float next_eps=0.0) -> ()",
+    """out [M, N] = relu(norm(x)) W^T of x [M, C] and weight [N, C].
+
+    out_mean, out_var [N] take the statistics of out as stored. Given a `next` norm of N channels instead, out is
+    relu(next(relu(norm(x)) W^T)).
+    """,
     cpu=_cpu,
     cuda=_cuda,
     fake=_fake,

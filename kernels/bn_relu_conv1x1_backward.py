@@ -259,6 +259,12 @@ bn_relu_conv1x1_backward = operator(
     f"bn_relu_conv1x1_backward(Tensor grad, Tensor x, {NORM}, bool by_batch, Tensor weight,"
     " Tensor(a!)? grad_x, bool accumulate, Tensor(b!) pending, bool needs_affine, bool needs_weight)"
     " -> (Tensor, Tensor, Tensor)",
+    """Through relu(norm(x)) W^T, from the product's gradient grad [M, N].
+
+    grad_x [M, C] is written, or with `accumulate` added to; None: not needed. The norm's own terms join `pending`.
+    Returns (dgamma, dbeta, dW [N, C]); without `needs_weight` dW is [0, C], without `needs_affine` and grad_x
+    the sums are not computed.
+    """,
     cpu=_cpu_backward,
     cuda=_cuda_backward,
     fake=_fake,

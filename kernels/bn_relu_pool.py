@@ -181,6 +181,7 @@ def _fake(x: Tensor, *arguments: Tensor) -> None:
 
 bn_relu_max_pool = operator(
     f"bn_relu_max_pool(Tensor x, {NORM}, Tensor(a!) out) -> ()",
+    "out [N, H', W', C] = maximum of relu(norm(x)) over 3x3 windows, stride 2, padding 1; x [N, H, W, C].",
     cpu=_cpu_max,
     cuda=_cuda_max,
     fake=_fake,
@@ -190,6 +191,7 @@ bn_relu_max_pool = operator(
 
 bn_relu_avg_pool = operator(
     f"bn_relu_avg_pool(Tensor x, {NORM}, Tensor(a!) out) -> ()",
+    "out [N, H // 2, W // 2, C] = mean of relu(norm(x)) over 2x2 windows; x [N, H, W, C].",
     cpu=_cpu_avg,
     cuda=_cuda_avg,
     fake=_fake,

@@ -259,6 +259,10 @@ def _max_workspace(grad: Tensor, x: Tensor, mean: Tensor, *_: object) -> int:
 bn_relu_max_pool_backward = operator(
     f"bn_relu_max_pool_backward(Tensor grad, Tensor x, {NORM}, bool by_batch, Tensor(a!) grad_x)"
     " -> (Tensor, Tensor)",
+    """Through a stem's pool(relu(norm(x))), from grad [N, H', W', C] to grad_x [N, H, W, C].
+
+    Returns (dgamma, dbeta).
+    """,
     cpu=_cpu_max_backward,
     cuda=_cuda_max_backward,
     fake=_fake_backward,
@@ -268,6 +272,10 @@ bn_relu_max_pool_backward = operator(
 bn_relu_avg_pool_backward = operator(
     f"bn_relu_avg_pool_backward(Tensor grad, Tensor x, {NORM}, bool by_batch, Tensor(a!) grad_x,"
     " Tensor(b!) pending) -> (Tensor, Tensor)",
+    """Through a transition's pool(relu(norm(x))), from grad [N, H // 2, W // 2, C].
+
+    grad_x [N, H, W, C] is written; the norm's own terms join `pending`. Returns (dgamma, dbeta).
+    """,
     cpu=_cpu_avg_backward,
     cuda=_cuda_avg_backward,
     fake=_fake_backward,

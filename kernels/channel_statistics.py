@@ -164,6 +164,10 @@ def _fake(x: Tensor, mean: Tensor, var: Tensor, out: Tensor | None = None) -> No
 
 channel_statistics = operator(
     "channel_statistics(Tensor x, Tensor(a!) mean, Tensor(b!) var, Tensor(c!)? out=None) -> ()",
+    """mean and var [C] of the rows of x [M, C]; var is biased.
+
+    With `out` [M, C], of a dtype that holds x exactly, x is copied there in the same pass.
+    """,
     cpu=_cpu,
     cuda=_cuda,
     fake=_fake,

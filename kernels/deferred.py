@@ -143,6 +143,10 @@ def reduce_terms(
 
 settled_gradient = operator(
     "settled_gradient(Tensor grad, Tensor x, Tensor mean, Tensor pending, Tensor(a!) out) -> ()",
+    """out = grad - pending[0] - (x - mean) * pending[1]: what a slice of the buffer stands for; all [M, k].
+
+    mean [k], pending [2, k].
+    """,
     cpu=settle_rows,
     cuda=_cuda,
     fake=lambda grad, x, mean, pending, out: torch._check(out.shape == grad.shape == x.shape),

@@ -33,6 +33,7 @@ IMPLEMENTATIONS: dict[str, Implementations] = {}
 
 def operator(
     schema: str,
+    doc: str,
     *,
     cpu: Callable[..., Any],
     cuda: Callable[..., Any],
@@ -44,6 +45,7 @@ def operator(
 
     Args:
         schema: name, arguments and results; `Tensor(a!)` marks what is written.
+        doc: the operator's docstring.
         cpu, cuda: implementations.
         fake: shapes and dtypes of the results.
         workspace: `(*arguments) -> bytes` that the CPU implementation allocates inside.
@@ -56,6 +58,7 @@ def operator(
     torch.library.register_fake(f"densebench::{name}", fake, lib=LIBRARY)
     IMPLEMENTATIONS[name] = Implementations(cpu, cuda)
     packet = getattr(torch.ops.densebench, name)
+    packet.__doc__ = packet.default.__doc__ = doc
     WORKSPACE[packet] = workspace
     if flops is not None:
         register_flop_formula(packet, get_raw=True)(flops)

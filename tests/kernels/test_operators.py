@@ -37,6 +37,13 @@ def test_opcheck(name: str, shape: str) -> None:
     torch.library.opcheck(getattr(torch.ops.densebench, problem.operator).default, dense(problem))
 
 
+def test_every_operator_is_documented() -> None:
+    for name in IMPLEMENTATIONS:
+        packet = getattr(torch.ops.densebench, name)
+        assert "[" in packet.__doc__, f"{name} says nothing of shapes"
+        assert packet.default.__doc__ == packet.__doc__
+
+
 def test_every_operator_is_here() -> None:
     assert {PROBLEMS[name](Shape()).operator for name in PROBLEMS} == set(IMPLEMENTATIONS)
 
