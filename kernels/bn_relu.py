@@ -66,5 +66,5 @@ bn_relu = operator(
     cpu=_cpu,
     cuda=_cuda,
     fake=lambda x, mean, var, gamma, beta, eps, out: torch._check(out.shape == x.shape),
-    workspace=lambda x, *_: pass_bytes(tile_bytes(x), x, made=0, converted=1),
+    workspace=lambda x, mean, var, gamma, beta, eps, out: pass_bytes(tile_bytes(x), out, operator_tiles=0),
 )

@@ -24,8 +24,8 @@ from densebench.kernels.launch import (
 )
 from densebench.kernels.library import NORM, operator
 from densebench.kernels.passes import (
+    Sums,
     backward_bytes,
-    new_sums,
     norm_gradients,
     relu_norm_backward,
     relu_norm_backward_in_place,
@@ -62,7 +62,7 @@ def _cpu_backward(
     by_batch: bool,
 ) -> tuple[Tensor, Tensor]:
     norm = Norm(mean, var, gamma, beta, eps).folded()
-    sums = new_sums(x)
+    sums = Sums(x)
     for rows in row_slices(x):
         relu_norm_backward(grad[rows], x[rows], norm, sums, None, False)
     grad_gamma, grad_beta = norm_gradients(sums, norm)
@@ -86,7 +86,7 @@ def _cpu_backward_into(
     pending: Tensor,
 ) -> tuple[Tensor, Tensor]:
     norm = Norm(mean, var, gamma, beta, eps).folded()
-    sums = new_sums(x)
+    sums = Sums(x)
     for rows in row_slices(x):
         grad_rows = None if grad_x is None else grad_x[rows]
         relu_norm_backward(grad[rows], x[rows], norm, sums, grad_rows, accumulate)
@@ -221,7 +221,7 @@ bn_relu_backward = operator(
     cpu=_cpu_backward,
     cuda=_cuda_backward,
     fake=_fake_sums,
-    workspace=lambda grad, x, *_: backward_bytes(tile_bytes(x), x, converted=2),
+    workspace=lambda grad, x, *_: backward_bytes(tile_bytes(x), grad, x, None),
 )
 
 bn_relu_backward_into = operator(
@@ -235,5 +235,5 @@ bn_relu_backward_into = operator(
     cpu=_cpu_backward_into,
     cuda=_cuda_backward_into,
     fake=_fake_sums,
-    workspace=lambda grad, x, *_: backward_bytes(tile_bytes(x), x, converted=3),
+    workspace=lambda grad, x, *rest: backward_bytes(tile_bytes(x), grad, x, rest[6]),
 )

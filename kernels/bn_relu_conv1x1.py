@@ -24,7 +24,7 @@ from densebench.kernels.launch import (
     share,
 )
 from densebench.kernels.library import NORM, operator
-from densebench.kernels.passes import pass_bytes, relu_norm
+from densebench.kernels.passes import pass_bytes, relu_norm, sum_bytes
 from densebench.kernels.rows import Norm, tile_bytes, tile_rows, tiles
 
 
@@ -62,9 +62,9 @@ def _cpu(
     scratch = None if out.dtype == mean.dtype else mean.new_empty(tile_rows(x), weight.shape[0])
     statistics: RunningStatistics | None = None
     for rows, tile in tiles(x):
-        a = relu_norm(x[rows], norm, tile)
-        product = out[rows] if scratch is None else scratch[: a.shape[0]]
-        torch.mm(a, transposed, out=product)
+        relu_norm(x[rows], norm, tile)
+        product = out[rows] if scratch is None else scratch[: tile.shape[0]]
+        torch.mm(tile, transposed, out=product)
         if following is not None:
             relu_norm(product, following, product)
         if scratch is not None:
@@ -211,7 +211,7 @@ def _workspace(x: Tensor, *arguments: Tensor) -> int:
     mean, weight, out, out_mean = arguments[0], *arguments[5:8]
     product = tile_rows(x) * weight.shape[0] * mean.element_size()
     converted = 0 if out.dtype == mean.dtype else product + weight.numel() * mean.element_size()
-    statistics = 0 if out_mean is None else pass_bytes(product, out, made=1, converted=1)
+    statistics = 0 if out_mean is None else pass_bytes(product, out, operator_tiles=1) + sum_bytes(out)
     return tile_bytes(x) + converted + statistics
 
 

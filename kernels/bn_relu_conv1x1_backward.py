@@ -7,6 +7,8 @@ norm's sums and the buffer's update come from it, and what the sums decide is de
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -28,7 +30,7 @@ from densebench.kernels.launch import (
     share,
 )
 from densebench.kernels.library import NORM, operator
-from densebench.kernels.passes import backward_bytes, new_sums, norm_gradients, relu_norm, relu_norm_backward
+from densebench.kernels.passes import Sums, backward_bytes, norm_gradients, relu_norm, relu_norm_backward
 from densebench.kernels.rows import Norm, tile_bytes, tile_rows, tiles
 
 
@@ -62,13 +64,14 @@ def _cpu_backward(
     needs_weight: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
     norm = Norm(mean, var, gamma, beta, eps).folded()
-    weight, sums = weight.to(mean.dtype), new_sums(x)
+    weight, sums = weight.to(mean.dtype), Sums(x)
     outputs = grad.shape[1] if needs_weight else 0
     grad_weight = mean.new_zeros(x.shape[1], outputs)  # transposed: the faster product
     for rows, tile in tiles(x):
         grad_rows = grad[rows].to(mean.dtype)
         if needs_weight:
-            grad_weight.addmm_(relu_norm(x[rows], norm, tile).t(), grad_rows)
+            relu_norm(x[rows], norm, tile)
+            grad_weight.addmm_(tile.t(), grad_rows)
         if grad_x is not None or needs_affine:
             torch.mm(grad_rows, weight, out=tile)
             relu_norm_backward(tile, x[rows], norm, sums, None if grad_x is None else grad_x[rows], accumulate)
@@ -239,14 +242,14 @@ def _fake(grad: Tensor, x: Tensor, mean: Tensor, *arguments: object) -> tuple[Te
     return torch.empty_like(mean), torch.empty_like(mean), weight
 
 
-def _workspace(grad: Tensor, x: Tensor, mean: Tensor, *_: object) -> int:
+def _workspace(grad: Tensor, x: Tensor, mean: Tensor, *arguments: Any) -> int:
     """One tile of x's columns, the weight's gradient once more, and what the norm's backward takes.
 
     Where they have to be converted, a tile of the outputs and the weight, too.
     """
     tile, weight = tile_bytes(x), x.shape[1] * grad.shape[1] * mean.element_size()
     converted = 0 if grad.dtype == mean.dtype else tile_rows(x) * grad.shape[1] * mean.element_size() + weight
-    return tile + weight + converted + backward_bytes(tile, x, converted=2)
+    return tile + weight + converted + backward_bytes(tile, None, x, arguments[6])
 
 
 def _flops(grad: Tensor, x: Tensor, *arguments: object, out_val: object = None) -> int:

@@ -7,6 +7,7 @@ defers them (see `deferred`).
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -24,7 +25,7 @@ from densebench.kernels.device import load_norm, relu, relu_backward
 from densebench.kernels.language import tl, triton
 from densebench.kernels.launch import Share, cdiv, device_of, elementwise_tile, launch, pixel_stride, share
 from densebench.kernels.library import NORM, operator
-from densebench.kernels.passes import backward_bytes, new_sums, norm_gradients, relu_norm_backward
+from densebench.kernels.passes import Sums, backward_bytes, norm_gradients, relu_norm_backward
 from densebench.kernels.rows import Norm
 
 aten = torch.ops.aten
@@ -86,7 +87,7 @@ def _backward(
 
     `unpool` writes the gradient of some images before the pooling into dense scratch, seen as [N, C, H, W].
     """
-    folded, sums = norm.folded(), new_sums(x)
+    folded, sums = norm.folded(), Sums(x)
     for images, dz in image_tiles(x):
         unpool(grad[images].to(dz.dtype).permute(0, 3, 1, 2), images, dz.permute(0, 3, 1, 2))
         rows = (grad_x[images].flatten(0, 2), False)
@@ -244,16 +245,17 @@ def _fake_backward(grad: Tensor, x: Tensor, mean: Tensor, *_: object) -> tuple[T
     return torch.empty_like(mean), torch.empty_like(mean)
 
 
-def _workspace(grad: Tensor, x: Tensor, mean: Tensor, *_: object) -> int:
+def _workspace(grad: Tensor, x: Tensor, mean: Tensor, *arguments: Any) -> int:
     """The gradient before the pooling, and what the norm's backward takes."""
-    return scratch_bytes(x) + backward_bytes(scratch_bytes(x), x, converted=2)
+    return scratch_bytes(x) + backward_bytes(scratch_bytes(x), None, x, arguments[5])
 
 
-def _max_workspace(grad: Tensor, x: Tensor, mean: Tensor, *_: object) -> int:
+def _max_workspace(grad: Tensor, x: Tensor, mean: Tensor, *arguments: Any) -> int:
     """Before the norm's backward, the maxima with their places, 8 bytes each; their gradient, if converted."""
     windows = scratch_bytes(x) // mean.element_size() // 4
     converted = 0 if grad.dtype == mean.dtype else mean.element_size()
-    return max(_workspace(grad, x, mean), scratch_bytes(x) + windows * (mean.element_size() + 8 + converted))
+    unpooling = scratch_bytes(x) + windows * (mean.element_size() + 8 + converted)
+    return max(unpooling, _workspace(grad, x, mean, *arguments))
 
 
 bn_relu_max_pool_backward = operator(

@@ -13,7 +13,7 @@ from densebench.kernels.device import merge_statistics, tile_statistics
 from densebench.kernels.language import tl, triton
 from densebench.kernels.launch import Share, Tile, cdiv, device_of, launch, parts_tile, power_of_two, share
 from densebench.kernels.library import operator
-from densebench.kernels.passes import add_column_sums, pass_bytes
+from densebench.kernels.passes import Sums, add_column_sums, pass_bytes, sum_bytes
 from densebench.kernels.rows import accumulate_dtype, row_slices, tile_bytes
 
 PIVOT_ROWS = 64  # whose mean all values are taken relative to
@@ -35,7 +35,7 @@ class RunningStatistics:
     def __init__(self, some: Tensor, dtype: torch.dtype) -> None:
         chosen = some[:: -(-some.shape[0] // PIVOT_ROWS)].to(dtype)
         self.pivot = chosen.mean(0).nan_to_num_(0, 0, 0)
-        self.sums = self.pivot.new_zeros(2, some.shape[1], dtype=torch.float64)
+        self.sums = Sums(some)
         self.rows = 0
 
     def add(self, rows: Tensor, out: Tensor | None = None) -> None:
@@ -45,7 +45,7 @@ class RunningStatistics:
 
     def store(self, mean: Tensor, var: Tensor) -> None:
         """Write the statistics into [C] each."""
-        difference, squares = self.sums / self.rows
+        difference, squares = self.sums.total() / self.rows
         mean.copy_(difference + self.pivot)
         var.copy_(squares.sub_(difference.square_()).clamp_min_(0))
 
@@ -171,5 +171,5 @@ channel_statistics = operator(
     cpu=_cpu,
     cuda=_cuda,
     fake=_fake,
-    workspace=lambda x, mean, *_: pass_bytes(tile_bytes(x), x, made=1, converted=1) + 8 * mean.nbytes,
+    workspace=lambda x, mean, *_: pass_bytes(tile_bytes(x), x, operator_tiles=1) + sum_bytes(x) + 8 * mean.nbytes,
 )

@@ -150,5 +150,5 @@ settled_gradient = operator(
     cpu=settle_rows,
     cuda=_cuda,
     fake=lambda grad, x, mean, pending, out: torch._check(out.shape == grad.shape == x.shape),
-    workspace=lambda grad, x, *_: pass_bytes(tile_bytes(x), x, made=1, converted=2),
+    workspace=lambda grad, x, *_: pass_bytes(tile_bytes(x), grad, x, operator_tiles=1),
 )

@@ -7,7 +7,7 @@ of calls of a training step is as much as the step itself.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -53,16 +53,36 @@ def operator(
     """
     name = schema.split("(", 1)[0]
     LIBRARY.define(schema, tags=(torch.Tag.pt2_compliant_tag,))
-    LIBRARY.impl(name, cpu, "CPU")
-    LIBRARY.impl(name, _on_its_device(name, cuda), "CUDA")
+    packet = getattr(torch.ops.densebench, name)
+    written = [at for at, argument in enumerate(packet.default._schema.arguments) if argument.is_write]
+    LIBRARY.impl(name, _told_to_autograd(name, written, cpu), "CPU")
+    LIBRARY.impl(name, _told_to_autograd(name, written, _on_its_device(name, cuda)), "CUDA")
     torch.library.register_fake(f"densebench::{name}", fake, lib=LIBRARY)
     IMPLEMENTATIONS[name] = Implementations(cpu, cuda)
-    packet = getattr(torch.ops.densebench, name)
     packet.__doc__ = packet.default.__doc__ = doc
     WORKSPACE[packet] = workspace
     if flops is not None:
         register_flop_formula(packet, get_raw=True)(flops)
     return packet.default
+
+
+def _told_to_autograd(name: str, written: Sequence[int], function: Callable[..., Any]) -> Callable[..., Any]:
+    """C and Triton write through addresses: autograd is told, and notices saved tensors that they overwrite.
+
+    Nor is a gradient that nobody computes missing in silence.
+    """
+
+    def told(*arguments: Any) -> Any:
+        if torch.is_grad_enabled() and any(isinstance(a, torch.Tensor) and a.requires_grad for a in arguments):
+            raise RuntimeError(
+                f"densebench::{name} has no derivative; call it under torch.no_grad() or detach its arguments"
+            )
+        result = function(*arguments)
+        changed = [arguments[at] for at in written if at < len(arguments) and arguments[at] is not None]
+        torch.autograd.graph.increment_version(changed)
+        return result
+
+    return told
 
 
 def require_dense_rows(name: str, arguments: Iterable[Any]) -> None:

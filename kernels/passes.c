@@ -2,15 +2,15 @@
  *
  * compiled.py builds this file once with REAL=float and once with REAL=double; passes.py calls it. The rows of a
  * matrix lie `stride` values apart, the values of a row side by side. Rows are shared out among the threads in one
- * fixed way, and sums are double and added in the order of the threads: as many threads, the same bits.
+ * fixed way, and each thread has sums of its own, in double: as many threads, the same bits.
  *
  * Matrices are prefixes of wider buffers, so their rows lie in many pages and end where a hardware prefetcher
  * would go on; asking for a row ahead of time is worth a third of the bandwidth where rows are short. Decisions
- * that are the same for all values stand in the loops; the compiler takes them out.
+ * that are the same for all values stand in the loops; at -O3 compilers make a loop of each case (unswitching).
  */
 #include <omp.h>
+#include <stddef.h>
 #include <stdint.h>
-#include <stdlib.h>
 
 enum { AHEAD = 4, CACHE_LINE = 64 };
 
@@ -35,17 +35,6 @@ static inline REAL relu(REAL z) { return z <= 0 ? 0 : z; }
 
 static inline REAL relu_backward(REAL grad, REAL z) { return z <= 0 ? 0 : grad; }
 
-/* Sums of `columns` values for every thread, 0 at first; NULL if there is no memory. */
-static double *new_partial(int threads, int64_t columns) {
-    return calloc((size_t)threads * (size_t)columns, sizeof(double));
-}
-
-static void add_partial(double *partial, int threads, int64_t columns, double *sums) {
-    for (int thread = 0; thread < threads; thread++)
-        for (int64_t column = 0; column < columns; column++) sums[column] += partial[thread * columns + column];
-    free(partial);
-}
-
 /* out = relu(x * scale + shift) */
 void relu_norm(const REAL *x, int64_t x_stride, int64_t rows, int64_t columns, const REAL *scale,
                const REAL *shift, REAL *out, int64_t out_stride, int threads) {
@@ -62,15 +51,13 @@ void relu_norm(const REAL *x, int64_t x_stride, int64_t rows, int64_t columns, c
     }
 }
 
-/* sums [2, columns] += the column sums of x - pivot, and of its squares; x is copied to `out` unless that is NULL */
-int column_sums(const REAL *x, int64_t x_stride, int64_t rows, int64_t columns, const REAL *pivot, double *sums,
-                REAL *out, int64_t out_stride, int threads) {
-    double *partial = new_partial(threads, 2 * columns);
-    if (!partial) return -1;
+/* A thread's sums [2, columns] += those of x - pivot, and of its squares; x is copied to out, unless that is NULL. */
+void column_sums(const REAL *x, int64_t x_stride, int64_t rows, int64_t columns, const REAL *pivot, double *sums,
+                 int64_t sums_stride, REAL *out, int64_t out_stride, int threads) {
 #pragma omp parallel num_threads(threads)
     {
         Range own = own_rows(rows);
-        double *values = partial + omp_get_thread_num() * 2 * columns, *squares = values + columns;
+        double *values = sums + omp_get_thread_num() * sums_stride, *squares = values + columns;
         for (int64_t row = own.first; row < own.last; row++) {
             const REAL *x_row = x + row * x_stride;
             REAL *out_row = out ? out + row * out_stride : NULL;
@@ -85,22 +72,18 @@ int column_sums(const REAL *x, int64_t x_stride, int64_t rows, int64_t columns, 
             }
         }
     }
-    add_partial(partial, threads, 2 * columns, sums);
-    return 0;
 }
 
 /* With dz = grad where x * scale + shift > 0, else 0:
- * sums [2, columns] += the column sums of dz and of dz * (x - mean);
+ * a thread's sums [2, columns] += those of dz and of dz * (x - mean);
  * grad_x = scale * dz, or, if `accumulates`, grad_x += scale * dz; nothing is written if grad_x is NULL. */
-int relu_norm_backward(const REAL *grad, int64_t grad_stride, const REAL *x, int64_t x_stride, int64_t rows,
-                       int64_t columns, const REAL *mean, const REAL *scale, const REAL *shift, double *sums,
-                       REAL *grad_x, int64_t grad_x_stride, int accumulates, int threads) {
-    double *partial = new_partial(threads, 2 * columns);
-    if (!partial) return -1;
+void relu_norm_backward(const REAL *grad, int64_t grad_stride, const REAL *x, int64_t x_stride, int64_t rows,
+                        int64_t columns, const REAL *mean, const REAL *scale, const REAL *shift, double *sums,
+                        int64_t sums_stride, REAL *grad_x, int64_t grad_x_stride, int accumulates, int threads) {
 #pragma omp parallel num_threads(threads)
     {
         Range own = own_rows(rows);
-        double *sum_dz = partial + omp_get_thread_num() * 2 * columns, *sum_dz_x = sum_dz + columns;
+        double *sum_dz = sums + omp_get_thread_num() * sums_stride, *sum_dz_x = sum_dz + columns;
         for (int64_t row = own.first; row < own.last; row++) {
             const REAL *grad_row = grad + row * grad_stride, *x_row = x + row * x_stride;
             REAL *grad_x_row = grad_x ? grad_x + row * grad_x_stride : NULL;
@@ -115,8 +98,6 @@ int relu_norm_backward(const REAL *grad, int64_t grad_stride, const REAL *x, int
             }
         }
     }
-    add_partial(partial, threads, 2 * columns, sums);
-    return 0;
 }
 
 /* grad = scale * dz - constant - (x - mean) * slope, in place; scale * dz if constant and slope are NULL. */

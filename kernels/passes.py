@@ -1,8 +1,9 @@
 """The CPU path's passes over rows; operators make them tile by tile, so that scratch stays in the cache.
 
 Each has two forms. Compiled (`passes.c`), it reads and writes every operand once; made of PyTorch's operators, it
-serves machines without a C compiler. Both compute in float32 (float64 for float64): rows of lower precision are
-converted, and rounded once. Sums are float64.
+serves machines without a C compiler, and whatever the compiled form does not take. Both compute in float32
+(float64 for float64): rows of lower precision are converted, and rounded once. Sums are added up in float64;
+PyTorch's operators round those of a tile to float32 first.
 """
 
 from __future__ import annotations
@@ -15,121 +16,161 @@ from torch import Tensor
 from densebench.kernels import compiled
 from densebench.kernels.rows import Folded, accumulate_dtype, as_map
 
-_FEW = 2**14  # values for which a second thread takes longer to wake than it helps
+FEW_VALUES = 2**14  # so many a thread does in 3 us; to wake a second one takes as long
+_FEW_ROWS = 32  # of which adding up one more thread's sums takes as long as the rows
+_LINE = 8  # float64 values in a cache line
 
 
-def relu_norm(x: Tensor, norm: Folded, out: Tensor) -> Tensor:
+class Sums:
+    """Two sums a column, [2, C], in float64: each thread's apart, so that none waits for another's lines."""
+
+    def __init__(self, x: Tensor) -> None:
+        self.columns = x.shape[-1]
+        self.parts = x.new_zeros(_sum_threads(x), _sum_stride(self.columns), dtype=torch.float64)
+
+    def total(self) -> Tensor:
+        """[2, C]."""
+        return self.parts.sum(0)[: 2 * self.columns].view(2, self.columns)
+
+    def add(self, first: Tensor, second: Tensor) -> None:
+        """Add [C] to each."""
+        self.parts[0, : self.columns] += first
+        self.parts[0, self.columns : 2 * self.columns] += second
+
+
+def relu_norm(x: Tensor, norm: Folded, out: Tensor) -> None:
     """out = relu(norm(x)) of x [R, C]; NaN passes, as it does in PyTorch. `out` may be `x`."""
-    if not x.dtype == out.dtype == norm.mean.dtype:
-        wide = out if out.dtype == norm.mean.dtype else norm.mean.new_empty(x.shape)
-        relu_norm(wide.copy_(x), norm, wide)
-        return out if wide is out else out.copy_(wide)
-    library = _library(x, out)
+    target = out if out.dtype == norm.mean.dtype else norm.mean.new_empty(x.shape)
+    if x.dtype != target.dtype:
+        x = target.copy_(x)
+    library = _library(x, written=target)
     if library is None:
-        return torch.addcmul(norm.shift, x, norm.scale, out=out).relu_()
-    library.relu_norm(*_matrix(x), *x.shape, *_at(norm.scale, norm.shift), *_matrix(out), _threads(x))
-    return out
+        torch.addcmul(norm.shift, x, norm.scale, out=target).relu_()
+    else:
+        vectors = _vectors(x, norm.scale, norm.shift)
+        library.relu_norm(*_matrix(x), *x.shape, *_at(vectors), *_matrix(target), _threads(x))
+    if target is not out:
+        out.copy_(target)
 
 
-def add_column_sums(x: Tensor, pivot: Tensor, sums: Tensor, out: Tensor | None = None) -> None:
-    """sums [2, C] += the column sums of x - pivot, and of its squares; with `out` [R, C], x is copied there."""
-    wide = _wide(x, pivot)
-    copied = out if out is not None and out.dtype == x.dtype == wide.dtype else None
-    library = _library(wide, copied)
+def add_column_sums(x: Tensor, pivot: Tensor, sums: Sums, out: Tensor | None = None) -> None:
+    """sums += the column sums of x - pivot, and of its squares; with `out` [R, C], x is copied there."""
+    wide = x.to(pivot.dtype)
+    stored = out if out is not None and out.dtype == x.dtype == wide.dtype else None
+    library = _library(wide, written=stored)
     if library is None:
         # By PyTorch's own two passes over the tile; the sums that belong to its mean and biased variance.
         mean, var = torch.ops.aten.batch_norm_update_stats(as_map(wide - pivot), None, None, 0.0)
-        mean, var = mean.to(sums.dtype), var.to(sums.dtype)
-        sums += x.shape[0] * torch.stack((mean, var + mean.square()))
+        mean, var = mean.double(), var.double()
+        sums.add(x.shape[0] * mean, x.shape[0] * (var + mean.square()))
+        stored = None
     else:
-        written = _matrix_or_none(copied)
-        _check(library.column_sums(*_matrix(wide), *x.shape, *_at(pivot, sums), *written, _threads(x)))
-    if out is not None and (library is None or copied is None):
+        vectors = _vectors(wide, pivot)
+        threads = _threads(x, sums)
+        arguments = (*_matrix(wide), *x.shape, *_at(vectors), *_matrix(sums.parts), *_matrix(stored))
+        library.column_sums(*arguments, threads)
+    if out is not None and stored is None:
         out.copy_(x)
 
 
-def new_sums(x: Tensor) -> Tensor:
-    """Where `relu_norm_backward` adds: [2, C] of zeros."""
-    return x.new_zeros(2, x.shape[-1], dtype=torch.float64)
-
-
-def norm_gradients(sums: Tensor, norm: Folded) -> tuple[Tensor, Tensor]:
-    """(dgamma, dbeta) from those sums over all rows."""
-    dtype = norm.mean.dtype
-    return (sums[1] * norm.inv_std).to(dtype), sums[0].to(dtype, copy=True)
-
-
 def relu_norm_backward(
-    grad: Tensor, x: Tensor, norm: Folded, sums: Tensor, grad_x: Tensor | None, accumulate: bool
+    grad: Tensor, x: Tensor, norm: Folded, sums: Sums, grad_x: Tensor | None, accumulate: bool
 ) -> None:
     """Through relu(norm(x)), but for what comes from the statistics being functions of x.
 
-    With dz = grad where norm(x) > 0, else 0: sums [2, C] += the column sums of dz and dz * (x - mean);
+    With dz = grad where norm(x) > 0, else 0: sums += the column sums of dz and dz * (x - mean);
     grad_x = scale * dz, or, with `accumulate`, grad_x += scale * dz.
     """
-    grad, x, target = _wide(grad, norm.mean), _wide(x, norm.mean), grad_x
-    if grad_x is not None and grad_x.dtype != x.dtype:
-        target = _wide(grad_x, norm.mean) if accumulate else torch.empty_like(x)
-    library = _library(grad, x, target)
+    dtype, target = norm.mean.dtype, grad_x
+    grad, x = grad.to(dtype), x.to(dtype)
+    if grad_x is not None and grad_x.dtype != dtype:
+        target = grad_x.to(dtype) if accumulate else torch.empty_like(x)
+    library = _library(grad, x, written=target)
     if library is None:
         values, dz = _masked(grad, x, norm)
-        for total, more in zip(sums, _column_sums(dz, values, norm.mean), strict=True):
-            total += more
+        sums.add(*_column_sums(dz, values, norm.mean))
         if target is not None:
             target.addcmul_(dz, norm.scale) if accumulate else torch.mul(dz, norm.scale, out=target)
     else:
-        vectors = _at(norm.mean, norm.scale, norm.shift, sums)
-        arguments = (*_matrix(grad), *_matrix(x), *x.shape, *vectors, *_matrix_or_none(target), accumulate)
-        _check(library.relu_norm_backward(*arguments, _threads(x)))
+        vectors = _vectors(x, norm.mean, norm.scale, norm.shift)
+        arguments = (*_matrix(grad), *_matrix(x), *x.shape, *_at(vectors), *_matrix(sums.parts), *_matrix(target))
+        library.relu_norm_backward(*arguments, accumulate, _threads(x, sums))
     if grad_x is not None and target is not None and target is not grad_x:
         grad_x.copy_(target)
 
 
+def norm_gradients(sums: Sums, norm: Folded) -> tuple[Tensor, Tensor]:
+    """(dgamma, dbeta) from those sums over all rows."""
+    sum_dz, sum_dz_x = sums.total()
+    dtype = norm.mean.dtype
+    return (sum_dz_x * norm.inv_std).to(dtype), sum_dz.to(dtype, copy=True)
+
+
 def relu_norm_backward_in_place(grad: Tensor, x: Tensor, norm: Folded, terms: Tensor | None) -> None:
     """grad = scale * dz - terms[0] - (x - mean) * terms[1], with dz = grad where norm(x) > 0, else 0."""
-    target, x = _wide(grad, norm.mean), _wide(x, norm.mean)
-    library = _library(target, x)
+    dtype = norm.mean.dtype
+    target, x = grad.to(dtype), x.to(dtype)
+    library = _library(x, written=target)
     if library is None:
         values, dz = _masked(target, x, norm)
         torch.mul(dz, norm.scale, out=target)
         if terms is not None:
             target -= torch.addcmul(terms[0], torch.sub(values, norm.mean, out=dz), terms[1], out=dz)
     else:
-        vectors = (*_at(norm.mean, norm.scale, norm.shift), *((None, None) if terms is None else _at(*terms)))
-        library.relu_norm_backward_in_place(*_matrix(target), *_matrix(x), *x.shape, *vectors, _threads(x))
+        vectors = _vectors(x, norm.mean, norm.scale, norm.shift, *(() if terms is None else terms))
+        addresses = (*_at(vectors), *((None, None) if terms is None else ()))
+        library.relu_norm_backward_in_place(*_matrix(target), *_matrix(x), *x.shape, *addresses, _threads(x))
     if target is not grad:
         grad.copy_(target)
 
 
 def settle(grad: Tensor, x: Tensor, mean: Tensor, pending: Tensor, out: Tensor) -> None:
     """out = grad - pending[0] - (x - mean) * pending[1]; `out` may be `grad`."""
-    grad, x = _wide(grad, mean), _wide(x, mean)
-    target = out if out.dtype == x.dtype else grad
-    library = _library(grad, x, target)
+    wide, x = grad.to(mean.dtype), x.to(mean.dtype)
+    target = out
+    if out.dtype != mean.dtype:
+        target = wide if wide is not grad else torch.empty_like(x)
+    library = _library(wide, x, written=target)
     if library is None:
         terms = torch.sub(x, mean)
-        torch.sub(grad, torch.addcmul(pending[0], terms, pending[1], out=terms), out=target)
+        torch.sub(wide, torch.addcmul(pending[0], terms, pending[1], out=terms), out=target)
     else:
-        library.settle(*_matrix(grad), *_matrix(x), *x.shape, *_at(mean, *pending), *_matrix(target), _threads(x))
+        vectors = _vectors(x, mean, *pending)
+        library.settle(*_matrix(wide), *_matrix(x), *x.shape, *_at(vectors), *_matrix(target), _threads(x))
     if target is not out:
         out.copy_(target)
 
 
-def pass_bytes(tile: int, x: Tensor, made: int, converted: int) -> int:
-    """Bytes that a pass over a tile of x allocates for the time that it takes.
+def pass_bytes(tile: int, *matrices: Tensor | None, operator_tiles: int) -> int:
+    """Bytes that a pass over a tile allocates for the time that it takes. (Asking compiles, where nothing is yet.)
 
     Args:
-        tile: bytes of the tile.
-        made, converted: tiles made by PyTorch's operators where the pass is not compiled, and tiles converted
-            where x is of lower precision.
+        tile: bytes of a tile in the dtype that is computed in.
+        matrices: those that are converted, where they are of lower precision.
+        operator_tiles: tiles that PyTorch's operators make, where the pass is not compiled.
     """
-    dtype = accumulate_dtype(x)
-    return tile * ((made if compiled.library(dtype) is None else 0) + (converted if x.dtype != dtype else 0))
+    given = [matrix for matrix in matrices if matrix is not None]
+    made = operator_tiles if compiled.library(accumulate_dtype(given[0])) is None else 0
+    return tile * (made + sum(matrix.dtype != accumulate_dtype(matrix) for matrix in given))
 
 
-def backward_bytes(tile: int, x: Tensor, converted: int) -> int:
-    """The same for `relu_norm_backward`, which makes x dense first where it is not compiled."""
-    return pass_bytes(tile, x, 1 if x.is_contiguous() or x.dtype != accumulate_dtype(x) else 2, converted)
+def backward_bytes(tile: int, grad: Tensor | None, x: Tensor, grad_x: Tensor | None) -> int:
+    """The same for a backward pass, with its sums; PyTorch's operators take x as a dense tile, too."""
+    copied = 0 if x.is_contiguous() or x.dtype != accumulate_dtype(x) else 1
+    return pass_bytes(tile, x, grad, grad_x, operator_tiles=1 + copied) + sum_bytes(x)
+
+
+def sum_bytes(x: Tensor) -> int:
+    """Bytes of `Sums`."""
+    return _sum_threads(x) * _sum_stride(x.shape[-1]) * 8
+
+
+def _sum_threads(x: Tensor) -> int:
+    return max(1, min(torch.get_num_threads(), x.numel() // x.shape[-1] // _FEW_ROWS))
+
+
+def _sum_stride(columns: int) -> int:
+    return -(-2 * columns // _LINE) * _LINE
 
 
 def _masked(grad: Tensor, x: Tensor, norm: Folded) -> tuple[Tensor, Tensor]:
@@ -148,37 +189,52 @@ def _column_sums(dz: Tensor, x: Tensor, mean: Tensor) -> tuple[Tensor, Tensor]:
     return sum_dz, sum_dz_x
 
 
-def _wide(x: Tensor, like: Tensor) -> Tensor:
-    """In the dtype that is computed in; a copy where that is another."""
-    return x.to(like.dtype)
+def _library(*read: Tensor, written: Tensor | None) -> ctypes.CDLL | None:
+    """The compiled form, if it takes these matrices: the values of a row side by side, written rows apart.
 
-
-def _library(*matrices: Tensor | None) -> ctypes.CDLL | None:
-    """The compiled form, if there is one for these matrices: the values of a row must lie side by side."""
-    for matrix in matrices:
-        if matrix is not None and matrix.stride(1) != 1 and matrix.shape[1] > 1:
+    Raises:
+        ValueError: if their shapes differ; it would read and write beyond them.
+    """
+    first = read[0]
+    for matrix in (*read, written):
+        if matrix is None:
+            continue
+        if matrix.shape != first.shape:
+            raise ValueError(f"a pass over rows takes matrices of one shape, got {first.shape} and {matrix.shape}")
+        if matrix.dtype != first.dtype or (matrix.stride(1) != 1 and matrix.shape[1] > 1):
             return None
-    first = matrices[0]
-    return None if first is None else compiled.library(first.dtype)
+    if written is not None and written.stride(0) < written.shape[1] and written.shape[0] > 1:
+        return None
+    return compiled.library(first.dtype)
 
 
-def _matrix(x: Tensor) -> tuple[int, int]:
-    """Address and row stride."""
-    return x.data_ptr(), x.stride(0)
+def _vectors(x: Tensor, *vectors: Tensor) -> list[Tensor]:
+    """[C] each, as the compiled form takes them.
+
+    Raises:
+        ValueError: if one is not as long as x is wide, or of another dtype.
+    """
+    for vector in vectors:
+        if vector.shape != x.shape[1:] or vector.dtype != x.dtype:
+            raise ValueError(
+                f"a pass over rows {list(x.shape)} of {x.dtype} takes vectors of as many channels in that dtype, "
+                f"got {list(vector.shape)} of {vector.dtype}"
+            )
+    return [vector.contiguous() for vector in vectors]
 
 
-def _matrix_or_none(x: Tensor | None) -> tuple[int | None, int]:
-    return (None, 0) if x is None else _matrix(x)
-
-
-def _at(*vectors: Tensor) -> list[int]:
+def _at(vectors: list[Tensor]) -> list[int]:
+    """Addresses; good as long as the caller keeps the vectors. Never of a temporary."""
     return [vector.data_ptr() for vector in vectors]
 
 
-def _threads(x: Tensor) -> int:
-    return torch.get_num_threads() if x.numel() >= _FEW else 1
+def _matrix(x: Tensor | None) -> tuple[int | None, int]:
+    """Address and row stride."""
+    return (None, 0) if x is None else (x.data_ptr(), x.stride(0))
 
 
-def _check(status: int) -> None:
-    if status:
-        raise MemoryError("a pass over rows found no memory for its sums")
+def _threads(x: Tensor, sums: Sums | None = None) -> int:
+    """Of a pass; as many as there are sums for."""
+    if x.numel() < FEW_VALUES:
+        return 1
+    return torch.get_num_threads() if sums is None else min(torch.get_num_threads(), sums.parts.shape[0])

@@ -40,10 +40,10 @@ class Norm(NamedTuple):
 
     def folded(self) -> Folded:
         """In the accumulating dtype."""
-        inv_std = (self.var + self.eps).rsqrt_()
+        inv_std = (self.var.to(self.mean.dtype) + self.eps).rsqrt_()
         scale = inv_std if self.gamma is None else inv_std * self.gamma.to(inv_std.dtype)
         beta = torch.zeros_like(scale) if self.beta is None else self.beta.to(scale.dtype)
-        return Folded(self.mean.contiguous(), inv_std, scale, torch.addcmul(beta, self.mean, scale, value=-1))
+        return Folded(self.mean, inv_std, scale, torch.addcmul(beta, self.mean, scale, value=-1))
 
     def affine(self) -> tuple[Tensor | None, Tensor | None]:
         """gamma and beta in the accumulating dtype."""
@@ -62,7 +62,7 @@ def accumulate_dtype(x: Tensor) -> torch.dtype:
 def tile_rows(x: Tensor) -> int:
     """Rows of a tile of x: a multiple of 16, at most all."""
     row_bytes = x.shape[-1] * accumulate_dtype(x).itemsize
-    return min(x.shape[0], max(16, TILE_BYTES // row_bytes // 16 * 16))
+    return max(1, min(x.shape[0], max(16, TILE_BYTES // max(1, row_bytes) // 16 * 16)))
 
 
 def tile_bytes(x: Tensor) -> int:

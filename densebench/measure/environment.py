@@ -43,6 +43,7 @@ def environment(device_type: str) -> dict[str, Any]:
         "cuda": torch.version.cuda,
         "flags": _flags(),
         "cpu_kernels": compiled.description() if device.type == "cpu" else None,
+        "why_not_compiled": compiled.reason() if device.type == "cpu" else None,
         "allocator": {k: v for k, v in os.environ.items() if _ALLOCATOR.search(k)},
         "commit": _git("rev-parse", "HEAD"),
         "source": _source(),

@@ -18,11 +18,13 @@ from typing import Any
 import torch
 
 import densebench
+from densebench.cache_folder import cache_folder
+from densebench.kernels import compiled
 
 
 def cached(question: dict[str, Any], answer: Callable[[], dict[str, Any]]) -> dict[str, Any]:
     """The answer to a question (both JSON), from the disk where it was asked before."""
-    text = json.dumps(question | versions(), sort_keys=True)
+    text = json.dumps(question | versions() | {"cpu_kernels": compiled.description()}, sort_keys=True)
     path = folder() / f"{hashlib.sha256(text.encode()).hexdigest()[:24]}.json"
     try:
         found = json.loads(path.read_text(encoding="utf-8"))
@@ -42,9 +44,8 @@ def cached(question: dict[str, Any], answer: Callable[[], dict[str, Any]]) -> di
 
 
 def folder() -> Path:
-    """Where answers lie: $XDG_CACHE_HOME/densebench, by default ~/.cache/densebench."""
-    base = os.environ.get("XDG_CACHE_HOME")
-    return (Path(base) if base else Path.home() / ".cache") / "densebench" / "predictions"
+    """Where answers lie."""
+    return cache_folder() / "predictions"
 
 
 @functools.cache
@@ -61,7 +62,7 @@ def versions() -> dict[str, Any]:
 def _hash_of_sources() -> str:
     root = Path(densebench.__file__).parent
     digest = hashlib.sha256()
-    for path in sorted((*root.rglob("*.py"), *(root / "kernels").glob("*.py"))):
+    for path in sorted((*root.rglob("*.py"), *(root / "kernels").glob("*.py"), *(root / "kernels").glob("*.c"))):
         digest.update(str(path.relative_to(root)).encode())
         digest.update(path.read_bytes())
     return digest.hexdigest()

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import os
+import shutil
 import subprocess
 import sys
+import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -11,8 +14,10 @@ import pytest
 import torch
 from torch import Tensor
 
+from densebench import cache_folder
 from densebench.kernels import compiled, passes
 from densebench.kernels.rows import Folded, Norm
+from densebench.prediction.cache import cached
 
 WIDE = 40
 
@@ -34,7 +39,7 @@ def threads() -> Iterator[None]:
 def anew(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Path:
     """An empty cache folder, and nothing loaded yet; what other tests load is left as it was."""
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
-    monkeypatch.setattr(compiled, "_loaded", compiled._loaded.__wrapped__)
+    monkeypatch.setattr(compiled, "_built", compiled._built.__wrapped__)
     return tmp_path / "densebench"
 
 
@@ -52,7 +57,7 @@ def every_pass(rows: int, columns: int, dtype: torch.dtype, source: Path | None)
     terms = torch.randn(2, columns, dtype=torch.float64).to(dtype)
     with compiled.using(source):
         out, buffer, settled, in_place = torch.empty_like(x), grad.clone(), torch.empty_like(x), grad.clone()
-        statistics, sums = passes.new_sums(x), passes.new_sums(x)
+        statistics, sums = passes.Sums(x), passes.Sums(x)
         fresh, copied = torch.empty_like(x), torch.empty(rows, WIDE, dtype=dtype)[:, :columns]
         passes.relu_norm(x, norm, out)
         passes.add_column_sums(x, norm.mean, statistics, copied)
@@ -63,7 +68,7 @@ def every_pass(rows: int, columns: int, dtype: torch.dtype, source: Path | None)
         without = grad.clone()
         passes.relu_norm_backward_in_place(without, x, norm, None)
         passes.settle(grad, x, norm.mean, terms, settled)
-    return [out, copied, buffer, settled, in_place, without, fresh, statistics, sums]
+    return [out, copied, buffer, settled, in_place, without, fresh, statistics.total(), sums.total()]
 
 
 @pytest.mark.usefixtures("library")
@@ -74,7 +79,7 @@ def test_as_pytorch_does(
     rows: int, columns: int, threads_in_use: int, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Also with more threads than rows, none of them left out or counted twice."""
-    monkeypatch.setattr(passes, "_FEW", 0)
+    monkeypatch.setattr(passes, "FEW_VALUES", 0)
     torch.set_num_threads(threads_in_use)
     tolerance = 1e-5 if dtype == torch.float32 else 1e-12
     uncompiled = every_pass(rows, columns, dtype, None) if rows else None
@@ -97,20 +102,71 @@ def test_as_many_threads_the_same_bits() -> None:
 def test_sums_are_float64() -> None:
     """A million values near 1,000: in float32 their sum would be off by hundreds, and their squares' by more."""
     x = torch.full((2**20, 1), 1000.1)
-    sums = passes.new_sums(x)
+    sums = passes.Sums(x)
     passes.add_column_sums(x, torch.zeros(1), sums)
     exact = x.double()
-    torch.testing.assert_close(sums[0], exact.sum(0), rtol=1e-10, atol=0)
-    torch.testing.assert_close(sums[1], exact.square().sum(0), rtol=1e-10, atol=0)
+    torch.testing.assert_close(sums.total()[0], exact.sum(0), rtol=1e-10, atol=0)
+    torch.testing.assert_close(sums.total()[1], exact.square().sum(0), rtol=1e-10, atol=0)
 
 
 def test_columns_far_apart_take_the_other_form() -> None:
     """A matrix whose rows are not dense cannot be read by the compiled form; nobody has to know."""
     x, _, norm = drawn(12, 5)
     across = x.t().contiguous().t()
-    torch.testing.assert_close(
-        passes.relu_norm(across, norm, torch.empty(12, 5)), passes.relu_norm(x, norm, torch.empty(12, 5))
-    )
+    first, second = torch.empty(2, 12, 5)
+    passes.relu_norm(across, norm, first)
+    passes.relu_norm(x, norm, second)
+    torch.testing.assert_close(first, second)
+
+
+def test_shapes_and_dtypes_that_would_be_read_beyond() -> None:
+    """The compiled form is given addresses: it must refuse what PyTorch's operators would have refused."""
+    x, grad, norm = drawn(12, 5)
+    for wrong in (torch.empty(12, 4), torch.empty(11, 5)):
+        with pytest.raises(ValueError, match="one shape"):
+            passes.relu_norm(x, norm, wrong)
+        with pytest.raises(ValueError, match="one shape"):
+            passes.settle(grad, wrong, norm.mean, torch.zeros(2, 5), torch.empty(12, 5))
+    if compiled.library(torch.float32) is not None:
+        for vector in (norm.shift[:4], norm.shift.double()):
+            with pytest.raises(ValueError, match="as many channels"):
+                passes.relu_norm(x, norm._replace(shift=vector), torch.empty(12, 5))
+
+
+def test_vectors_may_lie_apart() -> None:
+    x, grad, norm = drawn(12, 5)
+    pairs, pending = torch.stack((norm.mean, norm.scale), 1), torch.randn(5, 2).t()
+    expected, produced = torch.empty(2, 12, 5)
+    passes.settle(grad, x, norm.mean, pending.contiguous(), expected)
+    passes.settle(grad, x, pairs[:, 0], pending, produced)
+    assert torch.equal(produced, expected)
+
+
+@pytest.mark.parametrize("source", [compiled.SOURCE, None], ids=["compiled", "uncompiled"])
+def test_what_is_only_read_stays(source: Path | None) -> None:
+    """Also where the gradient has the dtype that is computed in and the result has not."""
+    x, grad, norm = drawn(12, 5)
+    before, out = grad.clone(), torch.empty(12, 5, dtype=torch.bfloat16)
+    with compiled.using(source):
+        passes.settle(grad, x.bfloat16(), norm.mean, torch.ones(2, 5), out)
+    assert torch.equal(grad, before)
+
+
+def test_rows_that_are_one_memory_are_not_written() -> None:
+    x, _, norm = drawn(12, 5)
+    with pytest.raises(RuntimeError, match="single memory location"):
+        passes.relu_norm_backward_in_place(torch.ones(5).expand(12, 5), x, norm, None)
+
+
+def test_autograd_notices_what_operators_overwrite() -> None:
+    weight, out = torch.ones(12, 5, requires_grad=True), torch.ones(12, 5)
+    loss = (weight * out).sum()
+    x, _, _ = drawn(12, 5)
+    torch.ops.densebench.bn_relu(x, torch.zeros(5), torch.ones(5), None, None, 0.0, out)
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        loss.backward()
+    with pytest.raises(RuntimeError, match="no derivative"):
+        torch.ops.densebench.bn_relu(weight, torch.zeros(5), torch.ones(5), None, None, 0.0, out)
 
 
 @pytest.mark.usefixtures("library")
@@ -125,30 +181,95 @@ def test_compiled_once_and_kept(anew: Path) -> None:
 
 
 @pytest.mark.usefixtures("library")
-def test_a_home_that_cannot_be_written(anew: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    anew.parent.joinpath("a file").write_text("")
-    monkeypatch.setenv("XDG_CACHE_HOME", str(anew.parent / "a file"))
+@pytest.mark.parametrize("kept", [0, 9000])
+def test_a_damaged_file_is_not_loaded(kept: int, anew: Path) -> None:
+    """Cut short, as by a full disk; loading it could end the process."""
     assert compiled.library(torch.float32) is not None
+    (file,) = anew.iterdir()
+    content = file.read_bytes()
+    file.unlink()  # what is loaded stays
+    file.write_bytes(content[:kept])
+    assert compiled.library(torch.float32) is not None
+    assert file.read_bytes() == content
 
 
-@pytest.mark.usefixtures("anew")
+@pytest.mark.usefixtures("library", "anew")
+@pytest.mark.parametrize("home", ["not a folder", "none"])
+def test_without_a_home(home: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """As in a container whose user has no entry: a folder of one's own among the temporary files."""
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path / "temporary"))
+    monkeypatch.setattr(cache_folder, "_writable", cache_folder._writable.__wrapped__)
+    (tmp_path / "temporary").mkdir()
+    if home == "none":
+        monkeypatch.delenv("XDG_CACHE_HOME")
+        monkeypatch.setattr(Path, "home", _no_home)
+    else:
+        (tmp_path / "a file").write_text("")
+        monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "a file"))
+    assert compiled.library(torch.float32) is not None
+    (folder,) = (tmp_path / "temporary").iterdir()
+    assert folder.stat().st_mode & 0o077 == 0
+    assert len(list(folder.iterdir())) == 1
+
+
+def _no_home() -> Path:
+    raise RuntimeError("Could not determine home directory.")
+
+
+@pytest.mark.usefixtures("library", "anew")
+def test_a_compiler_with_options(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("CC", "gcc -g0" if shutil.which("gcc") else "cc -g0")
+    assert compiled.library(torch.float32) is not None
+    assert compiled.description().startswith("compiled by")
+    assert compiled.reason() == ""
+
+
 @pytest.mark.parametrize(
-    ("compiler", "reason"), [("no-such-compiler", "no C compiler found"), ("false", "failed"), ("true", "failed")]
+    ("compiler", "reason"),
+    [("no-such-compiler", "looked for no-such-compiler"), ("false", "failed"), ("true", "failed")],
 )
-def test_without_a_compiler(compiler: str, reason: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """None at all, one that fails, one that writes nothing: PyTorch's operators, and a reason."""
+def test_without_a_compiler(compiler: str, reason: str, anew: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """None, one that fails, one that writes nothing: PyTorch's operators, a reason, and nothing left over."""
     monkeypatch.setenv("CC", compiler)
     assert compiled.library(torch.float32) is None
-    assert reason in compiled.description()
+    assert compiled.description() == "PyTorch operators"
+    assert reason in compiled.reason()
+    assert not anew.exists() or not list(anew.iterdir())
     x, _, norm = drawn(12, 5)
-    expected = torch.relu(x * norm.scale + norm.shift)
-    torch.testing.assert_close(passes.relu_norm(x, norm, torch.empty(12, 5)), expected)
+    out = torch.empty(12, 5)
+    passes.relu_norm(x, norm, out)
+    torch.testing.assert_close(out, torch.relu(x * norm.scale + norm.shift))
+
+
+@pytest.mark.usefixtures("library", "anew")
+def test_the_reason_is_the_compilers_without_places(tmp_path: Path) -> None:
+    """The same in every process and checkout."""
+    reasons = []
+    for name in ("first", "second"):
+        (tmp_path / name).mkdir()
+        source = tmp_path / name / "passes.c"
+        source.write_text("#include <no-such-header.h>\n")
+        with compiled.using(source):
+            assert compiled.library(torch.float32) is None
+            reasons.append(compiled.reason())
+    assert reasons[0] == reasons[1]
+    assert "no-such-header.h" in reasons[0]
 
 
 def test_switched_off() -> None:
-    program = "from densebench.kernels import compiled; print(compiled.description())"
-    environment = {"DENSEBENCH_COMPILED": "0", "PATH": "/usr/bin:/bin"}
+    program = "from densebench.kernels import compiled as c; print(c.description(), c.reason())"
+    environment = {**os.environ, compiled.SWITCH: "0"}
     done = subprocess.run(
         [sys.executable, "-c", program], env=environment, capture_output=True, text=True, check=True
     )
-    assert "DENSEBENCH_COMPILED=0" in done.stdout
+    assert done.stdout == "PyTorch operators switched off\n"
+
+
+@pytest.mark.usefixtures("library", "anew")
+def test_a_kept_prediction_is_of_the_passes_in_use() -> None:
+    """Their scratch differs."""
+    answers = []
+    for source in (compiled.SOURCE, None, compiled.SOURCE):
+        with compiled.using(source):
+            answers.append(cached({"of": "passes"}, lambda: {"bytes": len(answers)}))
+    assert answers == [{"bytes": 0}, {"bytes": 1}, {"bytes": 0}]
