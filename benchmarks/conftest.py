@@ -14,6 +14,7 @@ import torch
 from benchmarks.cases import Group, Profile, profile
 from benchmarks.suite import DATA, Suite, choose_device, run_folder
 from densebench.contenders import get_contender
+from densebench.counting import counted
 from densebench.measure.device import DeviceLostError, tune
 from densebench.measure.environment import device_name
 from densebench.report.console import summary_table
@@ -139,7 +140,8 @@ def pytest_report_collectionfinish(config: pytest.Config, items: list[pytest.Ite
     suite = config.stash.get(_SUITE, None)
     if suite is None:
         return None
-    held = f" ({len(suite.runner.done)} cases in it are kept)" if suite.runner.done else ""
+    done = len(suite.runner.done)
+    held = f" ({counted(done, 'case')} in it {'is' if done == 1 else 'are'} kept)" if done else ""
     return [_header(config, items), f"densebench: records go to {suite.store.path}{held}"]
 
 
@@ -148,7 +150,8 @@ def _header(config: pytest.Config, items: list[pytest.Item]) -> str:
     chosen, device = config.stash[_PROFILE], config.stash[_DEVICE]
     where = "one GPU" if device == "cuda" else device_name(torch.device("cpu"))
     minutes = f"about {chosen.minutes:.0f} min" if chosen.minutes >= 1 else "less than a minute"
-    line = f"densebench: {where}, {config.stash[_NAME]} profile, {len(_ours(items))} cases, {minutes} for all"
+    cases = counted(len(_ours(items)), "case")
+    line = f"densebench: {where}, {config.stash[_NAME]} profile, {cases}, {minutes} for all"
     names = {case.strategy for group in chosen.groups for case in group.cases}
     absent = sorted(reason for name in names if (reason := get_contender(name).missing()))
     notes = [f"not run: {'; '.join(absent)}"] if absent else []

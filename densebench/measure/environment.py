@@ -18,6 +18,7 @@ from typing import Any
 import psutil
 import torch
 
+from densebench.counting import counted
 from densebench.kernels import compiled
 from densebench.measure.nvml import Nvml
 
@@ -84,7 +85,7 @@ def device_name(device: torch.device) -> str:
         if not torch.cuda.is_available():
             return "no CUDA device"
         return torch.cuda.get_device_name(device)
-    return f"{_cpu_model()} ({torch.get_num_threads()} threads)"
+    return f"{_cpu_model()} ({counted(torch.get_num_threads(), 'thread')})"
 
 
 def _flags() -> dict[str, Any]:
