@@ -17,7 +17,7 @@ from densebench.contenders import get_contender
 from densebench.counting import counted
 from densebench.measure.device import DeviceLostError, tune
 from densebench.measure.environment import device_name
-from densebench.report.console import summary_table
+from densebench.report.console import ended_in_words, summary_table
 from densebench.results import Case, Record, RunStore, StoreError, latest
 
 PROFILES = ("quick", "default", "full", "tiny")
@@ -193,14 +193,16 @@ def pytest_terminal_summary(terminalreporter: Any, config: pytest.Config) -> Gen
 def _summary(suite: Suite) -> list[str]:
     records = latest(suite.store.read())
     if not _figures(suite):
-        return ["", "densebench: nothing was measured", *{f"{r.status}: {r.reason}" for r in records}]
+        return ["", "densebench: nothing was measured", *{ended_in_words(r) for r in records}]
     standard = suite.store.folder.resolve().parent == DATA
     command = "python -m densebench.report" + ("" if standard else f" {suite.store.folder}")
     return [*summary_table(records), "", f"records: {suite.store.path}", f"page:    {command}"]
 
 
 def _figures(suite: Suite) -> bool:
-    return any(r.peak_delta_bytes is not None or r.time_s is not None for r in suite.store.read())
+    """Whether there is any; what fits into a card is a predicted peak alone."""
+    known = ((r.peak_delta_bytes, r.predicted_peak_bytes, r.time_s) for r in suite.store.read())
+    return any(figure is not None for figures in known for figure in figures)
 
 
 def _name(case: Case) -> str:
