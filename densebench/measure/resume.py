@@ -48,4 +48,10 @@ def figures(record: Record) -> Fields:
 
 
 def _is_of_here(record: Record) -> bool:
-    return identity(record.environment) == identity(environment(record.case.device))
+    return any(identity(record.environment) == identity(environment(device)) for device in _made_on(record))
+
+
+def _made_on(record: Record) -> tuple[str, ...]:
+    """The devices whose environment a record may have: predictions for a GPU are made without one."""
+    device = record.case.device
+    return ("cpu", device) if record.case.source == "predicted" else (device,)
