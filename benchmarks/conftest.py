@@ -142,7 +142,8 @@ def pytest_report_collectionfinish(config: pytest.Config, items: list[pytest.Ite
         return None
     done = len(suite.runner.done)
     held = f" ({counted(done, 'case')} in it {'is' if done == 1 else 'are'} kept)" if done else ""
-    return [_header(config, items), f"densebench: records go to {suite.store.path}{held}"]
+    lines = [_header(config, items), f"densebench: records go to {suite.store.path}{held}"]
+    return lines + ([f"densebench: {suite.runner.none_applies}"] if suite.runner.none_applies else [])
 
 
 def _header(config: pytest.Config, items: list[pytest.Item]) -> str:

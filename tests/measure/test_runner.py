@@ -320,6 +320,30 @@ def test_resume_is_for_the_same_code_and_machine(
         assert runner(resume=True).done == {}
 
 
+@pytest.mark.parametrize(
+    ("changes", "why"),
+    [
+        ([{"threads": 99}], "1 record found there, of which none applies: the machine or its settings differ ("),
+        ([{"source": "x"}, {"python": "2.7"}], "2 records found there, of which none applies: the code differs"),
+        ([{"gpu": {"driver": "1"}}], "(GPU driver)"),
+        ([{"device": "x", "cpu_kernels": "x", "source": "x"}], "cpu kernels) and the code differs (source)"),
+        ([{"threads": 99}, {"source": "x"}], "(threads) or the code differs (source)"),
+    ],
+)
+def test_resume_tells_that_and_why_none_applies(changes: list[dict[str, Any]], why: str) -> None:
+    here = environment("cpu")
+    records = [small_record(environment={**here, **change}) for change in changes]
+    said = str(resume.why_none_applies(records))
+    assert why in said
+    assert said.endswith("; everything is measured anew")
+    assert resume.why_none_applies([*records, small_record(environment=here)]) is None
+
+
+def test_resume_says_nothing_of_a_folder_without_results() -> None:
+    assert resume.why_none_applies([]) is None
+    assert resume.why_none_applies([small_record(status="skipped")]) is None
+
+
 def test_resume_takes_over_what_was_predicted_for_a_gpu() -> None:
     """As what fits into a card is: its case is of CUDA, its environment that of the processor."""
     options = {"capacity_gib": 8, "largest_batch": 1}
