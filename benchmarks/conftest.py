@@ -14,9 +14,10 @@ import torch
 from benchmarks.cases import Group, Profile, profile
 from benchmarks.suite import DATA, Suite, choose_device, run_folder
 from densebench.contenders import get_contender
+from densebench.counting import counted
 from densebench.measure.device import DeviceLostError, tune
 from densebench.measure.environment import device_name
-from densebench.report.console import summary_table
+from densebench.report.console import ended_in_words, summary_table
 from densebench.results import Case, Record, RunStore, StoreError, latest
 
 PROFILES = ("quick", "default", "full", "tiny")
@@ -139,8 +140,10 @@ def pytest_report_collectionfinish(config: pytest.Config, items: list[pytest.Ite
     suite = config.stash.get(_SUITE, None)
     if suite is None:
         return None
-    held = f" ({len(suite.runner.done)} cases in it are kept)" if suite.runner.done else ""
-    return [_header(config, items), f"densebench: records go to {suite.store.path}{held}"]
+    done = len(suite.runner.done)
+    held = f" ({counted(done, 'case')} in it {'is' if done == 1 else 'are'} kept)" if done else ""
+    lines = [_header(config, items), f"densebench: records go to {suite.store.path}{held}"]
+    return lines + ([f"densebench: {suite.runner.none_applies}"] if suite.runner.none_applies else [])
 
 
 def _header(config: pytest.Config, items: list[pytest.Item]) -> str:
@@ -148,7 +151,8 @@ def _header(config: pytest.Config, items: list[pytest.Item]) -> str:
     chosen, device = config.stash[_PROFILE], config.stash[_DEVICE]
     where = "one GPU" if device == "cuda" else device_name(torch.device("cpu"))
     minutes = f"about {chosen.minutes:.0f} min" if chosen.minutes >= 1 else "less than a minute"
-    line = f"densebench: {where}, {config.stash[_NAME]} profile, {len(_ours(items))} cases, {minutes} for all"
+    cases = counted(len(_ours(items)), "case")
+    line = f"densebench: {where}, {config.stash[_NAME]} profile, {cases}, {minutes} for all"
     names = {case.strategy for group in chosen.groups for case in group.cases}
     absent = sorted(reason for name in names if (reason := get_contender(name).missing()))
     notes = [f"not run: {'; '.join(absent)}"] if absent else []
@@ -190,14 +194,16 @@ def pytest_terminal_summary(terminalreporter: Any, config: pytest.Config) -> Gen
 def _summary(suite: Suite) -> list[str]:
     records = latest(suite.store.read())
     if not _figures(suite):
-        return ["", "densebench: nothing was measured", *{f"{r.status}: {r.reason}" for r in records}]
+        return ["", "densebench: nothing was measured", *{ended_in_words(r) for r in records}]
     standard = suite.store.folder.resolve().parent == DATA
     command = "python -m densebench.report" + ("" if standard else f" {suite.store.folder}")
     return [*summary_table(records), "", f"records: {suite.store.path}", f"page:    {command}"]
 
 
 def _figures(suite: Suite) -> bool:
-    return any(r.peak_delta_bytes is not None or r.time_s is not None for r in suite.store.read())
+    """Whether there is any; what fits into a card is a predicted peak alone."""
+    known = ((r.peak_delta_bytes, r.predicted_peak_bytes, r.time_s) for r in suite.store.read())
+    return any(figure is not None for figures in known for figure in figures)
 
 
 def _name(case: Case) -> str:

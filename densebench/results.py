@@ -21,6 +21,8 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import IO, TYPE_CHECKING, Any, Literal, get_args, get_type_hints
 
+from densebench.counting import counted
+
 if TYPE_CHECKING:
     import pandas as pd
 
@@ -338,7 +340,7 @@ def read_records(paths: Iterable[Path]) -> list[Record]:
             except RecordError as error:
                 problems.append(f"line {number}: {error}")
         if problems:
-            more = f" (and {len(problems) - 1} more lines)" if len(problems) > 1 else ""
+            more = f" (and {counted(len(problems) - 1, 'more line')})" if len(problems) > 1 else ""
             print(f"densebench: {path}: left out {problems[0]}{more}", file=sys.stderr)
     return records
 

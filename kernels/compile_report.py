@@ -21,6 +21,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from densebench.counting import counted
 from densebench.kernels.launch import H100, Device, compiling_for
 
 
@@ -245,7 +246,7 @@ def compile_launch(launch: Launch, target: str, dtype: torch.dtype, growth_rates
         "triton": triton.__version__,
         "dtype": str(dtype).removeprefix("torch."),
         "growth_rates": growth_rates,
-        "configuration": ", ".join([*blocks, f"{launch.warps} warps", f"{launch.stages} stages"]),
+        "configuration": ", ".join([*blocks, counted(launch.warps, "warp"), counted(launch.stages, "stage")]),
         "shared_bytes": built.metadata.shared,
         "narrow_offsets": _narrow_offsets(built.asm["ttir"]),
     }

@@ -118,7 +118,7 @@ def _wrong(*shape: int, dtype: torch.dtype = torch.float64, device: str = "cpu")
 INPUTS: dict[str, tuple[Callable[[], Tensor], type[Exception], str]] = {
     "one image": (_wrong(3, 32, 32), ValueError, r"input must be \[N, 3, H, W\], got shape \[3, 32, 32\]"),
     "video": (_wrong(2, 3, 4, 9, 9), ValueError, r"input must be \[N, 3, H, W\], got shape \[2, 3, 4, 9, 9\]"),
-    "gray": (_wrong(2, 1, 32, 32), ValueError, "input has 1 channels, the network takes in_channels=3"),
+    "gray": (_wrong(2, 1, 32, 32), ValueError, "input has 1 channel, the network takes in_channels=3"),
     "channels last": (_wrong(2, 9, 9, 3), ValueError, "input has 9 channels, the network takes in_channels=3"),
     "too small": (
         _wrong(2, 3, 4, 32),

@@ -18,6 +18,7 @@ from typing import Any
 import psutil
 import torch
 
+from densebench.counting import counted
 from densebench.kernels import compiled
 from densebench.measure.nvml import Nvml
 
@@ -79,13 +80,21 @@ def identity(facts: Mapping[str, Any]) -> str:
     return json.dumps(same, sort_keys=True)
 
 
+def differences(facts: Mapping[str, Any], others: Mapping[str, Any]) -> tuple[list[str], list[str]]:
+    """Names of the facts that give two environments another `identity`: those of the machine, and of the code."""
+    gpu, other_gpu = facts.get("gpu", {}), others.get("gpu", {})
+    machine = [name.replace("_", " ") for name in _MACHINE if facts.get(name) != others.get(name)]
+    machine += [f"GPU {name}" for name in _GPU if gpu.get(name) != other_gpu.get(name)]
+    return machine, [name.replace("_", " ") for name in _CODE if facts.get(name) != others.get(name)]
+
+
 def device_name(device: torch.device) -> str:
     """The name to show: that of the GPU, or of the processor and its threads in use."""
     if device.type == "cuda":
         if not torch.cuda.is_available():
             return "no CUDA device"
         return torch.cuda.get_device_name(device)
-    return f"{_cpu_model()} ({torch.get_num_threads()} threads)"
+    return f"{_cpu_model()} ({counted(torch.get_num_threads(), 'thread')})"
 
 
 def _flags() -> dict[str, Any]:

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
+from itertools import chain
 
+from densebench.counting import counted
 from densebench.measure.device import was_never_tried
-from densebench.measure.environment import environment, identity
+from densebench.measure.environment import differences, environment, identity
 from densebench.measure.outcome import Fields
 from densebench.results import Record, latest
 
@@ -31,6 +33,20 @@ def memory_records(records: Iterable[Record]) -> dict[str, Record]:
     }
 
 
+def why_none_applies(records: Sequence[Record]) -> str | None:
+    """One sentence where there are records and all are of another machine or other code; None otherwise."""
+    tried = [record for record in records if record.environment]  # a case that was not even tried has none
+    if not tried or any(_is_of_here(record) for record in tried):
+        return None
+    found = [differences(record.environment, environment(_made_on(record)[0])) for record in tried]
+    machine, code = (", ".join(dict.fromkeys(chain.from_iterable(side))) for side in zip(*found, strict=True))
+    reasons = [f"the machine or its settings differ ({machine})"] if machine else []
+    reasons += [f"the code differs ({code})"] if code else []
+    why = " and ".join(reasons) if all(all(sides) for sides in found) else " or ".join(reasons)
+    number = counted(len(records), "record")
+    return f"{number} found there, of which none applies: {why}; everything is measured anew"
+
+
 def is_complete(record: Record) -> bool:
     """Whether nothing is left to be found out about the record's case."""
     if record.time_s is not None:
@@ -48,4 +64,10 @@ def figures(record: Record) -> Fields:
 
 
 def _is_of_here(record: Record) -> bool:
-    return identity(record.environment) == identity(environment(record.case.device))
+    return any(identity(record.environment) == identity(environment(device)) for device in _made_on(record))
+
+
+def _made_on(record: Record) -> tuple[str, ...]:
+    """The devices whose environment a record may have: predictions for a GPU are made without one."""
+    device = record.case.device
+    return ("cpu", device) if record.case.source == "predicted" else (device,)

@@ -19,7 +19,7 @@ from densebench.measure.graph import why_no_graph
 from densebench.measure.memory import measure_peak
 from densebench.measure.nvml import Nvml, facts_while_repeating
 from densebench.measure.outcome import Fields, Outcome, first_line
-from densebench.measure.resume import figures, finished, memory_records
+from densebench.measure.resume import figures, finished, memory_records, why_none_applies
 from densebench.measure.steps import compile_seconds, compiles, forget_compiled, measurable, warm_up
 from densebench.measure.timing import Effort, host_seconds, time_in_turns
 from densebench.measure.validation import Checks, changed
@@ -36,6 +36,9 @@ class Runner:
         effort: how long to time.
         resume: take over what the store already holds for the same source and environment.
         progress: called with one line for each thing that is begun.
+
+    Attributes:
+        none_applies: the sentence to show where the store holds records and none can be taken over; else None.
     """
 
     def __init__(
@@ -50,6 +53,7 @@ class Runner:
         self.progress = progress
         held = store.read() if resume else []
         self.done = finished(held)
+        self.none_applies = why_none_applies(held)
         self._memory_done = memory_records(held)
         self._too_large: dict[str, int] = {}
         self._traces: dict[str, StepTrace] = {}

@@ -10,6 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from densebench.counting import counted
 from densebench.models.config import DenseNetConfig
 from densebench.models.layers import DenseBlock, ReLU, Transition
 from densebench.models.stage import Stage, stages_of
@@ -136,14 +137,13 @@ class DenseNet(nn.Module):
         if input.dim() != 4:
             raise ValueError(f"input must be [N, {config.in_channels}, H, W], got shape {list(input.shape)}")
         if input.shape[1] != config.in_channels:
-            raise ValueError(
-                f"input has {input.shape[1]} channels, the network takes in_channels={config.in_channels}"
-            )
+            channels = counted(input.shape[1], "channel")
+            raise ValueError(f"input has {channels}, the network takes in_channels={config.in_channels}")
         smallest = config.smallest_input()
         if min(input.shape[2:]) < smallest:
             raise ValueError(
                 f"input {input.shape[2]}x{input.shape[3]} is too small for a network of stride "
-                f"{config.stage_strides()[-1]}: each side needs at least {smallest} pixels"
+                f"{config.stage_strides()[-1]}: each side needs at least {counted(smallest, 'pixel')}"
             )
         _check_dtype_and_device(self, input)
 

@@ -9,6 +9,7 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
 import densebench
+from densebench.counting import counted
 from densebench.models import list_models
 from densebench.models.config import DenseNetConfig
 from densebench.prediction.gpus import get_gpu
@@ -130,10 +131,10 @@ def advice(found: Mapping[str, Prediction], times: Mapping[str, float]) -> str:
         return f"A batch of {batch} does not fit; {most} fits {largest:,}, the most of all."
     best = min(fitting, key=lambda name: (times.get(name, float("inf")), -(found[name].largest_batch or 0)))
     if len(found) == 1:
-        return f"{best} fits, and up to {found[best].largest_batch:,} images would."
+        return f"{best} fits, and up to {counted(found[best].largest_batch or 0, 'image')} would."
     naive = found.get("naive")
     if best == "naive" or naive is None:
-        more = "" if most == best else f" ({most} would fit {found[most].largest_batch:,} images)"
+        more = "" if most == best else f" ({most} would fit {counted(found[most].largest_batch or 0, 'image')})"
         return f"{best} fits and is the fastest: take it{more}."
     if not naive.largest_batch:
         return f"{best} fits where naive fits not one image; take it."

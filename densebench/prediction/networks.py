@@ -103,20 +103,45 @@ def model_name(model: Model) -> str:
     return model if isinstance(model, str) else type(model).__name__
 
 
+def checked_model(model: Model) -> Model:
+    """The model, as it is.
+
+    Raises:
+        ValueError: if it is neither a name nor a module, as where it and the shape are swapped.
+    """
+    if not isinstance(model, str | nn.Module):
+        raise ValueError(
+            f"model={in_a_line(model)} is no network; give a name of densebench.list_models() or a module, "
+            "then input_shape"
+        )
+    return model
+
+
 def checked_shape(shape: Sequence[int]) -> tuple[int, ...]:
     """The shape as a tuple.
 
     Raises:
         ValueError: if it is not [N, C, ...] of positive integers.
     """
-    sizes = tuple(shape)
+    sizes = tuple(shape) if isinstance(shape, Sequence) and not isinstance(shape, str) else ()
     if len(sizes) < 2 or any(not isinstance(n, int) or isinstance(n, bool) for n in sizes):
-        raise ValueError(f"input_shape={list(sizes)!r} is no shape; give [N, C, H, W] (or [N, C, D, H, W])")
+        raise ValueError(
+            f"input_shape={in_a_line(shape)} is no shape; give batch and image in one: "
+            "[N, C, H, W] (or [N, C, D, H, W])"
+        )
     if sizes[0] < 1:
         raise ValueError(f"a batch of {sizes[0]} has nothing to predict; give 1 or more")
     if min(sizes) < 1:
         raise ValueError(f"input_shape={list(sizes)!r} holds nothing: every size must be 1 or more")
     return sizes
+
+
+def in_a_line(value: Any) -> str:
+    """An argument as one line shows it: a module or a tensor by its type, anything else cut short."""
+    if isinstance(value, nn.Module | Tensor):
+        return f"{type(value).__name__}(...)"
+    text = " ".join(repr(value).split())
+    return text if len(text) <= 60 else f"{text[:57]}..."
 
 
 @functools.lru_cache(maxsize=4)

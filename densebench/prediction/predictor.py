@@ -14,7 +14,15 @@ from densebench.prediction.batches import PeakCurve
 from densebench.prediction.cache import cached
 from densebench.prediction.cuda import CONTEXT_BYTES, cublas_bytes
 from densebench.prediction.gpus import Gpu, get_gpu
-from densebench.prediction.networks import Model, checked_shape, default_format, model_name, trace_network
+from densebench.prediction.networks import (
+    Model,
+    checked_model,
+    checked_shape,
+    default_format,
+    in_a_line,
+    model_name,
+    trace_network,
+)
 from densebench.prediction.optimizers import OptimizerCost, optimizer_cost
 from densebench.prediction.sizes import parse_size
 from densebench.prediction.trace import StepTrace
@@ -122,7 +130,7 @@ def predict_memory(
         PredictionError: if the network cannot run that input or cannot be traced; the message says what to do.
     """
     question = _Question(
-        model,
+        checked_model(model),
         checked_shape(input_shape),
         "naive" if strategy is None and isinstance(model, str) else strategy,
         _one_of("mode", mode, MODES),
@@ -135,6 +143,11 @@ def predict_memory(
         _one_of("memory_format", memory_format or default_format(model), ("channels_last", "contiguous")),
         progress,
     )
+    if not isinstance(strategy, str | None):
+        raise ValueError(
+            f"strategy={in_a_line(strategy)} is no name of densebench.list_strategies(); "
+            "the batch is the first size of input_shape"
+        )
     if question.strategy is not None:
         get_strategy(question.strategy)
     if not isinstance(model, str):

@@ -13,6 +13,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import NoReturn
 
+from densebench.counting import counted
 from densebench.report.sources import MAKE_SOME, InputError, files_of, load, read
 
 FINE, REGRESSION, USAGE, NOTHING = 0, 1, 2, 3
@@ -80,7 +81,7 @@ def _report(runs: Sequence[Path], folder: Path) -> int:
         raise UsageError(str(error)) from None
     if not loaded.records:
         return _nothing(" ".join(map(str, runs)) or "reports/data")
-    print(f"densebench: {len(loaded.records)} records, drawing ...", file=sys.stderr)
+    print(f"densebench: {counted(len(loaded.records), 'record')}, drawing ...", file=sys.stderr)
     from densebench.report.console import summary_table
     from densebench.report.files import write_report
     from densebench.report.report import make_report
@@ -114,8 +115,8 @@ def _gate(old: Path, new: Path, fail_on: str | None) -> int:
     for regression in verdict.regressions:
         print(regression.line())
     count = len(verdict.regressions)
-    words = f"{count} regression{'s' if count != 1 else ''}" if count else "no regression"
-    print(f"{verdict.compared} cases compared: {words} ({fail_on or DEFAULT})")
+    words = counted(count, "regression") if count else "no regression"
+    print(f"{counted(verdict.compared, 'case')} compared: {words} ({fail_on or DEFAULT})")
     return REGRESSION if count else FINE
 
 

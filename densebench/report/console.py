@@ -40,6 +40,11 @@ def fastest_naive(records: Iterable[Record], group: str | None) -> Record | None
     return min(timed, key=lambda r: r.time_s.median if r.time_s else 0, default=None)
 
 
+def ended_in_words(record: Record) -> str:
+    """How a case without figures ended: its status, and the reason where the record has one."""
+    return f"{record.status}: {record.reason or 'no figures'}"
+
+
 def _group(record: Record, model: str) -> str:
     """The title of a record's table: its setting, and the network that the table is about."""
     options = record.case.options
@@ -59,9 +64,9 @@ def _line(record: Record, baseline: Record | None) -> str:
     case = record.case
     name = case.model if case.strategy == YARDSTICK else case.strategy
     name += " (contiguous)" if case.memory_format == "contiguous" else ""
-    if record.peak_delta_bytes is None:
-        return f"{name:<26}{record.status}: {record.reason}"[:80]
-    memory = f"{record.peak_delta_bytes / MIB:.0f}"
+    if record.peak_delta_bytes is None and (record.time_s is None or record.reason is not None):
+        return f"{name:<26}{ended_in_words(record)}"[:80]
+    memory = "" if record.peak_delta_bytes is None else f"{record.peak_delta_bytes / MIB:.0f}"
     flops = "" if record.flops_executed is None else f"{record.flops_executed / 1e9:.0f}"
     if record.time_s is None:
         return _ROW.format(name, memory, "", "", flops, "")

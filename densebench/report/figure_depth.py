@@ -9,6 +9,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import FixedLocator, FuncFormatter, NullLocator
 
+from densebench.counting import counted
 from densebench.report.drawing import (
     WIDE,
     Canvas,
@@ -99,7 +100,7 @@ def depth_table(group: DepthGroup) -> Table:
 
     def column(depth: int) -> Column[DepthCurve]:
         return Column(
-            f"{depth} layers, {unit.name}",
+            f"{counted(depth, 'layer')}, {unit.name}",
             lambda curve: unit.of(dict(curve.points)[depth]) if depth in dict(curve.points) else None,
         )
 

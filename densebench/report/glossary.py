@@ -64,7 +64,7 @@ _ENTRIES: tuple[tuple[str, str, str], ...] = (
     ("error", "error", "Predicted over measured peak, less one."),
     ("source", "source", "Where a figure comes from: measured, predicted, or published there."),
     (
-        rf"\d+ layers{_UNIT}",
+        rf"[\d,]+ layers?{_UNIT}",
         "N layers",
         "Activation memory of a network of so many dense layers.",
     ),

@@ -8,6 +8,7 @@ from importlib import resources
 from jinja2 import Environment, StrictUndefined
 from markupsafe import Markup
 
+from densebench.counting import counted
 from densebench.report.report import Report
 from densebench.report.tables import Link
 
@@ -17,7 +18,8 @@ _TEMPLATES = resources.files("densebench.report") / "templates"
 def render_page(report: Report) -> str:
     """The page; the same report gives the same text."""
     template = _environment().from_string(_read("page.html.jinja"))
-    return template.render(report=report, css=Markup(_read("page.css")))
+    records = counted(len(report.records), "record")
+    return template.render(report=report, records=records, css=Markup(_read("page.css")))
 
 
 @cache

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from densebench.counting import counted
 from densebench.report.answer import Answer, answer
 from densebench.report.blocks import Section
 from densebench.report.capacity import capacity_section
@@ -33,7 +34,7 @@ class Report:
     """What page, Markdown and files are made from.
 
     Attributes:
-        notice: what the reader must know before anything else (that these are samples), or None.
+        notice: what the reader must know before anything else (that these are samples, or not all), or None.
         picture: beside the answer; None where fewer than two contenders have results.
     """
 
@@ -73,7 +74,26 @@ def make_report(loaded: Loaded) -> Report:
 
 
 def notice(loaded: Loaded) -> str | None:
-    """That these are sample or published records and not the reader's own: machine, date and commit."""
+    """That there are more records, and that these are sample or published ones: machine, date and commit."""
+    sentences = [_left_out(loaded.left_out), _not_own(loaded)]
+    return ". ".join(sentence for sentence in sentences if sentence) or None
+
+
+def _left_out(records: Sequence[Record]) -> str | None:
+    """What is not shown since later records of the same cases took its place, and how to see it."""
+    if not records:
+        return None
+    cases = counted(len({(record.run, record.case.key()) for record in records}), "case")
+    origins = "; ".join(dict.fromkeys(_measured(record) for record in records))
+    return (
+        f"Left out: older records of {cases} ({origins}), in whose place later ones from another machine or other "
+        "code are shown; to see them, copy their lines to a file of their own and give that file to "
+        "python -m densebench.report"
+    )
+
+
+def _not_own(loaded: Loaded) -> str | None:
+    """That these are sample or published records and not the reader's own."""
     own = [record for record in loaded.records if record.run not in loaded.published]
     if loaded.samples and own:
         return f"These are sample records, not yours: {_origin(own)}. To measure on your machine: {MAKE_SOME}"
@@ -86,12 +106,15 @@ def _origin(records: Sequence[Record]) -> str:
     """Machine, date and commit of each run."""
     origins = []
     for run in dict.fromkeys(record.run for record in records):
-        first = next(record for record in records if record.run == run)
-        device = first.environment.get("device") or "an unknown machine"
-        commit = str(first.environment.get("commit") or "unknown")[:10]
-        date = first.created[:10] or "an unknown date"
-        origins.append(f"measured on {device} on {date} at commit {commit}")
+        origins.append(_measured(next(record for record in records if record.run == run)))
     return "; ".join(dict.fromkeys(origins))
+
+
+def _measured(record: Record) -> str:
+    device = record.environment.get("device") or "an unknown machine"
+    commit = str(record.environment.get("commit") or "unknown")[:10]
+    date = record.created[:10] or "an unknown date"
+    return f"measured on {device} on {date} at commit {commit}"
 
 
 def _picture(said: Answer) -> Picture | None:

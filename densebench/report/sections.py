@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 
+from densebench.counting import counted
 from densebench.report.answer import SPEED_WORDS, best
 from densebench.report.blocks import Block, Folded, Plot, Prose, Section, Sheet
 from densebench.report.comparison_tables import (
@@ -132,8 +133,9 @@ def prediction_section(comparisons: Sequence[Comparison]) -> Section:
         return Section(id, title, absent=why, command=COMMAND)
     errors = [prediction_error(row.record) or 0.0 for _, row in rows]
     largest = memory(max(measured_peak(row.record) or 0 for _, row in rows))
+    cases = f"{counted(len(rows), 'case')} {'was' if len(rows) == 1 else 'were'}"
     text = (
-        f"{len(rows)} cases were both predicted and measured: the prediction is off by {percent(min(errors))} to "
+        f"{cases} both predicted and measured: the prediction is off by {percent(min(errors))} to "
         f"{percent(max(errors))}, with peaks of up to {largest}."
     )
     return Section(id, title, (Prose(text), Plot(prediction_picture(rows))))
@@ -147,13 +149,12 @@ def naive_section(comparisons: Sequence[Comparison]) -> Section:
         why = "Naive and a strategy were not timed together anywhere."
         return Section(id, title, absent=why, command=COMMAND)
     found = [comparison for comparison in compared if naive_is_better(comparison)]
+    settings = counted(len(compared), "compared setting")
     if found:
         text = (
-            f"In {len(found)} of {len(compared)} compared settings naive fits, and every strategy is slower, or "
+            f"In {len(found)} of {settings} naive fits, and every strategy is slower, or "
             "no faster and no smaller. Where memory is not what limits you, take naive there."
         )
     else:
-        text = (
-            f"In none of the {len(compared)} compared settings: some strategy is faster, or no slower and smaller."
-        )
+        text = f"In none of {settings}: some strategy is faster, or no slower and smaller."
     return Section(id, title, (Prose(text), *([Sheet(naive_table(found))] if found else [])))

@@ -30,6 +30,8 @@ class Loaded:
         samples: whether the newest run had to be replaced by committed samples.
         published: names of the runs that are published ones.
         code: what the compiler made of each kernel.
+        left_out: records in whose place a later one of the same case and run, from another machine or other code,
+            is shown.
     """
 
     records: list[Record]
@@ -37,6 +39,7 @@ class Loaded:
     samples: bool = False
     published: frozenset[str] = frozenset()
     code: list[dict[str, Any]] = field(default_factory=list)
+    left_out: tuple[Record, ...] = ()
 
 
 def load(paths: Sequence[Path] = (), reports: Path = REPORTS) -> Loaded:
@@ -51,16 +54,18 @@ def load(paths: Sequence[Path] = (), reports: Path = REPORTS) -> Loaded:
     """
     if paths:
         files = [file for path in paths for file in files_of(path)]
-        return Loaded(read(files), tuple(files), code=_code([file.parent for file in files]))
+        records, left_out = _shown(files)
+        return Loaded(records, tuple(files), code=_code([file.parent for file in files]), left_out=left_out)
     newest = _newest(reports / "data")
     published = _runs(reports / "published")
     own = [newest] if newest is not None else _runs(reports / "samples")
     files = [*own, *published]
-    shown = read(published)
+    records, left_out = _shown(own)
+    others, more_left_out = _shown(published)
     folders = [*(file.parent for file in files), reports / "samples"]
-    records = [*read(own), *shown]
     samples = newest is None and bool(own)
-    return Loaded(records, tuple(files), samples, frozenset(r.run for r in shown), _code(folders))
+    runs, left_out = frozenset(r.run for r in others), left_out + more_left_out
+    return Loaded([*records, *others], tuple(files), samples, runs, _code(folders), left_out)
 
 
 def files_of(path: Path) -> list[Path]:
@@ -82,6 +87,11 @@ def read(files: Sequence[Path]) -> list[Record]:
     Raises:
         InputError: if a file cannot be read.
     """
+    return latest(_all(files))
+
+
+def _all(files: Sequence[Path]) -> list[Record]:
+    """All records of some files, each with the name of its run."""
     records: list[Record] = []
     for file in files:
         try:
@@ -89,7 +99,24 @@ def read(files: Sequence[Path]) -> list[Record]:
         except OSError as error:
             raise InputError(f"cannot read {file} ({error.strerror})") from None
         records += [r if r.run else dataclasses.replace(r, run=file.parent.name) for r in found]
-    return latest(records)
+    return records
+
+
+def _shown(files: Sequence[Path]) -> tuple[list[Record], tuple[Record, ...]]:
+    """What `read` returns, and what it leaves out: the last record of each case in every other environment."""
+    found = _all(files)
+    shown = latest(found)
+    by_case = {(record.run, record.case.key()): record for record in shown}
+    out: dict[tuple[str, str, str], Record] = {}
+    for record in found:
+        key = (record.run, record.case.key())
+        if record.environment != by_case[key].environment:
+            from densebench.measure.environment import identity  # imports torch: seconds, and seldom needed
+
+            own = identity(record.environment)
+            if own != identity(by_case[key].environment):
+                out[(*key, own)] = record
+    return shown, tuple(out.values())
 
 
 def _runs(folder: Path) -> list[Path]:

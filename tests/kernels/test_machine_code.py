@@ -38,6 +38,7 @@ def assert_sound(rows: list[dict[str, Any]]) -> None:
         assert row["shared_bytes"] <= SHARED_LIMIT[row["target"]], row
         assert not row["narrow_offsets"], f"row offsets in 32 bits: {row}"
         assert row["loads"] > 0, row
+        assert not row["configuration"].endswith(" 1 stages"), row
         if row["kernel"] in TENSOR_CORE_KERNELS:
             assert row["tensor_core_instructions"] > 0, row
             assert row["wide_loads"] > 0, row

@@ -10,13 +10,19 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 
+from benchmarks import conftest as front_end
 from benchmarks import suite as suite_module
-from benchmarks.suite import choose_device, run_folder
+from benchmarks.cases import profile
+from benchmarks.suite import Suite, choose_device, run_folder
+from densebench.measure.environment import environment
 from densebench.registry import list_strategies
 from densebench.results import Record, RunStore, read_records
+from tests.measure.cases import small_case, small_record
 
 BENCH = [sys.executable, "-m", "pytest", "benchmarks/", "-p", "no:cacheprovider"]
 TINY = ["--benchmark-only", "--densebench-profile", "tiny", "--densebench-device", "cpu"]
@@ -222,6 +228,44 @@ def test_plain_pytest_runs_tests_only(repository: Path) -> None:
     )
     assert "tests/measure/test_statistics.py::test_quartiles" in found.stdout
     assert "benchmarks/" not in found.stdout
+
+
+def ending(folder: Path, *records: Record) -> tuple[bool, list[str]]:
+    """Whether a run with these records has a figure, and the lines it ends with."""
+    suite: Any = SimpleNamespace(store=RunStore(folder))
+    for record in records:
+        suite.store.append(record)
+    return front_end._figures(suite), front_end._summary(suite)
+
+
+def test_what_fits_is_a_figure(tmp_path: Path) -> None:
+    """A peak that was predicted for a card, beside neither activation memory nor time."""
+    figures, lines = ending(tmp_path / "run", small_record(peak_allocated_bytes=9, predicted_peak_bytes=9))
+    assert figures
+    assert f"records: {tmp_path / 'run' / 'cases.jsonl'}" in lines
+
+
+def test_nothing_measured_is_told_with_the_reasons_there_are(tmp_path: Path) -> None:
+    failed = small_record(status="oom", reason="out of memory")
+    figures, lines = ending(tmp_path / "run", failed, small_record(case=small_case("fused")))
+    assert not figures
+    assert lines[1] == "densebench: nothing was measured"
+    assert sorted(lines[2:]) == ["ok: no figures", "oom: out of memory"]
+
+
+@pytest.mark.parametrize("resume", [True, False])
+def test_a_resumed_run_says_that_no_record_applies(resume: bool, tmp_path: Path) -> None:
+    store, chosen, stash = RunStore(tmp_path / "run"), profile("tiny", "cpu"), pytest.Stash()
+    store.append(small_record(environment={**environment("cpu"), "source": "changed"}))
+    suite = Suite(chosen, store, isolate=False, resume=resume, progress=print)
+    stash[front_end._PROFILE], stash[front_end._DEVICE], stash[front_end._NAME] = chosen, "cpu", "tiny"
+    stash[front_end._SUITE] = suite
+    config: Any = SimpleNamespace(stash=stash)
+    lines = front_end.pytest_report_collectionfinish(config, [])
+    assert lines is not None
+    assert len(lines) == 2 + resume
+    if resume:
+        assert "1 record found there, of which none applies: the code differs (source)" in lines[-1]
 
 
 def test_two_runs_at_once_have_two_folders(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:

@@ -155,7 +155,7 @@ def test_a_damaged_file_gives_one_line_and_the_rest(tmp_path: Path, capsys: pyte
     told = capsys.readouterr().err.splitlines()
     assert len(told) == 1
     assert "line 2: not JSON" in told[0]
-    assert "1 more line" in told[0]
+    assert "(and 1 more line)" in told[0]
 
 
 def test_a_torn_last_line_costs_itself_alone(tmp_path: Path) -> None:

@@ -17,6 +17,7 @@ from densebench.measure import resume
 from densebench.measure import runner as runner_module
 from densebench.measure.deadline import CaseTimeout, deadline
 from densebench.measure.device import LOST, DeviceLostError, release_memory, tune
+from densebench.measure.environment import environment
 from densebench.measure.outcome import is_out_of_memory
 from densebench.measure.runner import Runner
 from densebench.measure.timing import Effort
@@ -317,6 +318,40 @@ def test_resume_is_for_the_same_code_and_machine(
     with monkeypatch.context() as patch:
         patch.setattr(resume, "environment", lambda _: {**facts, "source": "changed"})
         assert runner(resume=True).done == {}
+
+
+@pytest.mark.parametrize(
+    ("changes", "why"),
+    [
+        ([{"threads": 99}], "1 record found there, of which none applies: the machine or its settings differ ("),
+        ([{"source": "x"}, {"python": "2.7"}], "2 records found there, of which none applies: the code differs"),
+        ([{"gpu": {"driver": "1"}}], "(GPU driver)"),
+        ([{"device": "x", "cpu_kernels": "x", "source": "x"}], "cpu kernels) and the code differs (source)"),
+        ([{"threads": 99}, {"source": "x"}], "(threads) or the code differs (source)"),
+    ],
+)
+def test_resume_tells_that_and_why_none_applies(changes: list[dict[str, Any]], why: str) -> None:
+    here = environment("cpu")
+    records = [small_record(environment={**here, **change}) for change in changes]
+    said = str(resume.why_none_applies(records))
+    assert why in said
+    assert said.endswith("; everything is measured anew")
+    assert resume.why_none_applies([*records, small_record(environment=here)]) is None
+
+
+def test_resume_says_nothing_of_a_folder_without_results() -> None:
+    assert resume.why_none_applies([]) is None
+    assert resume.why_none_applies([small_record(status="skipped")]) is None
+
+
+def test_resume_takes_over_what_was_predicted_for_a_gpu() -> None:
+    """As what fits into a card is: its case is of CUDA, its environment that of the processor."""
+    options = {"capacity_gib": 8, "largest_batch": 1}
+    case = small_case(kind="fit", device="cuda", source="predicted", options=options)
+    record = small_record(case=case, environment=environment("cpu"), predicted_peak_bytes=1)
+    assert resume.finished([record]) == {case.key(): record}
+    measured = dataclasses.replace(record, case=dataclasses.replace(case, source="measured"))
+    assert resume.finished([measured]) == {}
 
 
 def test_another_machine_in_the_same_folder_hides_nothing(

@@ -65,6 +65,28 @@ def test_values_that_are_none(arguments: tuple[Any, ...], named: str) -> None:
 
 
 @pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (((2, 3, 64, 64), "densenet121"), r"model=\(2, 3, 64, 64\) is no network; .* module, then input_shape"),
+        (((2, 3, 8, 8), nn.Conv2d(3, 4, 3)), r"model=\(2, 3, 8, 8\) is no network"),
+        ((nn.Conv2d, (2, 3, 8, 8)), "model=<class .*> is no network"),
+        (("densenet121", "naive", (2, 3, 64, 64)), r"input_shape='naive' is no shape; .*\[N, C, H, W\]"),
+        (("densenet121", 64, (3, 64, 64)), "input_shape=64 is no shape; give batch and image in one"),
+        (("densenet121", torch.ones(2, 3, 64, 64)), r"input_shape=Tensor\(\.\.\.\) is no shape"),
+        ((nn.Conv2d(3, 4, 3), nn.Conv2d(3, 4, 3)), r"input_shape=Conv2d\(\.\.\.\) is no shape"),
+        (("densenet121", [[0] * 99, 1]), r"input_shape=\[\[0, 0, .*\.\.\. is no shape"),
+        (("densenet121", (3, 64, 64), 64), r"strategy=64 is no name of .*\(\); the batch is the first"),
+    ],
+)
+def test_arguments_in_another_order_are_named(arguments: tuple[Any, ...], said: str) -> None:
+    """The one that is wrong, in one line, and what it should be."""
+    with pytest.raises(ValueError, match=f"^{said}") as caught:
+        densebench.predict_memory(*arguments)
+    assert "\n" not in str(caught.value)
+    assert len(str(caught.value)) < 160
+
+
+@pytest.mark.parametrize(
     ("option", "named"),
     [
         ({"optimizer": "magic"}, "known: sgd"),

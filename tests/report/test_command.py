@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -164,6 +165,38 @@ def test_a_case_measured_again_replaces_its_older_self(folder: Path) -> None:
     path = write([naive, dataclasses.replace(naive, peak_delta_bytes=7), fused], folder / "cases.jsonl")
     records = load([path]).records
     assert sorted(record.peak_delta_bytes or 0 for record in records) == [7, GIB]
+
+
+def test_records_of_another_environment_are_left_out_aloud(
+    folder: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Of the same cases; how to see them is said, and works. The same environment again is no other."""
+    naive, fused = _two()
+    other = {**naive.environment, "device": "Synthetic GPU 2", "commit": "1" * 40}
+    older = [dataclasses.replace(naive, environment=other, peak_delta_bytes=size) for size in (3 * GIB, 5 * GIB)]
+    again = dataclasses.replace(naive, environment={**naive.environment, "argv": ["again"], "dirty": False})
+    write([*older, naive, fused, again], folder / "run" / "cases.jsonl")
+    assert main(["run", "--out", "out"]) == 0
+    words = (
+        "Left out: older records of 1 case (measured on Synthetic GPU 2 on 2000-01-01 at commit 1111111111), in "
+        "whose place later ones from another machine or other code are shown; to see them, copy their lines to a "
+        "file of their own and give that file to python -m densebench.report"
+    )
+    page = (folder / "out/index.html").read_text(encoding="utf-8")
+    assert page.index(words) < page.index('id="answer"')
+    assert words in capsys.readouterr().out.splitlines()
+    assert words in (folder / "out/summary.md").read_text(encoding="utf-8")
+    shown = load([write(older, folder / "older.jsonl")])
+    assert [record.peak_delta_bytes for record in shown.records] == [5 * GIB]
+    assert notice(shown) is None
+    assert notice(load([write([naive, fused, again], folder / "same.jsonl")])) is None
+
+
+def test_what_is_left_out_of_samples_is_said_beside_that_they_are_samples(folder: Path) -> None:
+    naive, _ = _two("sampled")
+    other = dataclasses.replace(naive, environment={**naive.environment, "source": "other"})
+    write([other, naive], folder / "reports/samples/one/cases.jsonl")
+    assert re.match(r"Left out: .*report\. These are sample records, not yours: ", notice(load()) or "")
 
 
 def test_records_of_failures_alone_make_a_page() -> None:

@@ -103,7 +103,7 @@ def test_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     lines = capsys.readouterr().out.splitlines()
     assert any(line.startswith("memory") and "1,024.0 MiB -> 2,048.0 MiB (+100.0%)" in line for line in lines)
     assert any(line.startswith("disappeared") and "naive" in line for line in lines)
-    assert lines[-1] == "1 cases compared: 2 regressions (mem:2%)"
+    assert lines[-1] == "1 case compared: 2 regressions (mem:2%)"
     assert main(["--compare", str(old), str(empty)]) == 3
     assert main(["--compare", str(empty), str(old)]) == 3
     assert main(["--compare", str(old), str(old), "--fail-on", "nonsense"]) == 2

@@ -8,7 +8,7 @@ from densebench.report.console import summary_table
 from densebench.report.selection import Comparison, comparisons, ladders
 from densebench.report.style import Roster
 from densebench.results import Record
-from tests.report.records import MIB, make_case, timed
+from tests.report.records import MIB, make_case, make_record, timed
 
 
 def found(records: list[Record]) -> list[Comparison]:
@@ -115,3 +115,14 @@ def test_the_console_knows_no_ratio_across_groups() -> None:
     records = [timed(make_case(name), MIB, [0.1] * 9, name) for name in ("naive", "fused")]
     (rows,) = tables(records).values()
     assert rows[1].split()[-1] == "640.0"  # images a second; then nothing
+
+
+def test_the_console_shows_what_there_is_of_a_record_without_memory() -> None:
+    only_timed = dataclasses.replace(timed(make_case(), MIB, [0.1] * 9), peak_delta_bytes=None)
+    failed = make_record(make_case("fused"), "error", reason="it broke")
+    (rows,) = tables([only_timed, failed, make_record(make_case("checkpointed"))]).values()
+    assert [row.split() for row in rows] == [
+        ["naive", "100.0", "640.0", "1.00"],
+        ["fused", "error:", "it", "broke"],
+        ["checkpointed", "ok:", "no", "figures"],
+    ]
