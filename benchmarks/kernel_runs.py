@@ -292,11 +292,14 @@ def _record(one: Outcome) -> Record:
 
 def _already_measured(store: RunStore) -> dict[str, Record]:
     """What a store holds of the same source and environment, but for what may go better next time."""
+    here = [  # first: another machine's may be the latest
+        record
+        for record in store.read()
+        if record.case.kind == "kernel"
+        and identity(record.environment) == identity(environment(record.case.device))
+    ]
     return {
         record.case.key(): record
-        for record in latest(store.read())
-        if record.case.kind == "kernel"
-        and record.status != "error"
-        and not was_never_tried(record)
-        and identity(record.environment) == identity(environment(record.case.device))
+        for record in latest(here)
+        if record.status != "error" and not was_never_tried(record)
     }

@@ -236,7 +236,16 @@ def depth_groups(records: Iterable[Record], roster: Roster) -> list[DepthGroup]:
 def _depth_key(record: Record) -> str:
     case = record.case
     options = {key: value for key, value in case.options.items() if key not in _DEPTH_OPTIONS}
-    shared = (record.run, case.model, case.mode, case.batch, case.input_shape, case.dtype, case.autocast)
+    shared = (
+        record.run,
+        case.model,
+        case.mode,
+        case.batch,
+        case.input_shape,
+        case.dtype,
+        case.autocast,
+        case.device,
+    )
     return json.dumps([*shared, options], sort_keys=True)
 
 

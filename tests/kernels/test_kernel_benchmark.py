@@ -182,6 +182,14 @@ def test_resumed_run_measures_only_what_is_missing(runner: KernelRunner) -> None
     assert fresh.measure(group_of(case)) != [record]
 
 
+def test_another_machines_later_record_does_not_hide_ones_own(runner: KernelRunner) -> None:
+    case = small("channel_statistics")
+    (record,) = runner.measure(group_of(case))
+    runner.store.append(dataclasses.replace(record, environment={**record.environment, "device": "another"}))
+    again = KernelRunner(runner.store, SHORT, resume=True, progress=lambda line: pytest.fail("measured again"))
+    assert again.measure(group_of(case)) == [record]
+
+
 def wrong(operator: str, copies: list[Operands]) -> list[Call]:
     """Eager, but for one value."""
 

@@ -131,6 +131,11 @@ def test_exponents_are_those_of_the_records() -> None:
     assert exponent([(48, 1.0)]) is None
 
 
+def test_depths_on_two_devices_are_two_figures() -> None:
+    records = [power_law("naive", depth, device=device) for device in ("cpu", "cuda") for depth in (48, 96)]
+    assert len(depth_groups(records, Roster.of(records))) == 2
+
+
 def test_a_picture_is_not_drawn_of_nothing() -> None:
     from densebench.report.figure_answer import answer_picture
     from densebench.report.figure_strategies import strategies_picture
