@@ -191,16 +191,22 @@ def test_a_kill_after_the_turns_loses_no_time(
     assert set(runner(resume=True).done) == {case.key() for case in cases}
 
 
-def test_resume_keeps_memory_and_times_what_has_no_time(
-    faults: ModuleType, monkeypatch: pytest.MonkeyPatch, runner: Callable[..., Runner]
-) -> None:
+def stopped_before_timing(interrupted: Runner, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A case whose memory is measured and whose time is not."""
+
     def killed(*_: Any) -> None:
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patch:
         patch.setattr(runner_module, "time_in_turns", killed)
         with pytest.raises(KeyboardInterrupt):
-            runner().measure([fault_case("fine")], "a group")
+            interrupted.measure([fault_case("fine")], "a group")
+
+
+def test_resume_keeps_memory_and_times_what_has_no_time(
+    faults: ModuleType, monkeypatch: pytest.MonkeyPatch, runner: Callable[..., Runner]
+) -> None:
+    stopped_before_timing(runner(), monkeypatch)
     (held,) = runner().store.read()
     monkeypatch.setattr(runner_module, "measure_peak", lambda *_: pytest.fail("measured again"))
     (record,) = runner(resume=True).measure([fault_case("fine")], "a group")
@@ -372,13 +378,7 @@ def test_what_was_timed_apart_does_not_pair(faults: ModuleType, runner: Callable
 def test_a_memory_without_its_time_is_not_complete(
     faults: ModuleType, monkeypatch: pytest.MonkeyPatch, runner: Callable[..., Runner]
 ) -> None:
-    def killed(*_: Any) -> None:
-        raise KeyboardInterrupt
-
-    with monkeypatch.context() as patch:
-        patch.setattr(runner_module, "time_in_turns", killed)
-        with pytest.raises(KeyboardInterrupt):
-            runner().measure([fault_case("fine")], "a group")
+    stopped_before_timing(runner(), monkeypatch)
     again = runner(resume=True)
     assert again.done == {}
     (record,) = again.measure([fault_case("fine")], "a group")
