@@ -51,7 +51,7 @@ def _cpu_max_backward(
 
     sums = _backward(grad, x, norm, by_batch, grad_x, pending, unpool)
     if by_batch:
-        rows = grad_x.flatten(0, 2)
+        rows = grad_x.view(-1, x.shape[-1])
         settle_rows(rows, x.flatten(0, 2), mean, pending, rows)
     return sums
 
@@ -90,8 +90,8 @@ def _backward(
     folded, sums = norm.folded(), Sums(x)
     for images, dz in image_tiles(x):
         unpool(grad[images].to(dz.dtype).permute(0, 3, 1, 2), images, dz.permute(0, 3, 1, 2))
-        rows = (grad_x[images].flatten(0, 2), False)
-        relu_norm_backward(dz.flatten(0, 2), x[images].flatten(0, 2), folded, sums, *rows)
+        written = grad_x[images].view(-1, x.shape[-1])  # a copy would take the gradient and be lost: view raises
+        relu_norm_backward(dz.flatten(0, 2), x[images].flatten(0, 2), folded, sums, written, False)
     grad_gamma, grad_beta = norm_gradients(sums, folded)
     if by_batch:
         pending += terms_of(folded, grad_gamma, grad_beta, x[..., 0].numel())

@@ -95,6 +95,16 @@ def test_flops_are_those_of_the_products(name: str, products: int) -> None:
     assert counter.get_total_flops() == products * 2 * shape.rows * shape.columns * shape.outputs
 
 
+@pytest.mark.parametrize("pool", ["max", "avg"])
+def test_a_gradient_that_is_no_matrix_is_refused(pool: str) -> None:
+    """Pixels of a part of each row: the gradient must not be written into a copy and lost."""
+    problem = PROBLEMS[f"bn_relu_{pool}_pool_backward"](Shape(width=6, extra=0))
+    arguments = list(problem.arguments)
+    arguments[8] = torch.zeros(*arguments[8].shape[:2], 9, arguments[8].shape[3]).double()[:, :, :6]
+    with pytest.raises(RuntimeError, match="view"):
+        call(problem.operator, "cpu", arguments)
+
+
 @pytest.mark.parametrize(("needs_x", "needs_weight"), [(True, False), (False, True)])
 def test_backward_skips_what_is_not_needed(needs_x: bool, needs_weight: bool) -> None:
     problem = PROBLEMS["bn_relu_conv1x1_backward"](Shape())
