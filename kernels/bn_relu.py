@@ -55,7 +55,7 @@ def _cuda(
     tile = elementwise_tile(columns)
     launch(
         _kernel, (cdiv(rows, tile.rows), cdiv(columns, tile.columns)),
-        x, mean, var, gamma, beta, out, rows, columns, loadable(x), x.stride(0), out.stride(0),
+        (x, mean, var, gamma, beta, out), (rows, columns, loadable(x), x.stride(0), out.stride(0)),
         tile=tile, eps=eps, BLOCK_ROWS=tile.rows, BLOCK_COLUMNS=tile.columns,
     )  # fmt: skip
 

@@ -159,10 +159,12 @@ def _launch(
     tile = _tile(columns)
     launch(
         _kernel, (shared.parts, cdiv(columns, tile.columns)),
-        grad, x, *norm[:4], grad_x, pending, partial,
-        rows, columns, loadable(x), shared.rows,
-        grad.stride(0), x.stride(0), 0 if grad_x is None else grad_x.stride(0),
-        0 if pending is None else pending.stride(0),
+        (grad, x, *norm[:4], grad_x, pending, partial),
+        (
+            rows, columns, loadable(x), shared.rows,
+            grad.stride(0), x.stride(0), 0 if grad_x is None else grad_x.stride(0),
+            0 if pending is None else pending.stride(0),
+        ),
         tile=tile, eps=norm.eps, WRITES=grad_x is not None, ACCUMULATES=accumulates,
         SETTLES=pending is not None, SUMS=partial is not None,
         BLOCK_ROWS=tile.rows, BLOCK_COLUMNS=tile.columns,

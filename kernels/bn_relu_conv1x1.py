@@ -180,9 +180,11 @@ def _cuda(
     partial = None if out_mean is None else mean.new_empty(shared.parts, 2, outputs)
     launch(
         _kernel, (shared.parts, cdiv(outputs, tile.outputs)),
-        x, mean, var, gamma, beta, weight, out, partial, next_mean, next_var, next_gamma, next_beta,
-        rows, columns, loadable(x), outputs, weight.shape[1], shared.rows,
-        x.stride(0), weight.stride(0), out.stride(0),
+        (x, mean, var, gamma, beta, weight, out, partial, next_mean, next_var, next_gamma, next_beta),
+        (
+            rows, columns, loadable(x), outputs, weight.shape[1], shared.rows,
+            x.stride(0), weight.stride(0), out.stride(0),
+        ),
         tile=tile, eps=eps, next_eps=next_eps, PRECISION=matmul_precision(weight.dtype),
         BLOCK_ROWS=tile.rows, BLOCK_COLUMNS=tile.columns, BLOCK_OUTPUTS=tile.outputs,
     )  # fmt: skip

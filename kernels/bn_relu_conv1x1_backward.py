@@ -189,10 +189,12 @@ def _pass(
     width = loadable(x) if grad_x is None else min(loadable(x), loadable(grad_x))
     launch(
         _kernel, (cdiv(columns, tile.columns), shared.parts),
-        grad, x, *norm[:4], weight, grad_x, pending, partial, partial_weight,
-        rows, columns, width, grad.shape[1], weight.shape[1], shared.rows,
-        grad.stride(0), x.stride(0), weight.stride(0), 0 if grad_x is None else grad_x.stride(0),
-        0 if pending is None else pending.stride(0),
+        (grad, x, *norm[:4], weight, grad_x, pending, partial, partial_weight),
+        (
+            rows, columns, width, grad.shape[1], weight.shape[1], shared.rows,
+            grad.stride(0), x.stride(0), weight.stride(0), 0 if grad_x is None else grad_x.stride(0),
+            0 if pending is None else pending.stride(0),
+        ),
         tile=tile, eps=norm.eps, PRECISION=matmul_precision(weight.dtype), ACCUMULATES=accumulates,
         SETTLES=pending is not None,
         BLOCK_ROWS=tile.rows, BLOCK_COLUMNS=tile.columns, BLOCK_OUTPUTS=tile.outputs,

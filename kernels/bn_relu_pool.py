@@ -152,9 +152,11 @@ def launch_pool(x: Tensor, norm: Norm, pool: str, out: Tensor | None, chosen: Te
     windows, tile = images * out_height * out_width, elementwise_tile(columns, values=16)
     launch(
         _kernel, (cdiv(windows, tile.rows), cdiv(columns, tile.columns)),
-        x, *norm[:4], out, chosen,
-        windows, columns, height, width, out_height, out_width,
-        pixel_stride(x), 0 if out is None else pixel_stride(out),
+        (x, *norm[:4], out, chosen),
+        (
+            windows, columns, height, width, out_height, out_width,
+            pixel_stride(x), 0 if out is None else pixel_stride(out),
+        ),
         tile=tile, eps=norm.eps, POOL=pool, BLOCK_ROWS=tile.rows, BLOCK_COLUMNS=tile.columns,
     )  # fmt: skip
 

@@ -194,9 +194,11 @@ def _launch(
     tile = elementwise_tile(columns, values=8)
     launch(
         _kernel, (shared.parts, cdiv(columns, tile.columns)),
-        grad, x, *norm[:4], chosen, grad_x, terms, partial,
-        images * height * width, columns, height, width, grad.shape[1], grad.shape[2], shared.rows,
-        pixel_stride(grad), pixel_stride(x), 0 if grad_x is None else pixel_stride(grad_x),
+        (grad, x, *norm[:4], chosen, grad_x, terms, partial),
+        (
+            images * height * width, columns, height, width, grad.shape[1], grad.shape[2], shared.rows,
+            pixel_stride(grad), pixel_stride(x), 0 if grad_x is None else pixel_stride(grad_x),
+        ),
         tile=tile, eps=norm.eps, BLOCK_ROWS=tile.rows, BLOCK_COLUMNS=tile.columns,
     )  # fmt: skip
 

@@ -137,7 +137,7 @@ def merge_partial_statistics(
     tile = parts_tile(parts)
     launch(
         _merge_statistics_kernel, (cdiv(columns, tile.columns),),
-        partial, pivot, mean, var, parts, rows, columns, shared.rows,
+        (partial, pivot, mean, var), (parts, rows, columns, shared.rows),
         tile=tile, BLOCK_PARTS=tile.rows, BLOCK_COLUMNS=tile.columns,
     )  # fmt: skip
 
@@ -151,7 +151,7 @@ def _cuda(x: Tensor, mean: Tensor, var: Tensor, out: Tensor | None = None) -> No
     partial = mean.new_empty(shared.parts, 2, columns)
     launch(
         _partial_statistics_kernel, (shared.parts, column_tiles),
-        x, partial, out, rows, columns, shared.rows, x.stride(0), 0 if out is None else out.stride(0),
+        (x, partial, out), (rows, columns, shared.rows, x.stride(0), 0 if out is None else out.stride(0)),
         tile=tile, BLOCK_ROWS=tile.rows, BLOCK_COLUMNS=tile.columns,
     )  # fmt: skip
     merge_partial_statistics(partial, rows, shared, mean, var, pivot=x[0])

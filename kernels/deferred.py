@@ -83,8 +83,8 @@ def _cuda(grad: Tensor, x: Tensor, mean: Tensor, pending: Tensor, out: Tensor) -
     tile = elementwise_tile(columns)
     launch(
         _settle_kernel, (cdiv(rows, tile.rows), cdiv(columns, tile.columns)),
-        grad, x, mean, pending, out, rows, columns, loadable(x),
-        grad.stride(0), x.stride(0), pending.stride(0), out.stride(0),
+        (grad, x, mean, pending, out),
+        (rows, columns, loadable(x), grad.stride(0), x.stride(0), pending.stride(0), out.stride(0)),
         tile=tile, BLOCK_ROWS=tile.rows, BLOCK_COLUMNS=tile.columns,
     )  # fmt: skip
 
@@ -133,8 +133,8 @@ def reduce_terms(
     tile = parts_tile(parts)
     launch(
         _terms_kernel, (cdiv(columns, tile.columns),),
-        partial, *norm[:4], grad_gamma, grad_beta, pending,
-        parts, rows, columns, 0 if pending is None else pending.stride(0),
+        (partial, *norm[:4], grad_gamma, grad_beta, pending),
+        (parts, rows, columns, 0 if pending is None else pending.stride(0)),
         tile=tile, eps=norm.eps, ADDS=adds,
         BLOCK_PARTS=tile.rows, BLOCK_COLUMNS=tile.columns,
     )  # fmt: skip
