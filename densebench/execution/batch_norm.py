@@ -10,14 +10,13 @@ trace, and what backward recomputes never moves them again.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
 
 
-@dataclass(frozen=True)
-class NormCall:
+class NormCall(NamedTuple):
     """One call of one batch norm.
 
     Attributes:
@@ -45,8 +44,7 @@ class NormCall:
     def copied(self) -> NormCall:
         """The same call on copies of the running statistics, which PyTorch's own kernels may move."""
         mean, var = self.running
-        return replace(
-            self,
+        return self._replace(
             running_mean=None if mean is None else mean.clone(),
             running_var=None if var is None else var.clone(),
         )
@@ -63,14 +61,13 @@ class NormCall:
         return x.new_empty(0, dtype=dtype), x.new_empty(0, dtype=dtype)
 
 
-@dataclass(frozen=True)
-class Observed:
-    """The statistics of one batch for one norm: mean and biased variance [C] over `count` values."""
+class Observed(NamedTuple):
+    """The statistics of one batch for one norm: mean and biased variance [C] over so many `values`."""
 
     call: NormCall
     mean: Tensor
     var: Tensor
-    count: int
+    values: int
 
 
 def call_norm(norm: nn.BatchNorm2d) -> NormCall:
@@ -114,7 +111,7 @@ def commit_observed(calls: Sequence[NormCall], observed: Sequence[Observed]) -> 
         if call.moves_running_statistics and call.running_mean is not None and call.running_var is not None:
             moves = by_momentum.setdefault(call.momentum, [])
             moves.append((call.running_mean, one.mean, 1.0))
-            moves.append((call.running_var, one.var, one.count / (one.count - 1)))
+            moves.append((call.running_var, one.var, one.values / (one.values - 1)))
     for momentum, moves in by_momentum.items():
         running = [stored for stored, _, _ in moves]
         batch = [seen.to(stored.dtype) for stored, seen, _ in moves]

@@ -9,6 +9,7 @@ from densebench.models.stage import Stage
 from densebench.registry import Part
 
 _CONTAINERS = (DenseBlock, DenseLayer, Transition)
+_ANYWHERE = (nn.BatchNorm2d, nn.ReLU, ReLU)
 
 
 def irregularity(stage: Stage, part: Part) -> str | None:
@@ -18,10 +19,10 @@ def irregularity(stage: Stage, part: Part) -> str | None:
     groups, in the geometry of a dense layer, and the stem's and the transition's pooling. A replaced norm
     (SyncBatchNorm, GroupNorm) and a layer with a `forward` of its own compute something else.
     """
-    for name, module in stage.named_modules(part):
-        reason = _reason(module)
+    for module in stage.modules(part):
+        reason = None if type(module) in _ANYWHERE else _reason(module)
         if reason:
-            return f"{name} {reason}; use 'naive'"
+            return f"{stage.name_of(module)} {reason}; use 'naive'"
     return None
 
 
@@ -30,12 +31,11 @@ def _reason(module: nn.Module) -> str | None:
     kind = type(module)
     if kind is nn.Conv2d:
         return None if _plain(module) else "has a bias, groups, a stride or padding that no dense layer has"
-    if isinstance(module, nn.MaxPool2d | nn.AvgPool2d):
+    if isinstance(module, (nn.MaxPool2d, nn.AvgPool2d)):
         return None if _pools_as_usual(module) else "pools in another way than a dense network"
     container = next((standard for standard in _CONTAINERS if isinstance(module, standard)), None)
     if container is None:
-        known = kind in (nn.BatchNorm2d, nn.ReLU, ReLU)
-        return None if known else f"is {kind.__name__}; it takes BatchNorm2d, ReLU and Conv2d"
+        return f"is {kind.__name__}; it takes BatchNorm2d, ReLU and Conv2d"
     if kind.forward is not container.forward:
         return f"is {kind.__name__}, which has a forward of its own"
     return _reason_of_parts(module)

@@ -7,7 +7,6 @@ not calls `run_head` and `run_tail`. A stage is a view: modules and parameters s
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -15,8 +14,6 @@ from torch import Tensor, nn
 
 from densebench.models.layers import DenseBlock, DenseLayer, Transition
 from densebench.registry import Part, Strategy, UnsupportedError
-
-_HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
 
 
 @dataclass(frozen=True, eq=False)
@@ -84,12 +81,24 @@ class Stage:
         self.check(strategy)
         return strategy.function(self, x)
 
-    def named_modules(self, part: Part) -> Iterator[tuple[str, nn.Module]]:
-        """All modules of a part of the stage ("nothing", "block", "stage"), by name in the network."""
-        if part != "nothing":
-            for name, child in self.children or ((self.name, self.block),):
-                if part == "stage" or child is self.block:
-                    yield from child.named_modules(prefix=name)
+    def modules(self, part: Part) -> list[nn.Module]:
+        """All modules of a part of the stage ("nothing", "block", "stage").
+
+        They are looked at before every forward, hundreds of them: without names, which cost more than the look.
+        """
+        found = [child for _, child in self._children_of(part)]
+        for module in found:  # grows meanwhile
+            found += [child for child in module._modules.values() if child is not None]
+        return found
+
+    def name_of(self, module: nn.Module) -> str:
+        """A module's name in the network."""
+        named = (pair for name, child in self._children_of("stage") for pair in child.named_modules(prefix=name))
+        return next(name for name, child in named if child is module)
+
+    def _children_of(self, part: Part) -> list[tuple[str, nn.Module]]:
+        children = self.children or ((self.name, self.block),)
+        return [] if part == "nothing" else [c for c in children if part == "stage" or c[1] is self.block]
 
     def check(self, strategy: Strategy) -> None:
         """Refuse what the strategy would silently run around, or cannot run.
@@ -97,11 +106,11 @@ class Stage:
         Raises:
             UnsupportedError: one sentence that names the module or the lack, and the remedy.
         """
-        for name, module in self.named_modules(strategy.bypasses):
+        for module in self.modules(strategy.bypasses):
             reason = _why_not_bypass(module)
             if reason:
                 raise UnsupportedError(
-                    f"strategy {strategy.name!r} does not call {name}, which has {reason}; "
+                    f"strategy {strategy.name!r} does not call {self.name_of(module)}, which has {reason}; "
                     "remove it, or use strategy 'naive', which calls every module"
                 )
         objection = strategy.missing() or strategy.objection(self)
@@ -112,9 +121,13 @@ class Stage:
 def _why_not_bypass(module: nn.Module) -> str | None:
     """What makes running around this module's `forward` wrong, or None where nothing does."""
     state = module.__dict__
-    for hooks in _HOOKS:
-        if state[hooks]:
-            return "a hook (pruning and weight norm are hooks too)"
+    if (
+        state["_forward_hooks"]
+        or state["_forward_pre_hooks"]
+        or state["_backward_hooks"]
+        or state["_backward_pre_hooks"]
+    ):
+        return "a hook (pruning and weight norm are hooks too)"
     if "forward" in state:
         return "a replaced forward"
     if "parametrizations" in state["_modules"]:
