@@ -9,7 +9,8 @@ from torch import Tensor
 
 from benchmarks.kernel_cases import POOLS, PRODUCTS, Geometry, geometry
 from densebench.kernels import channel_statistics
-from densebench.kernels.rows import Norm, accumulate_dtype
+from densebench.kernels.norm import Norm
+from densebench.kernels.rows import accumulate_dtype
 from densebench.results import Case
 
 EPS = 1e-5

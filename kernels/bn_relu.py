@@ -9,8 +9,9 @@ from densebench.kernels.device import load_norm, relu
 from densebench.kernels.language import tl, triton
 from densebench.kernels.launch import cdiv, elementwise_tile, launch, loadable
 from densebench.kernels.library import NORM, operator
+from densebench.kernels.norm import Norm
 from densebench.kernels.passes import pass_bytes, relu_norm
-from densebench.kernels.rows import Norm, row_slices, tile_bytes
+from densebench.kernels.rows import row_slices, tile_bytes
 
 
 def reference(x: Tensor, norm: Norm) -> Tensor:

@@ -9,7 +9,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from densebench.kernels.deferred import defer, reduce_terms, terms_of
+from densebench.kernels.deferred import defer, reduce_terms
 from densebench.kernels.device import load_norm, relu, relu_backward
 from densebench.kernels.language import tl, triton
 from densebench.kernels.launch import (
@@ -23,14 +23,9 @@ from densebench.kernels.launch import (
     share,
 )
 from densebench.kernels.library import NORM, operator
-from densebench.kernels.passes import (
-    Sums,
-    backward_bytes,
-    norm_gradients,
-    relu_norm_backward,
-    relu_norm_backward_in_place,
-)
-from densebench.kernels.rows import Norm, row_slices, tile_bytes
+from densebench.kernels.norm import Norm, Sums, norm_gradients
+from densebench.kernels.passes import backward_bytes, relu_norm_backward, relu_norm_backward_in_place
+from densebench.kernels.rows import row_slices, tile_bytes
 
 
 def reference(grad: Tensor, x: Tensor, norm: Norm, by_batch: bool) -> tuple[Tensor, Tensor, Tensor]:
@@ -65,11 +60,10 @@ def _cpu_backward(
     sums = Sums(x)
     for rows in row_slices(x):
         relu_norm_backward(grad[rows], x[rows], norm, sums, None, False)
-    grad_gamma, grad_beta = norm_gradients(sums, norm)
-    terms = terms_of(norm, grad_gamma, grad_beta, x.shape[0]) if by_batch else None
+    gradients = norm_gradients(sums, norm, x.shape[0])
     for rows in row_slices(x):
-        relu_norm_backward_in_place(grad[rows], x[rows], norm, terms)
-    return grad_gamma, grad_beta
+        relu_norm_backward_in_place(grad[rows], x[rows], norm, gradients.terms if by_batch else None)
+    return gradients.gamma, gradients.beta
 
 
 def _cpu_backward_into(
@@ -90,10 +84,10 @@ def _cpu_backward_into(
     for rows in row_slices(x):
         grad_rows = None if grad_x is None else grad_x[rows]
         relu_norm_backward(grad[rows], x[rows], norm, sums, grad_rows, accumulate)
-    grad_gamma, grad_beta = norm_gradients(sums, norm)
+    gradients = norm_gradients(sums, norm, x.shape[0])
     if by_batch and grad_x is not None:
-        defer(terms_of(norm, grad_gamma, grad_beta, x.shape[0]), pending, grad_x, x, mean)
-    return grad_gamma, grad_beta
+        defer(gradients.terms, pending, grad_x, x, mean)
+    return gradients.gamma, gradients.beta
 
 
 @triton.jit

@@ -24,8 +24,9 @@ from densebench.kernels.launch import (
     share,
 )
 from densebench.kernels.library import NORM, operator
-from densebench.kernels.passes import pass_bytes, relu_norm, sum_bytes
-from densebench.kernels.rows import Norm, tile_bytes, tile_rows, tiles
+from densebench.kernels.norm import Norm, sum_bytes
+from densebench.kernels.passes import pass_bytes, relu_norm
+from densebench.kernels.rows import tile_bytes, tile_rows, tiles
 
 
 def reference(x: Tensor, norm: Norm, weight: Tensor) -> Tensor:

@@ -15,7 +15,7 @@ from torch import Tensor
 from densebench.kernels.bn_relu import reference as bn_relu
 from densebench.kernels.bn_relu_backward import reference as bn_relu_backward
 from densebench.kernels.bn_relu_conv1x1 import packed
-from densebench.kernels.deferred import defer, reduce_terms, terms_of
+from densebench.kernels.deferred import defer, reduce_terms
 from densebench.kernels.device import load_norm, relu, relu_backward
 from densebench.kernels.language import tl, triton
 from densebench.kernels.launch import (
@@ -30,8 +30,9 @@ from densebench.kernels.launch import (
     share,
 )
 from densebench.kernels.library import NORM, operator
-from densebench.kernels.passes import Sums, backward_bytes, norm_gradients, relu_norm, relu_norm_backward
-from densebench.kernels.rows import Norm, tile_bytes, tile_rows, tiles
+from densebench.kernels.norm import Norm, Sums, norm_gradients
+from densebench.kernels.passes import backward_bytes, relu_norm, relu_norm_backward
+from densebench.kernels.rows import tile_bytes, tile_rows, tiles
 
 
 def reference(
@@ -76,10 +77,10 @@ def _cpu_backward(
             torch.mm(grad_rows, weight, out=tile)
             relu_norm_backward(tile, x[rows], norm, sums, None if grad_x is None else grad_x[rows], accumulate)
         del grad_rows  # before the next is made
-    grad_gamma, grad_beta = norm_gradients(sums, norm)
+    gradients = norm_gradients(sums, norm, x.shape[0])
     if by_batch and grad_x is not None:
-        defer(terms_of(norm, grad_gamma, grad_beta, x.shape[0]), pending, grad_x, x, mean)
-    return grad_gamma, grad_beta, grad_weight.t().contiguous()
+        defer(gradients.terms, pending, grad_x, x, mean)
+    return gradients.gamma, gradients.beta, grad_weight.t().contiguous()
 
 
 @triton.jit

@@ -17,8 +17,9 @@ from densebench.kernels.device import load_norm, relu
 from densebench.kernels.language import tl, triton
 from densebench.kernels.launch import cdiv, elementwise_tile, launch, pixel_stride
 from densebench.kernels.library import NORM, operator
+from densebench.kernels.norm import Folded, Norm
 from densebench.kernels.passes import relu_norm
-from densebench.kernels.rows import TILE_BYTES, Folded, Norm, accumulate_dtype
+from densebench.kernels.rows import TILE_BYTES, accumulate_dtype
 
 STEM = ([3, 3], [2, 2], [1, 1])  # kernel, stride, padding
 

@@ -20,13 +20,13 @@ from densebench.kernels.bn_relu_pool import (
     pooled_size,
     scratch_bytes,
 )
-from densebench.kernels.deferred import reduce_terms, settle_rows, terms_of
+from densebench.kernels.deferred import reduce_terms, settle_rows
 from densebench.kernels.device import load_norm, relu, relu_backward
 from densebench.kernels.language import tl, triton
 from densebench.kernels.launch import Share, cdiv, device_of, elementwise_tile, launch, pixel_stride, share
 from densebench.kernels.library import NORM, operator
-from densebench.kernels.passes import Sums, backward_bytes, norm_gradients, relu_norm_backward
-from densebench.kernels.rows import Norm
+from densebench.kernels.norm import Norm, Sums, norm_gradients
+from densebench.kernels.passes import backward_bytes, relu_norm_backward
 
 aten = torch.ops.aten
 
@@ -92,10 +92,10 @@ def _backward(
         unpool(grad[images].to(dz.dtype).permute(0, 3, 1, 2), images, dz.permute(0, 3, 1, 2))
         written = grad_x[images].view(-1, x.shape[-1])  # a copy would take the gradient and be lost: view raises
         relu_norm_backward(dz.flatten(0, 2), x[images].flatten(0, 2), folded, sums, written, False)
-    grad_gamma, grad_beta = norm_gradients(sums, folded)
+    gradients = norm_gradients(sums, folded, x.numel() // x.shape[-1])
     if by_batch:
-        pending += terms_of(folded, grad_gamma, grad_beta, x[..., 0].numel())
-    return grad_gamma, grad_beta
+        pending += gradients.terms
+    return gradients.gamma, gradients.beta
 
 
 @triton.jit

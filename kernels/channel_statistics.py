@@ -13,10 +13,9 @@ from densebench.kernels.device import merge_statistics, tile_statistics
 from densebench.kernels.language import tl, triton
 from densebench.kernels.launch import Share, Tile, cdiv, device_of, launch, parts_tile, power_of_two, share
 from densebench.kernels.library import operator
-from densebench.kernels.passes import Sums, add_column_sums, pass_bytes, sum_bytes
+from densebench.kernels.norm import Sums, pivot_of, store_statistics, sum_bytes
+from densebench.kernels.passes import add_column_sums, pass_bytes
 from densebench.kernels.rows import accumulate_dtype, row_slices, tile_bytes
-
-PIVOT_ROWS = 64  # whose mean all values are taken relative to
 
 
 def reference(x: Tensor) -> tuple[Tensor, Tensor]:
@@ -33,8 +32,7 @@ class RunningStatistics:
     """
 
     def __init__(self, some: Tensor, dtype: torch.dtype) -> None:
-        chosen = some[:: -(-some.shape[0] // PIVOT_ROWS)].to(dtype)
-        self.pivot = chosen.mean(0).nan_to_num_(0, 0, 0)
+        self.pivot = pivot_of(some, dtype)
         self.sums = Sums(some)
         self.rows = 0
 
@@ -45,9 +43,7 @@ class RunningStatistics:
 
     def store(self, mean: Tensor, var: Tensor) -> None:
         """Write the statistics into [C] each."""
-        difference, squares = self.sums.total() / self.rows
-        mean.copy_(difference + self.pivot)
-        var.copy_(squares.sub_(difference.square_()).clamp_min_(0))
+        store_statistics(self.sums, self.pivot, self.rows, mean, var)
 
 
 def _cpu(x: Tensor, mean: Tensor, var: Tensor, out: Tensor | None = None) -> None:

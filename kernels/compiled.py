@@ -38,13 +38,17 @@ _MATRIX = (_POINTER, _SIZE)  # address and stride of rows
 _SHAPE = (_SIZE, _SIZE)
 _VECTOR = (_POINTER,)
 _SUMS = (_POINTER, _SIZE)  # address and stride of threads
-# In the order of the C prototypes; threads come last.
+# In the order of the C prototypes; how many threads to work with comes last.
 _SIGNATURES = {
-    "relu_norm": (*_MATRIX, *_SHAPE, *2 * _VECTOR, *_MATRIX, _INT),
+    "fold": (*4 * _VECTOR, ctypes.c_double, _SIZE, *_VECTOR),
+    "pivot": (*_MATRIX, *_SHAPE, _SIZE, *_VECTOR),
+    "statistics": (*_SUMS, _SIZE, *_SHAPE, *3 * _VECTOR),
+    "norm_gradients": (*_SUMS, _SIZE, *_SHAPE, *4 * _VECTOR),
+    "relu_norm": (*_MATRIX, *_SHAPE, *_VECTOR, *_MATRIX, _INT),
     "column_sums": (*_MATRIX, *_SHAPE, *_VECTOR, *_SUMS, *_MATRIX, _INT),
-    "relu_norm_backward": (*2 * _MATRIX, *_SHAPE, *3 * _VECTOR, *_SUMS, *_MATRIX, _INT, _INT),
-    "relu_norm_backward_in_place": (*2 * _MATRIX, *_SHAPE, *5 * _VECTOR, _INT),
-    "settle": (*2 * _MATRIX, *_SHAPE, *3 * _VECTOR, *_MATRIX, _INT),
+    "relu_norm_backward": (*2 * _MATRIX, *_SHAPE, *_VECTOR, *_SUMS, *_MATRIX, _INT, _INT),
+    "relu_norm_backward_in_place": (*2 * _MATRIX, *_SHAPE, *2 * _VECTOR, _INT),
+    "settle": (*2 * _MATRIX, *_SHAPE, *2 * _VECTOR, *_MATRIX, _INT),
 }
 
 

@@ -19,21 +19,14 @@ from densebench.kernels.device import load_norm
 from densebench.kernels.language import tl, triton
 from densebench.kernels.launch import cdiv, elementwise_tile, launch, loadable, parts_tile
 from densebench.kernels.library import operator
+from densebench.kernels.norm import Norm
 from densebench.kernels.passes import pass_bytes, settle
-from densebench.kernels.rows import Folded, Norm, row_slices, tile_bytes
+from densebench.kernels.rows import row_slices, tile_bytes
 
 
 def reference(grad: Tensor, x: Tensor, mean: Tensor, pending: Tensor) -> Tensor:
     """The gradient that a slice of the buffer stands for; reads buffer and x, writes as much (3 M C)."""
     return (grad.to(mean.dtype) - pending[0] - (x.to(mean.dtype) - mean) * pending[1]).to(grad.dtype)
-
-
-def terms_of(norm: Folded, grad_gamma: Tensor, grad_beta: Tensor, rows: int) -> Tensor:
-    """A reader's two terms [2, C]; scale = gamma / std.
-
-    grad_x = scale * dz - scale * dbeta / M - xhat * scale * dgamma / M, with xhat = (x - mean) / std.
-    """
-    return torch.stack((grad_beta, grad_gamma * norm.inv_std)).mul_(norm.scale / rows)
 
 
 def settle_rows(grad: Tensor, x: Tensor, mean: Tensor, pending: Tensor, out: Tensor) -> None:

@@ -1,6 +1,6 @@
-/* The inner loops of the CPU path: one pass over the rows of a matrix each.
+/* The inner loops of the CPU path: one pass over the rows of a matrix each, and a norm's vectors.
  *
- * compiled.py builds this file once with REAL=float and once with REAL=double; passes.py calls it. The rows of a
+ * compiled.py builds this file once with REAL=float and once with REAL=double; passes.py and norm.py call it. The rows of a
  * matrix lie `stride` values apart, the values of a row side by side. Rows are shared out among the threads in one
  * fixed way, and each thread has sums of its own, in double: as many threads, the same bits.
  *
@@ -8,6 +8,7 @@
  * would go on; asking for a row ahead of time is worth a third of the bandwidth where rows are short. Decisions
  * that are the same for all values stand in the loops; at -O3 compilers make a loop of each case (unswitching).
  */
+#include <math.h>
 #include <omp.h>
 #include <stddef.h>
 #include <stdint.h>
@@ -35,9 +36,69 @@ static inline REAL relu(REAL z) { return z <= 0 ? 0 : z; }
 
 static inline REAL relu_backward(REAL grad, REAL z) { return z <= 0 ? 0 : grad; }
 
-/* out = relu(x * scale + shift) */
-void relu_norm(const REAL *x, int64_t x_stride, int64_t rows, int64_t columns, const REAL *scale,
-               const REAL *shift, REAL *out, int64_t out_stride, int threads) {
+/* A norm's vectors, computed in double and rounded once: mean, 1 / std, scale, shift [4, columns], with
+ * norm(x) = x * scale + shift. gamma is 1 and beta 0 where NULL. */
+void fold(const REAL *mean, const REAL *var, const REAL *gamma, const REAL *beta, double eps, int64_t columns,
+          REAL *norm) {
+#pragma omp simd
+    for (int64_t c = 0; c < columns; c++) {
+        double inv_std = 1 / sqrt(var[c] + eps);
+        REAL scale = (REAL)(inv_std * (gamma ? gamma[c] : 1));
+        norm[c] = mean[c];
+        norm[columns + c] = (REAL)inv_std;
+        norm[2 * columns + c] = scale;
+        norm[3 * columns + c] = (REAL)((beta ? beta[c] : 0) - (double)mean[c] * scale);
+    }
+}
+
+/* The mean of every `step`th row, 0 where that is not finite. */
+void pivot(const REAL *x, int64_t x_stride, int64_t rows, int64_t columns, int64_t step, REAL *mean) {
+    int64_t count = (rows + step - 1) / step;
+    for (int64_t c = 0; c < columns; c++) mean[c] = 0;
+    for (int64_t row = 0; row < rows; row += step)
+#pragma omp simd
+        for (int64_t c = 0; c < columns; c++) mean[c] += x[row * x_stride + c] / count;
+    for (int64_t c = 0; c < columns; c++) mean[c] = mean[c] - mean[c] == 0 ? mean[c] : 0;
+}
+
+/* Mean and biased variance from all threads' sums [2, columns] of x - pivot and of its squares. */
+void statistics(const double *sums, int64_t sums_stride, int64_t threads, int64_t rows, int64_t columns,
+                const REAL *pivot, REAL *mean, REAL *var) {
+    for (int64_t c = 0; c < columns; c++) {
+        double value = 0, square = 0;
+        for (int64_t thread = 0; thread < threads; thread++) {
+            value += sums[thread * sums_stride + c];
+            square += sums[thread * sums_stride + columns + c];
+        }
+        value /= rows;
+        double spread = square / rows - value * value;
+        mean[c] = (REAL)(pivot[c] + value);
+        var[c] = (REAL)(spread < 0 ? 0 : spread);
+    }
+}
+
+/* dgamma, dbeta, and terms [2, columns], the constant and slope that the statistics' being functions of x takes from
+ * the gradient of x; from all threads' sums [2, columns] of dz and of dz * (x - mean). */
+void norm_gradients(const double *sums, int64_t sums_stride, int64_t threads, int64_t rows, int64_t columns,
+                    const REAL *norm, REAL *gamma, REAL *beta, REAL *terms) {
+    for (int64_t c = 0; c < columns; c++) {
+        double dz = 0, dz_x = 0, inv_std = norm[columns + c], share = (double)norm[2 * columns + c] / rows;
+        for (int64_t thread = 0; thread < threads; thread++) {
+            dz += sums[thread * sums_stride + c];
+            dz_x += sums[thread * sums_stride + columns + c];
+        }
+        double grad_gamma = dz_x * inv_std;
+        gamma[c] = (REAL)grad_gamma;
+        beta[c] = (REAL)dz;
+        terms[c] = (REAL)(share * dz);
+        terms[columns + c] = (REAL)(share * grad_gamma * inv_std);
+    }
+}
+
+/* out = relu(norm(x)) */
+void relu_norm(const REAL *x, int64_t x_stride, int64_t rows, int64_t columns, const REAL *norm, REAL *out,
+               int64_t out_stride, int threads) {
+    const REAL *scale = norm + 2 * columns, *shift = norm + 3 * columns;
 #pragma omp parallel num_threads(threads)
     {
         Range own = own_rows(rows);
@@ -74,12 +135,13 @@ void column_sums(const REAL *x, int64_t x_stride, int64_t rows, int64_t columns,
     }
 }
 
-/* With dz = grad where x * scale + shift > 0, else 0:
+/* With dz = grad where norm(x) > 0, else 0:
  * a thread's sums [2, columns] += those of dz and of dz * (x - mean);
  * grad_x = scale * dz, or, if `accumulates`, grad_x += scale * dz; nothing is written if grad_x is NULL. */
 void relu_norm_backward(const REAL *grad, int64_t grad_stride, const REAL *x, int64_t x_stride, int64_t rows,
-                        int64_t columns, const REAL *mean, const REAL *scale, const REAL *shift, double *sums,
-                        int64_t sums_stride, REAL *grad_x, int64_t grad_x_stride, int accumulates, int threads) {
+                        int64_t columns, const REAL *norm, double *sums, int64_t sums_stride, REAL *grad_x,
+                        int64_t grad_x_stride, int accumulates, int threads) {
+    const REAL *mean = norm, *scale = norm + 2 * columns, *shift = norm + 3 * columns;
 #pragma omp parallel num_threads(threads)
     {
         Range own = own_rows(rows);
@@ -100,10 +162,12 @@ void relu_norm_backward(const REAL *grad, int64_t grad_stride, const REAL *x, in
     }
 }
 
-/* grad = scale * dz - constant - (x - mean) * slope, in place; scale * dz if constant and slope are NULL. */
+/* grad = scale * dz - constant - (x - mean) * slope, in place; terms [2, columns] are constant and slope, none
+ * where NULL. */
 void relu_norm_backward_in_place(REAL *grad, int64_t grad_stride, const REAL *x, int64_t x_stride, int64_t rows,
-                                 int64_t columns, const REAL *mean, const REAL *scale, const REAL *shift,
-                                 const REAL *constant, const REAL *slope, int threads) {
+                                 int64_t columns, const REAL *norm, const REAL *terms, int threads) {
+    const REAL *mean = norm, *scale = norm + 2 * columns, *shift = norm + 3 * columns;
+    const REAL *constant = terms, *slope = terms + columns;
 #pragma omp parallel num_threads(threads)
     {
         Range own = own_rows(rows);
@@ -115,7 +179,7 @@ void relu_norm_backward_in_place(REAL *grad, int64_t grad_stride, const REAL *x,
 #pragma omp simd
             for (int64_t c = 0; c < columns; c++) {
                 REAL value = scale[c] * relu_backward(grad_row[c], x_row[c] * scale[c] + shift[c]);
-                if (constant) value -= constant[c] + (x_row[c] - mean[c]) * slope[c];
+                if (terms) value -= constant[c] + (x_row[c] - mean[c]) * slope[c];
                 grad_row[c] = value;
             }
         }
@@ -124,8 +188,8 @@ void relu_norm_backward_in_place(REAL *grad, int64_t grad_stride, const REAL *x,
 
 /* out = grad - constant - (x - mean) * slope; out may be grad itself */
 void settle(const REAL *grad, int64_t grad_stride, const REAL *x, int64_t x_stride, int64_t rows, int64_t columns,
-            const REAL *mean, const REAL *constant, const REAL *slope, REAL *out, int64_t out_stride,
-            int threads) {
+            const REAL *mean, const REAL *terms, REAL *out, int64_t out_stride, int threads) {
+    const REAL *constant = terms, *slope = terms + columns;
 #pragma omp parallel num_threads(threads)
     {
         Range own = own_rows(rows);

@@ -14,40 +14,23 @@ import torch
 from torch import Tensor
 
 from densebench.kernels import compiled
-from densebench.kernels.rows import Folded, accumulate_dtype, as_map
+from densebench.kernels.norm import Folded, Sums, sum_bytes
+from densebench.kernels.rows import accumulate_dtype, as_map
 
 FEW_VALUES = 2**14  # so many a thread does in 3 us; to wake a second one takes as long
-_FEW_ROWS = 32  # of which adding up one more thread's sums takes as long as the rows
-_LINE = 8  # float64 values in a cache line
-
-
-class Sums:
-    """Two sums a column, [2, C], in float64: each thread's apart, so that none waits for another's lines."""
-
-    def __init__(self, x: Tensor) -> None:
-        self.columns = x.shape[-1]
-        self.parts = x.new_zeros(_sum_threads(x), _sum_stride(self.columns), dtype=torch.float64)
-
-    def total(self) -> Tensor:
-        """[2, C]."""
-        return self.parts.sum(0)[: 2 * self.columns].view(2, self.columns)
-
-    def add(self, first: Tensor, second: Tensor) -> None:
-        """Add [C] to each."""
-        self.parts[0, : self.columns] += first
-        self.parts[0, self.columns : 2 * self.columns] += second
 
 
 def relu_norm(x: Tensor, norm: Folded, out: Tensor) -> None:
     """out = relu(norm(x)) of x [R, C]; NaN passes, as it does in PyTorch. `out` may be `x`."""
-    target = out if out.dtype == norm.mean.dtype else norm.mean.new_empty(x.shape)
+    dtype = norm.table.dtype
+    target = out if out.dtype == dtype else torch.empty_like(x, dtype=dtype)
     if x.dtype != target.dtype:
         x = target.copy_(x)
     library = _library(x, written=target)
     if library is None:
         torch.addcmul(norm.shift, x, norm.scale, out=target).relu_()
     else:
-        vectors = _vectors(x, norm.scale, norm.shift)
+        vectors = (_vectors(x, norm.table),)
         library.relu_norm(*_matrix(x), *x.shape, *_at(vectors), *_matrix(target), _threads(x))
     if target is not out:
         out.copy_(target)
@@ -65,9 +48,9 @@ def add_column_sums(x: Tensor, pivot: Tensor, sums: Sums, out: Tensor | None = N
         sums.add(x.shape[0] * mean, x.shape[0] * (var + mean.square()))
         stored = None
     else:
-        vectors = _vectors(wide, pivot)
+        vectors = (_vectors(wide, pivot),)
         threads = _threads(x, sums)
-        arguments = (*_matrix(wide), *x.shape, *_at(vectors), *_matrix(sums.parts), *_matrix(stored))
+        arguments = (*_matrix(wide), *x.shape, *_at(vectors), *sums.given[:2], *_matrix(stored))
         library.column_sums(*arguments, threads)
     if out is not None and stored is None:
         out.copy_(x)
@@ -81,7 +64,7 @@ def relu_norm_backward(
     With dz = grad where norm(x) > 0, else 0: sums += the column sums of dz and dz * (x - mean);
     grad_x = scale * dz, or, with `accumulate`, grad_x += scale * dz.
     """
-    dtype, target = norm.mean.dtype, grad_x
+    dtype, target = norm.table.dtype, grad_x
     grad, x = grad.to(dtype), x.to(dtype)
     if grad_x is not None and grad_x.dtype != dtype:
         target = grad_x.to(dtype) if accumulate else torch.empty_like(x)
@@ -92,23 +75,16 @@ def relu_norm_backward(
         if target is not None:
             target.addcmul_(dz, norm.scale) if accumulate else torch.mul(dz, norm.scale, out=target)
     else:
-        vectors = _vectors(x, norm.mean, norm.scale, norm.shift)
-        arguments = (*_matrix(grad), *_matrix(x), *x.shape, *_at(vectors), *_matrix(sums.parts), *_matrix(target))
+        vectors = (_vectors(x, norm.table),)
+        arguments = (*_matrix(grad), *_matrix(x), *x.shape, *_at(vectors), *sums.given[:2], *_matrix(target))
         library.relu_norm_backward(*arguments, accumulate, _threads(x, sums))
     if grad_x is not None and target is not None and target is not grad_x:
         grad_x.copy_(target)
 
 
-def norm_gradients(sums: Sums, norm: Folded) -> tuple[Tensor, Tensor]:
-    """(dgamma, dbeta) from those sums over all rows."""
-    sum_dz, sum_dz_x = sums.total()
-    dtype = norm.mean.dtype
-    return (sum_dz_x * norm.inv_std).to(dtype), sum_dz.to(dtype, copy=True)
-
-
 def relu_norm_backward_in_place(grad: Tensor, x: Tensor, norm: Folded, terms: Tensor | None) -> None:
     """grad = scale * dz - terms[0] - (x - mean) * terms[1], with dz = grad where norm(x) > 0, else 0."""
-    dtype = norm.mean.dtype
+    dtype = norm.table.dtype
     target, x = grad.to(dtype), x.to(dtype)
     library = _library(x, written=target)
     if library is None:
@@ -117,9 +93,8 @@ def relu_norm_backward_in_place(grad: Tensor, x: Tensor, norm: Folded, terms: Te
         if terms is not None:
             target -= torch.addcmul(terms[0], torch.sub(values, norm.mean, out=dz), terms[1], out=dz)
     else:
-        vectors = _vectors(x, norm.mean, norm.scale, norm.shift, *(() if terms is None else terms))
-        addresses = (*_at(vectors), *((None, None) if terms is None else ()))
-        library.relu_norm_backward_in_place(*_matrix(target), *_matrix(x), *x.shape, *addresses, _threads(x))
+        vectors = (_vectors(x, norm.table), None if terms is None else _vectors(x, terms))
+        library.relu_norm_backward_in_place(*_matrix(target), *_matrix(x), *x.shape, *_at(vectors), _threads(x))
     if target is not grad:
         grad.copy_(target)
 
@@ -135,7 +110,7 @@ def settle(grad: Tensor, x: Tensor, mean: Tensor, pending: Tensor, out: Tensor) 
         terms = torch.sub(x, mean)
         torch.sub(wide, torch.addcmul(pending[0], terms, pending[1], out=terms), out=target)
     else:
-        vectors = _vectors(x, mean, *pending)
+        vectors = (_vectors(x, mean), _vectors(x, pending))
         library.settle(*_matrix(wide), *_matrix(x), *x.shape, *_at(vectors), *_matrix(target), _threads(x))
     if target is not out:
         out.copy_(target)
@@ -158,19 +133,6 @@ def backward_bytes(tile: int, grad: Tensor | None, x: Tensor, grad_x: Tensor | N
     """The same for a backward pass, with its sums; PyTorch's operators take x as a dense tile, too."""
     copied = 0 if x.is_contiguous() or x.dtype != accumulate_dtype(x) else 1
     return pass_bytes(tile, x, grad, grad_x, operator_tiles=1 + copied) + sum_bytes(x)
-
-
-def sum_bytes(x: Tensor) -> int:
-    """Bytes of `Sums`."""
-    return _sum_threads(x) * _sum_stride(x.shape[-1]) * 8
-
-
-def _sum_threads(x: Tensor) -> int:
-    return max(1, min(torch.get_num_threads(), x.numel() // x.shape[-1] // _FEW_ROWS))
-
-
-def _sum_stride(columns: int) -> int:
-    return -(-2 * columns // _LINE) * _LINE
 
 
 def _masked(grad: Tensor, x: Tensor, norm: Folded) -> tuple[Tensor, Tensor]:
@@ -208,24 +170,23 @@ def _library(*read: Tensor, written: Tensor | None) -> ctypes.CDLL | None:
     return compiled.library(first.dtype)
 
 
-def _vectors(x: Tensor, *vectors: Tensor) -> list[Tensor]:
-    """[C] each, as the compiled form takes them.
+def _vectors(x: Tensor, vectors: Tensor) -> Tensor:
+    """[C] or [n, C], as the compiled form takes them.
 
     Raises:
-        ValueError: if one is not as long as x is wide, or of another dtype.
+        ValueError: if they are not as long as x is wide, or of another dtype.
     """
-    for vector in vectors:
-        if vector.shape != x.shape[1:] or vector.dtype != x.dtype:
-            raise ValueError(
-                f"a pass over rows {list(x.shape)} of {x.dtype} takes vectors of as many channels in that dtype, "
-                f"got {list(vector.shape)} of {vector.dtype}"
-            )
-    return [vector.contiguous() for vector in vectors]
+    if vectors.shape[-1] != x.shape[1] or vectors.dtype != x.dtype:
+        raise ValueError(
+            f"a pass over rows {list(x.shape)} of {x.dtype} takes vectors of as many channels in that dtype, "
+            f"got {list(vectors.shape)} of {vectors.dtype}"
+        )
+    return vectors.contiguous()
 
 
-def _at(vectors: list[Tensor]) -> list[int]:
+def _at(vectors: tuple[Tensor | None, ...]) -> list[int | None]:
     """Addresses; good as long as the caller keeps the vectors. Never of a temporary."""
-    return [vector.data_ptr() for vector in vectors]
+    return [None if given is None else given.data_ptr() for given in vectors]
 
 
 def _matrix(x: Tensor | None) -> tuple[int | None, int]:

@@ -7,7 +7,6 @@ wider buffer has the buffer's row stride. Scratch is float32 (float64 for float6
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -15,43 +14,6 @@ from torch import Tensor
 # Measured on DenseNet-121 (2 cores, 1 MiB of L2 each, 32 MiB of L3): from 1 to 4 MiB a tile makes 3 % of
 # difference; at 0.5 MiB the calls cost, and with whole matrices the scratch leaves the cache.
 TILE_BYTES = 2 * 2**20
-
-
-class Folded(NamedTuple):
-    """A norm as one multiply-add, x * scale + shift, as PyTorch's own CPU kernel computes it; all [C]."""
-
-    mean: Tensor
-    inv_std: Tensor
-    scale: Tensor
-    shift: Tensor
-
-
-class Norm(NamedTuple):
-    """A batch norm over columns: (x - mean) / sqrt(var + eps) * gamma + beta; all [C].
-
-    `mean` and `var` (biased) are in the accumulating dtype; gamma and beta may be None.
-    """
-
-    mean: Tensor
-    var: Tensor
-    gamma: Tensor | None
-    beta: Tensor | None
-    eps: float
-
-    def folded(self) -> Folded:
-        """In the accumulating dtype."""
-        inv_std = (self.var.to(self.mean.dtype) + self.eps).rsqrt_()
-        scale = inv_std if self.gamma is None else inv_std * self.gamma.to(inv_std.dtype)
-        beta = torch.zeros_like(scale) if self.beta is None else self.beta.to(scale.dtype)
-        return Folded(self.mean, inv_std, scale, torch.addcmul(beta, self.mean, scale, value=-1))
-
-    def affine(self) -> tuple[Tensor | None, Tensor | None]:
-        """gamma and beta in the accumulating dtype."""
-        gamma, beta = self.gamma, self.beta
-        return (
-            None if gamma is None else gamma.to(self.mean.dtype),
-            None if beta is None else beta.to(self.mean.dtype),
-        )
 
 
 def accumulate_dtype(x: Tensor) -> torch.dtype:

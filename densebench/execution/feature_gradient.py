@@ -14,7 +14,7 @@ from densebench.kernels.bn_relu_backward import bn_relu_backward_into
 from densebench.kernels.bn_relu_conv1x1_backward import bn_relu_conv1x1_backward
 from densebench.kernels.bn_relu_pool_backward import bn_relu_avg_pool_backward
 from densebench.kernels.deferred import settled_gradient
-from densebench.kernels.rows import Norm
+from densebench.kernels.norm import Norm
 
 
 class FeatureGradient:

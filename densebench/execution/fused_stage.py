@@ -24,7 +24,8 @@ from densebench.kernels.bn_relu_backward import bn_relu_backward
 from densebench.kernels.bn_relu_conv1x1 import bn_relu_conv1x1
 from densebench.kernels.bn_relu_pool import bn_relu_avg_pool, bn_relu_max_pool
 from densebench.kernels.bn_relu_pool_backward import bn_relu_max_pool_backward
-from densebench.kernels.rows import Norm, as_rows
+from densebench.kernels.norm import Norm
+from densebench.kernels.rows import as_rows
 from densebench.models.layers import Transition
 from densebench.models.stage import Stage
 

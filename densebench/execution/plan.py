@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from densebench.execution.batch_norm import NormCall, call_norm
-from densebench.kernels.rows import Norm
+from densebench.kernels.norm import Norm
 from densebench.models.layers import DenseLayer, Transition
 from densebench.models.stage import FinalNorm, Stage
 

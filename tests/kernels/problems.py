@@ -25,7 +25,8 @@ from densebench.kernels import (
     deferred,
 )
 from densebench.kernels.library import IMPLEMENTATIONS
-from densebench.kernels.rows import Norm, accumulate_dtype
+from densebench.kernels.norm import Norm
+from densebench.kernels.rows import accumulate_dtype
 
 Values = dict[str, Tensor]
 

@@ -16,7 +16,8 @@ from torch import Tensor
 
 from densebench import cache_folder
 from densebench.kernels import compiled, passes
-from densebench.kernels.rows import Folded, Norm
+from densebench.kernels.bn_relu import bn_relu
+from densebench.kernels.norm import Folded, Norm
 from densebench.prediction.cache import cached
 
 WIDE = 40
@@ -128,9 +129,11 @@ def test_shapes_and_dtypes_that_would_be_read_beyond() -> None:
         with pytest.raises(ValueError, match="one shape"):
             passes.settle(grad, wrong, norm.mean, torch.zeros(2, 5), torch.empty(12, 5))
     if compiled.library(torch.float32) is not None:
-        for vector in (norm.shift[:4], norm.shift.double()):
+        for table in (norm.table[:, :4], norm.table.double()):
             with pytest.raises(ValueError, match="as many channels"):
-                passes.relu_norm(x, norm._replace(shift=vector), torch.empty(12, 5))
+                passes.relu_norm_backward_in_place(grad, x, norm, table[:2])
+        with pytest.raises(ValueError, match="as many channels"):
+            passes.relu_norm(x, Folded(norm.table[:, :4]), torch.empty(12, 5))
 
 
 def test_vectors_may_lie_apart() -> None:
@@ -162,11 +165,11 @@ def test_autograd_notices_what_operators_overwrite() -> None:
     weight, out = torch.ones(12, 5, requires_grad=True), torch.ones(12, 5)
     loss = (weight * out).sum()
     x, _, _ = drawn(12, 5)
-    torch.ops.densebench.bn_relu(x, torch.zeros(5), torch.ones(5), None, None, 0.0, out)
+    bn_relu(x, torch.zeros(5), torch.ones(5), None, None, 0.0, out)
     with pytest.raises(RuntimeError, match="modified by an inplace operation"):
         loss.backward()
     with pytest.raises(RuntimeError, match="no derivative"):
-        torch.ops.densebench.bn_relu(weight, torch.zeros(5), torch.ones(5), None, None, 0.0, out)
+        bn_relu(weight, torch.zeros(5), torch.ones(5), None, None, 0.0, out)
 
 
 @pytest.mark.usefixtures("library")

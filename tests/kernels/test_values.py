@@ -114,7 +114,7 @@ def test_nan_and_infinity_spread_as_in_pytorch(name: str, value: float, implemen
 def spread_by_reference(name: str, arguments: list) -> Values:
     """What PyTorch's own modules make of the arguments."""
     from densebench.kernels import bn_relu, bn_relu_backward, bn_relu_pool, channel_statistics
-    from densebench.kernels.rows import Norm
+    from densebench.kernels.norm import Norm
 
     if "statistics" in name:
         mean, var = channel_statistics.reference(arguments[0])
