@@ -45,10 +45,12 @@ class StageComputation(ABC):
 
     Attributes:
         plan: what each norm does in this run, and where parameters stand.
+        compute: the dtype that convolutions compute in; their weights are given in it.
     """
 
-    def __init__(self, plan: StagePlan) -> None:
+    def __init__(self, plan: StagePlan, compute: torch.dtype) -> None:
         self.plan = plan
+        self.compute = compute
 
     def release(self) -> None:
         """Let go of the buffers: nothing more of this backward will come."""
@@ -112,7 +114,7 @@ class _Part:
         self, computation: StageComputation, value: Tensor, parameters: Sequence[Tensor | None], keep: bool
     ) -> tuple[Tensor, list[Tensor], list[int]]:
         """The token or output, what backward needs, and how many of that belong to each step of the part."""
-        window = Window(parameters, self.parameters.start)
+        window = Window(_for_convolutions(parameters, computation.compute), self.parameters.start)
         with torch.autocast(value.device.type, enabled=False):
             token, values = value.new_empty(0), [value]
             del value
@@ -132,9 +134,9 @@ class _Part:
         needs: Sequence[bool],
         needs_value: bool,
     ) -> tuple[Tensor | None, Gradients]:
-        """The gradient of the token or of x, and those of the parameters."""
+        """The gradient of the token or of x, and those of the parameters, in the parameters' dtypes."""
         start = self.parameters.start
-        window, wanted = Window(parameters, start), Window(needs, start)
+        window, wanted = Window(_for_convolutions(parameters, computation.compute), start), Window(needs, start)
         gradients: Gradients = {}
         token: Tensor | None = grad.new_empty(0)
         with torch.autocast(grad.device.type, enabled=False):
@@ -148,7 +150,29 @@ class _Part:
             if self.first:
                 token, more = computation.enter_backward(window, kept[0], wanted, needs_value)
                 gradients |= more
-        return token, gradients
+        return token, _as_parameters(gradients, Window(parameters, start))
+
+
+def _for_convolutions(parameters: Sequence[Tensor | None], dtype: torch.dtype) -> Sequence[Tensor | None]:
+    """The parameters, convolutions' weights [N, C, h, w] in a dtype."""
+    places = [at for at, given in enumerate(parameters) if given is not None and given.dim() == 4]
+    return _converted(parameters, dict.fromkeys(places, dtype))
+
+
+def _as_parameters(gradients: Gradients, parameters: Window) -> Gradients:
+    """The gradients in the dtypes of their parameters."""
+    dtypes = {at: parameters[place].dtype for at, place in enumerate(gradients)}
+    return dict(zip(gradients, _converted(list(gradients.values()), dtypes), strict=True))
+
+
+def _converted(tensors: Sequence[Any], dtypes: dict[int, torch.dtype]) -> Sequence[Any]:
+    """Some tensors in other dtypes; those that have another are converted in one launch, not in one each."""
+    other = {at: dtype for at, dtype in dtypes.items() if tensors[at].dtype != dtype}
+    if not other:
+        return tensors
+    made = {at: torch.empty_like(tensors[at], dtype=dtype) for at, dtype in other.items()}
+    torch._foreach_copy_(list(made.values()), [tensors[at] for at in made])
+    return [made.get(at, tensor) for at, tensor in enumerate(tensors)]
 
 
 def _parts(plan: StagePlan) -> Iterator[_Part]:

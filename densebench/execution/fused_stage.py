@@ -43,9 +43,8 @@ class FusedStage(StageComputation):
     """
 
     def __init__(self, stage: Stage, x: Tensor, recompute: bool) -> None:
-        super().__init__(StagePlan(stage, whole=True))
+        super().__init__(StagePlan(stage, whole=True), compute_dtype(x))
         self.recompute = recompute
-        self.compute = compute_dtype(x)
         self.format = memory_format_of(x)
         self.stem_pool = stage.head is not None and stage.head.pool is not None
         self.transition_pool = isinstance(stage.tail, Transition) and hasattr(stage.tail, "pool")
@@ -104,7 +103,7 @@ class FusedStage(StageComputation):
             a = self.scratch.rows("activation", prefix)
             bn_relu(prefix, *norm, a)
         last = layer.units[-1]
-        new = convolve(self.pixels.map(a), last.conv, last.weight(parameters).to(self.compute))
+        new = convolve(self.pixels.map(a), last.conv, last.weight(parameters))
         if layer.drop_rate > 0:
             mask = F.dropout(torch.ones_like(new, memory_format=self.format), layer.drop_rate)
             new = new * mask  # drawn in the network's own memory format, as F.dropout(new) would be
@@ -121,9 +120,9 @@ class FusedStage(StageComputation):
         A few images at a time, so that a bottleneck's output is small beside the buffer.
         """
         first, second = layer.units
-        weight = first.matrix(parameters, self.compute)
+        weight = first.matrix(parameters)
         inner = second.reading(self.statistics.running(second), parameters)
-        filters = second.weight(parameters).to(self.compute)
+        filters = second.weight(parameters)
         for pixels, rows in self.pixels.parts(PART_PIXELS["cuda" if weight.is_cuda else "cpu"]):
             prefix = self.features[rows, : layer.start]
             a = self.scratch.rows("activation", prefix, weight.shape[0], self.compute)
@@ -135,7 +134,7 @@ class FusedStage(StageComputation):
     ) -> Tensor:
         """The operand of the 3x3 convolution [M, N]: relu(norm2(y)) of y = relu(norm1(prefix)) W^T."""
         first, second = layer.units
-        weight = first.matrix(parameters, self.compute)
+        weight = first.matrix(parameters)
         a = self.scratch.rows("activation", prefix, weight.shape[0], self.compute)
         if kept is None or self.recompute:
             y = self.scratch.rows("bottleneck", prefix, weight.shape[0], self.compute)
@@ -171,9 +170,9 @@ class FusedStage(StageComputation):
             elif self.transition_pool:
                 pixels, pooled = pixels.halved, self._pool(norm)
                 kept += [] if self.recompute else [pooled]
-                rows = product(pooled.to(self.compute), tail.matrix(parameters, self.compute))
+                rows = product(pooled.to(self.compute), tail.matrix(parameters))
             else:
-                weight = tail.matrix(parameters, self.compute)
+                weight = tail.matrix(parameters)
                 rows = features.new_empty(pixels.count, weight.shape[0], dtype=self.compute)
                 bn_relu_conv1x1(features, *norm, weight, rows, None, None)
         self.observed = self.statistics.observed
@@ -199,7 +198,7 @@ class FusedStage(StageComputation):
         if not isinstance(tail, ConvUnit):
             return self.gradient.through_norm(tail, norm, rows, needs, needs_features=True)
         if not self.transition_pool:
-            weight = tail.matrix(parameters, self.compute)
+            weight = tail.matrix(parameters)
             return self.gradient.through_product(tail, norm, weight, rows, needs, needs_features=True)
         return self._transition_backward(tail, norm, rows.to(self.compute), parameters, kept, needs)
 
@@ -212,7 +211,7 @@ class FusedStage(StageComputation):
             pooled = kept[-1] if not self.recompute else self._pool(norm)
             gradients = tail.weight_gradient(needs, product_weight_gradient(rows, pooled.to(self.compute)))
             del pooled
-        grad_pooled = product(rows, tail.matrix(parameters, self.compute).t())
+        grad_pooled = product(rows, tail.matrix(parameters).t())
         return gradients | self.gradient.through_avg_pool(tail, norm, grad_pooled, needs)
 
     def layer_backward(
@@ -234,7 +233,7 @@ class FusedStage(StageComputation):
         grad_y, gradients = self._bottleneck_backward(layer, norm, new, parameters, kept, needs, needs_y)
         if not needs_y:
             return gradients
-        weight = first.matrix(parameters, self.compute)
+        weight = first.matrix(parameters)
         return gradients | self.gradient.through_product(first, norm, weight, grad_y, needs, needs_prefix)
 
     def _bottleneck_backward(
@@ -253,7 +252,7 @@ class FusedStage(StageComputation):
         if rest:
             y = rest[0]
         else:
-            weight = first.matrix(parameters, self.compute)
+            weight = first.matrix(parameters)
             y = self.scratch.rows("bottleneck", self.features, weight.shape[0], self.compute)
             bn_relu_conv1x1(self.features[:, : layer.start], *norm, weight, y, None, None)
         inner = second.reading((mean, var), parameters)
@@ -294,7 +293,7 @@ class FusedStage(StageComputation):
             self.pixels.map(grad),
             self.pixels.map(a),
             unit.conv,
-            unit.weight(parameters).to(self.compute),
+            unit.weight(parameters),
             needs_a,
             unit.weight(needs),
         )

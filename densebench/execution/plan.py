@@ -10,7 +10,6 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any, Protocol, cast
 
-import torch
 from torch import Tensor, nn
 
 from densebench.execution.batch_norm import NormCall, call_norm
@@ -47,14 +46,9 @@ class NormUnit:
         return Norm(*statistics, *self.affine(flat), self.eps)
 
     def affine_gradients(self, needs: Flat, grad_gamma: Tensor, grad_beta: Tensor) -> Gradients:
-        """Those of the norm's weight and bias that are needed, in the parameters' dtype."""
-        places = zip(self.affine(needs), (self.call.norm.weight, self.call.norm.bias), strict=True)
-        found = zip((grad_gamma, grad_beta), places, strict=True)
-        return {
-            self.first + place: grad.to(parameter.dtype)
-            for place, (grad, (needed, parameter)) in enumerate(found)
-            if needed
-        }
+        """Those of the norm's weight and bias that are needed."""
+        found = zip((grad_gamma, grad_beta), self.affine(needs), strict=True)
+        return {self.first + place: grad for place, (grad, needed) in enumerate(found) if needed}
 
 
 @dataclass(frozen=True)
@@ -67,14 +61,14 @@ class ConvUnit(NormUnit):
         """What stands for the convolution's weight."""
         return flat[self.first + 2]
 
-    def matrix(self, flat: Flat, dtype: torch.dtype) -> Tensor:
+    def matrix(self, flat: Flat) -> Tensor:
         """A 1x1 convolution's weight as a matrix [N, C]."""
-        return self.weight(flat).flatten(1).to(dtype)
+        weight: Tensor = self.weight(flat)
+        return weight.flatten(1)
 
     def weight_gradient(self, needs: Flat, grad: Tensor) -> Gradients:
-        """That of the weight, if it is needed, in the parameter's shape and dtype."""
-        weight = self.conv.weight
-        return {self.first + 2: grad.reshape(weight.shape).to(weight.dtype)} if self.weight(needs) else {}
+        """That of the weight, if it is needed, in the parameter's shape."""
+        return {self.first + 2: grad.reshape(self.conv.weight.shape)} if self.weight(needs) else {}
 
     def trained(self, needs: Flat) -> bool:
         """Whether any of its parameters needs a gradient."""

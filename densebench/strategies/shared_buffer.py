@@ -47,9 +47,8 @@ class _SharedBuffer(StageComputation):
     """The block over a feature buffer [N, C, H, W], a gradient buffer of its shape, and a scratch."""
 
     def __init__(self, plan: StagePlan, x: Tensor) -> None:
-        super().__init__(plan)
+        super().__init__(plan, compute_dtype(x))
         self.maps = MapShape.of(x)
-        self.compute = compute_dtype(x)
 
     def enter(self, x: Tensor, parameters: Window, keep: bool) -> list[Tensor]:
         dtype = torch.promote_types(x.dtype, self.compute)
@@ -65,7 +64,7 @@ class _SharedBuffer(StageComputation):
             new = new.contiguous(memory_format=self.maps.memory_format)
             kept += [new] if keep and index > 0 else []
             a = self.scratch.normalize(unit, new, parameters).a
-            weight, conv = unit.weight(parameters).to(self.compute), unit.conv
+            weight, conv = unit.weight(parameters), unit.conv
             new = convolve(a, conv, weight)
         if layer.drop_rate > 0:
             mask = F.dropout(torch.ones_like(new), layer.drop_rate)  # drawn as F.dropout(new) would
@@ -133,7 +132,7 @@ class _SharedBuffer(StageComputation):
         if not needs_a and not needs_weight:
             return None
         a, statistics = self.scratch.normalize(unit, x, parameters, refill=True)
-        weight = unit.weight(parameters).to(self.compute)
+        weight = unit.weight(parameters)
         grad_a, grad_weight = convolution_backward(grad, a, unit.conv, weight, needs_a, needs_weight)
         gradients |= unit.weight_gradient(needs, grad_weight)
         if not needs_a:
