@@ -10,8 +10,8 @@ from densebench.kernels.language import tl, triton
 from densebench.kernels.launch import cdiv, elementwise_tile, launch, loadable
 from densebench.kernels.library import NORM, operator
 from densebench.kernels.norm import Norm
-from densebench.kernels.passes import pass_bytes, relu_norm
-from densebench.kernels.rows import row_slices, tile_bytes
+from densebench.kernels.passes import pass_bytes, pass_rows, relu_norm
+from densebench.kernels.rows import tile_bytes
 
 
 def reference(x: Tensor, norm: Norm) -> Tensor:
@@ -26,7 +26,7 @@ def _cpu(
     x: Tensor, mean: Tensor, var: Tensor, gamma: Tensor | None, beta: Tensor | None, eps: float, out: Tensor
 ) -> None:
     norm = Norm(mean, var, gamma, beta, eps).folded()
-    for rows in row_slices(x):
+    for rows in pass_rows(x, out):
         relu_norm(x[rows], norm, out[rows])
 
 

@@ -24,8 +24,8 @@ from densebench.kernels.launch import (
 )
 from densebench.kernels.library import NORM, operator
 from densebench.kernels.norm import Norm, Sums, norm_gradients
-from densebench.kernels.passes import backward_bytes, relu_norm_backward, relu_norm_backward_in_place
-from densebench.kernels.rows import row_slices, tile_bytes
+from densebench.kernels.passes import backward_bytes, pass_rows, relu_norm_backward, relu_norm_backward_in_place
+from densebench.kernels.rows import tile_bytes
 
 
 def reference(grad: Tensor, x: Tensor, norm: Norm, by_batch: bool) -> tuple[Tensor, Tensor, Tensor]:
@@ -58,10 +58,10 @@ def _cpu_backward(
 ) -> tuple[Tensor, Tensor]:
     norm = Norm(mean, var, gamma, beta, eps).folded()
     sums = Sums(x)
-    for rows in row_slices(x):
+    for rows in pass_rows(grad, x):
         relu_norm_backward(grad[rows], x[rows], norm, sums, None, False)
     gradients = norm_gradients(sums, norm, x.shape[0])
-    for rows in row_slices(x):
+    for rows in pass_rows(grad, x):
         relu_norm_backward_in_place(grad[rows], x[rows], norm, gradients.terms if by_batch else None)
     return gradients.gamma, gradients.beta
 
@@ -81,7 +81,7 @@ def _cpu_backward_into(
 ) -> tuple[Tensor, Tensor]:
     norm = Norm(mean, var, gamma, beta, eps).folded()
     sums = Sums(x)
-    for rows in row_slices(x):
+    for rows in pass_rows(grad, x, grad_x):
         grad_rows = None if grad_x is None else grad_x[rows]
         relu_norm_backward(grad[rows], x[rows], norm, sums, grad_rows, accumulate)
     gradients = norm_gradients(sums, norm, x.shape[0])

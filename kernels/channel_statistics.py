@@ -14,8 +14,8 @@ from densebench.kernels.language import tl, triton
 from densebench.kernels.launch import Share, Tile, cdiv, device_of, launch, parts_tile, power_of_two, share
 from densebench.kernels.library import operator
 from densebench.kernels.norm import Sums, pivot_of, store_statistics, sum_bytes
-from densebench.kernels.passes import add_column_sums, pass_bytes
-from densebench.kernels.rows import accumulate_dtype, row_slices, tile_bytes
+from densebench.kernels.passes import add_column_sums, pass_bytes, pass_rows
+from densebench.kernels.rows import accumulate_dtype, tile_bytes
 
 
 def reference(x: Tensor) -> tuple[Tensor, Tensor]:
@@ -48,7 +48,7 @@ class RunningStatistics:
 
 def _cpu(x: Tensor, mean: Tensor, var: Tensor, out: Tensor | None = None) -> None:
     statistics = RunningStatistics(x, mean.dtype)
-    for rows in row_slices(x):
+    for rows in pass_rows(x, out):
         statistics.add(x[rows], None if out is None else out[rows])
     statistics.store(mean, var)
 

@@ -20,8 +20,8 @@ from densebench.kernels.language import tl, triton
 from densebench.kernels.launch import cdiv, elementwise_tile, launch, loadable, parts_tile
 from densebench.kernels.library import operator
 from densebench.kernels.norm import Norm
-from densebench.kernels.passes import pass_bytes, settle
-from densebench.kernels.rows import row_slices, tile_bytes
+from densebench.kernels.passes import pass_bytes, pass_rows, settle
+from densebench.kernels.rows import tile_bytes
 
 
 def reference(grad: Tensor, x: Tensor, mean: Tensor, pending: Tensor) -> Tensor:
@@ -30,8 +30,8 @@ def reference(grad: Tensor, x: Tensor, mean: Tensor, pending: Tensor) -> Tensor:
 
 
 def settle_rows(grad: Tensor, x: Tensor, mean: Tensor, pending: Tensor, out: Tensor) -> None:
-    """Write what a buffer stands for, tile by tile (CPU); `out` may be `grad`."""
-    for rows in row_slices(x):
+    """Write what a buffer stands for (CPU); `out` may be `grad`."""
+    for rows in pass_rows(grad, x, out):
         settle(grad[rows], x[rows], mean, pending, out[rows])
 
 

@@ -1,8 +1,8 @@
 """A norm's vectors, [C] each: as given, folded into one multiply-add, and from sums its statistics and gradients.
 
-Beside the passes over rows (`passes`) they are little work, but a dozen of PyTorch's operators a layer, 2 us each:
-in one compiled loop a training step of DenseNet-121 takes 20 ms less. Made of PyTorch's operators they serve
-where nothing is compiled.
+Beside the passes over rows (`passes`) they are little work, but some thirty of PyTorch's operators a layer, each
+of which costs more than that work: compiled, they are a few calls. Made of PyTorch's operators they serve where
+nothing is compiled.
 """
 
 from __future__ import annotations
@@ -61,10 +61,10 @@ class Norm(NamedTuple):
         """In the accumulating dtype."""
         mean, *others = self[:4]
         table = mean.new_empty(4, mean.shape[0])
-        library = compiled.library(mean.dtype)
+        library = compiled.library(mean.dtype) if mean.is_cpu else None
         if library is None or not _alike(mean, *others):
             return Folded(_fold(self, table))
-        library.fold(*map(_at, (mean, *others)), self.eps, mean.shape[0], table.data_ptr())
+        library.fold(*map(address, (mean, *others)), self.eps, mean.shape[0], table.data_ptr())
         return Folded(table)
 
     def affine(self) -> tuple[Tensor | None, Tensor | None]:
@@ -138,7 +138,7 @@ def store_statistics(sums: Sums, pivot: Tensor, rows: int, mean: Tensor, var: Te
         mean.copy_(difference + pivot)
         var.copy_(squares.sub_(difference.square_()).clamp_min_(0))
     else:
-        library.statistics(*sums.given, rows, *pivot.shape, *map(_at, (pivot, mean, var)))
+        library.statistics(*sums.given, rows, *pivot.shape, *map(address, (pivot, mean, var)))
 
 
 class NormGradients(NamedTuple):
@@ -169,7 +169,7 @@ def norm_gradients(sums: Sums, norm: Folded, rows: int) -> NormGradients:
         beta.copy_(sum_dz)
         torch.stack((beta, gamma * norm.inv_std), out=terms).mul_(norm.scale / rows)
     else:
-        library.norm_gradients(*sums.given, rows, columns, *map(_at, (norm.table, gamma, beta, terms)))
+        library.norm_gradients(*sums.given, rows, columns, *map(address, (norm.table, gamma, beta, terms)))
     return NormGradients(gamma, beta, terms)
 
 
@@ -183,5 +183,6 @@ def _alike(*vectors: Tensor | None) -> bool:
     )
 
 
-def _at(vector: Tensor | None) -> int | None:
-    return None if vector is None else vector.data_ptr()
+def address(vectors: Tensor | None) -> int | None:
+    """For compiled loops; good as long as the caller keeps the vectors. Never of a temporary."""
+    return None if vectors is None else vectors.data_ptr()

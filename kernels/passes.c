@@ -1,8 +1,8 @@
 /* The inner loops of the CPU path: one pass over the rows of a matrix each, and a norm's vectors.
  *
- * compiled.py builds this file once with REAL=float and once with REAL=double; passes.py and norm.py call it. The rows of a
- * matrix lie `stride` values apart, the values of a row side by side. Rows are shared out among the threads in one
- * fixed way, and each thread has sums of its own, in double: as many threads, the same bits.
+ * compiled.py builds this file once with REAL=float and once with REAL=double; passes.py and norm.py call it. The
+ * rows of a matrix lie `stride` values apart, the values of a row side by side. Rows are shared out among the
+ * threads in one fixed way, and each thread has sums of its own, in double: as many threads, the same bits.
  *
  * Matrices are prefixes of wider buffers, so their rows lie in many pages and end where a hardware prefetcher
  * would go on; asking for a row ahead of time is worth a third of the bandwidth where rows are short. Decisions

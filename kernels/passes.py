@@ -1,4 +1,4 @@
-"""The CPU path's passes over rows; operators make them tile by tile, so that scratch stays in the cache.
+"""The CPU path's passes over rows.
 
 Each has two forms. Compiled (`passes.c`), it reads and writes every operand once; made of PyTorch's operators, it
 serves machines without a C compiler, and whatever the compiled form does not take. Both compute in float32
@@ -9,29 +9,40 @@ PyTorch's operators round those of a tile to float32 first.
 from __future__ import annotations
 
 import ctypes
+from collections.abc import Iterator
 
 import torch
 from torch import Tensor
 
 from densebench.kernels import compiled
-from densebench.kernels.norm import Folded, Sums, sum_bytes
-from densebench.kernels.rows import accumulate_dtype, as_map
+from densebench.kernels.norm import Folded, Sums, address, sum_bytes
+from densebench.kernels.rows import accumulate_dtype, as_map, row_slices
 
 FEW_VALUES = 2**14  # so many a thread does in 3 us; to wake a second one takes as long
+
+
+def pass_rows(*matrices: Tensor | None) -> Iterator[slice]:
+    """The rows of one pass each over matrices of one shape: a tile, or all where nothing is made on the way."""
+    given = [matrix for matrix in matrices if matrix is not None]
+    x, dtype = given[0], accumulate_dtype(given[0])
+    if compiled.library(dtype) and all(m.dtype == dtype and m.stride(1) == 1 for m in given):
+        yield slice(0, x.shape[0])
+    else:
+        yield from row_slices(x)
 
 
 def relu_norm(x: Tensor, norm: Folded, out: Tensor) -> None:
     """out = relu(norm(x)) of x [R, C]; NaN passes, as it does in PyTorch. `out` may be `x`."""
     dtype = norm.table.dtype
-    target = out if out.dtype == dtype else torch.empty_like(x, dtype=dtype)
+    target = out if out.dtype == dtype else x.new_empty(x.shape, dtype=dtype)
     if x.dtype != target.dtype:
         x = target.copy_(x)
     library = _library(x, written=target)
     if library is None:
         torch.addcmul(norm.shift, x, norm.scale, out=target).relu_()
     else:
-        vectors = (_vectors(x, norm.table),)
-        library.relu_norm(*_matrix(x), *x.shape, *_at(vectors), *_matrix(target), _threads(x))
+        table = _dense(x, norm.table)
+        library.relu_norm(*_matrix(x), *x.shape, address(table), *_matrix(target), _threads(x))
     if target is not out:
         out.copy_(target)
 
@@ -48,10 +59,9 @@ def add_column_sums(x: Tensor, pivot: Tensor, sums: Sums, out: Tensor | None = N
         sums.add(x.shape[0] * mean, x.shape[0] * (var + mean.square()))
         stored = None
     else:
-        vectors = (_vectors(wide, pivot),)
-        threads = _threads(x, sums)
-        arguments = (*_matrix(wide), *x.shape, *_at(vectors), *sums.given[:2], *_matrix(stored))
-        library.column_sums(*arguments, threads)
+        pivot = _dense(wide, pivot)
+        arguments = (*_matrix(wide), *x.shape, address(pivot), *sums.given[:2], *_matrix(stored))
+        library.column_sums(*arguments, _threads(x, sums))
     if out is not None and stored is None:
         out.copy_(x)
 
@@ -75,8 +85,8 @@ def relu_norm_backward(
         if target is not None:
             target.addcmul_(dz, norm.scale) if accumulate else torch.mul(dz, norm.scale, out=target)
     else:
-        vectors = (_vectors(x, norm.table),)
-        arguments = (*_matrix(grad), *_matrix(x), *x.shape, *_at(vectors), *sums.given[:2], *_matrix(target))
+        table = _dense(x, norm.table)
+        arguments = (*_matrix(grad), *_matrix(x), *x.shape, address(table), *sums.given[:2], *_matrix(target))
         library.relu_norm_backward(*arguments, accumulate, _threads(x, sums))
     if grad_x is not None and target is not None and target is not grad_x:
         grad_x.copy_(target)
@@ -93,8 +103,9 @@ def relu_norm_backward_in_place(grad: Tensor, x: Tensor, norm: Folded, terms: Te
         if terms is not None:
             target -= torch.addcmul(terms[0], torch.sub(values, norm.mean, out=dz), terms[1], out=dz)
     else:
-        vectors = (_vectors(x, norm.table), None if terms is None else _vectors(x, terms))
-        library.relu_norm_backward_in_place(*_matrix(target), *_matrix(x), *x.shape, *_at(vectors), _threads(x))
+        table, terms = _dense(x, norm.table), None if terms is None else _dense(x, terms)
+        arguments = (*_matrix(target), *_matrix(x), *x.shape, address(table), address(terms))
+        library.relu_norm_backward_in_place(*arguments, _threads(x))
     if target is not grad:
         grad.copy_(target)
 
@@ -110,8 +121,9 @@ def settle(grad: Tensor, x: Tensor, mean: Tensor, pending: Tensor, out: Tensor) 
         terms = torch.sub(x, mean)
         torch.sub(wide, torch.addcmul(pending[0], terms, pending[1], out=terms), out=target)
     else:
-        vectors = (_vectors(x, mean), _vectors(x, pending))
-        library.settle(*_matrix(wide), *_matrix(x), *x.shape, *_at(vectors), *_matrix(target), _threads(x))
+        mean, terms = _dense(x, mean), _dense(x, pending)
+        arguments = (*_matrix(wide), *_matrix(x), *x.shape, address(mean), address(terms), *_matrix(target))
+        library.settle(*arguments, _threads(x))
     if target is not out:
         out.copy_(target)
 
@@ -170,7 +182,7 @@ def _library(*read: Tensor, written: Tensor | None) -> ctypes.CDLL | None:
     return compiled.library(first.dtype)
 
 
-def _vectors(x: Tensor, vectors: Tensor) -> Tensor:
+def _dense(x: Tensor, vectors: Tensor) -> Tensor:
     """[C] or [n, C], as the compiled form takes them.
 
     Raises:
@@ -182,11 +194,6 @@ def _vectors(x: Tensor, vectors: Tensor) -> Tensor:
             f"got {list(vectors.shape)} of {vectors.dtype}"
         )
     return vectors.contiguous()
-
-
-def _at(vectors: tuple[Tensor | None, ...]) -> list[int | None]:
-    """Addresses; good as long as the caller keeps the vectors. Never of a temporary."""
-    return [None if given is None else given.data_ptr() for given in vectors]
 
 
 def _matrix(x: Tensor | None) -> tuple[int | None, int]:

@@ -82,13 +82,14 @@ class Stage:
         return strategy.function(self, x)
 
     def modules(self, part: Part) -> list[nn.Module]:
-        """All modules of a part of the stage ("nothing", "block", "stage").
+        """All modules of a part of the stage ("nothing", "block", "stage"), in order.
 
         They are looked at before every forward, hundreds of them: without names, which cost more than the look.
         """
-        found = [child for _, child in self._children_of(part)]
-        for module in found:  # grows meanwhile
-            found += [child for child in module._modules.values() if child is not None]
+        found, ahead = [], [child for _, child in reversed(self._children_of(part))]
+        while ahead:
+            found.append(ahead.pop())
+            ahead += [child for child in reversed(found[-1]._modules.values()) if child is not None]
         return found
 
     def name_of(self, module: nn.Module) -> str:
