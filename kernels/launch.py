@@ -81,14 +81,14 @@ def launch(
     Args:
         kernel: takes pointers, then numbers, then constants.
         grid: how many programs along each axis.
-        tensors: whose addresses the pointers are, the first not None.
+        tensors: whose addresses the pointers are.
     """
     addresses = [None if tensor is None else tensor.data_ptr() for tensor in tensors]
     key = (
         id(kernel),
         grid,
-        tensors[0].get_device(),  # type: ignore[union-attr]
-        *[None if tensor is None else tensor.dtype for tensor in tensors],
+        # Each tensor's device, too: addresses are not checked, and one from elsewhere would end the context.
+        *[None if tensor is None else (tensor.dtype, tensor.get_device()) for tensor in tensors],
         *[None if address is None else address % 16 for address in addresses],
         numbers,
         tile,
@@ -161,7 +161,7 @@ def loadable(x: Tensor) -> int:
     if columns % 16 == 0 or stride % 16 != 0 or x.storage_offset() % stride != 0:
         return columns
     rows_end = (x.storage_offset() + x.shape[0] * stride) * x.element_size()
-    return stride if rows_end <= x.untyped_storage().nbytes() else columns
+    return cdiv(columns, 16) * 16 if rows_end <= x.untyped_storage().nbytes() else columns
 
 
 def pixel_stride(x: Tensor) -> int:
