@@ -110,8 +110,8 @@ def _kernel(
     if SETTLES:
         constant = tl.load(pending_pointer + column, mask=kept, other=0.0)
         slope = tl.load(pending_pointer + pending_stride + column, mask=kept, other=0.0)
-    sum_dz = tl.zeros_like(mean)
-    sum_dz_x = tl.zeros_like(mean)
+    sum_dz = tl.zeros((BLOCK_ROWS, BLOCK_COLUMNS), mean.dtype)
+    sum_dz_x = tl.zeros((BLOCK_ROWS, BLOCK_COLUMNS), mean.dtype)
     first = part * rows_a_program
     last = tl.minimum(first + rows_a_program, rows)
     for start in range(first, last, BLOCK_ROWS):
@@ -123,8 +123,8 @@ def _kernel(
         centered = x.to(mean.dtype) - mean[None, :]
         dz = relu_backward(grad.to(mean.dtype), relu(centered * scale[None, :] + shift[None, :]))
         if SUMS:
-            sum_dz += tl.sum(dz, axis=0)
-            sum_dz_x += tl.sum(dz * centered, axis=0)
+            sum_dz += dz
+            sum_dz_x += dz * centered
         if WRITES:
             grad_x = grad_x_pointer + wide * grad_x_stride + column[None, :]
             value = scale[None, :] * dz
@@ -135,8 +135,8 @@ def _kernel(
             tl.store(grad_x, value.to(grad_x_pointer.dtype.element_ty), mask=mask & kept[None, :])
     if SUMS:
         partial = partial_pointer + part.to(tl.int64) * 2 * columns + column
-        tl.store(partial, sum_dz, mask=kept)
-        tl.store(partial + columns, sum_dz_x * inv_std, mask=kept)
+        tl.store(partial, tl.sum(sum_dz, axis=0), mask=kept)
+        tl.store(partial + columns, tl.sum(sum_dz_x, axis=0) * inv_std, mask=kept)
 
 
 def _tile(columns: int) -> Tile:

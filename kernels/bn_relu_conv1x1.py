@@ -11,7 +11,7 @@ from torch import Tensor
 
 from densebench.kernels.bn_relu import reference as bn_relu
 from densebench.kernels.channel_statistics import RunningStatistics, merge_partial_statistics
-from densebench.kernels.device import load_norm, merge_statistics, relu, tile_statistics
+from densebench.kernels.device import load_norm, merge_statistics, operand, relu, tile_statistics
 from densebench.kernels.language import tl, triton
 from densebench.kernels.launch import (
     Tile,
@@ -117,7 +117,8 @@ def _kernel(
                 mean_pointer, var_pointer, gamma_pointer, beta_pointer, eps, column, kept
             )
             a = relu((x.to(dtype) - mean[None, :]) * scale[None, :] + shift[None, :])
-            a = tl.where(kept[None, :], a, 0.0).to(weight.dtype)
+            a = operand(tl.where(kept[None, :], a, 0.0).to(weight.dtype), PRECISION)
+            weight = operand(weight, PRECISION)
             product = tl.dot(a, weight, product, input_precision=PRECISION, out_dtype=dtype)
         if next_mean_pointer is not None:
             mean, _, scale, shift = load_norm(
@@ -148,9 +149,10 @@ def _tile(x: Tensor, weight: Tensor, normalizes: bool) -> Tile:
 
     Few channels: two programs of 64 rows side by side, one loads while the other stores; on Hopper 128 registers
     are enough for it. Many channels: one of 128 rows, or reloading the weight for every 64 rows would take more
-    of the L2 cache's bandwidth than x takes of the memory's. A feature map of few pixels gets shorter tiles, or
-    most multiprocessors would have none. Values of 4 and 8 bytes take as many times the shared memory. The next
-    norm's vectors do not fit beside the product into 128 registers.
+    of the L2 cache's bandwidth than x takes of the memory's; and 64 channels at a time, which halves the work
+    beside the products, and for which smaller tiles have too few registers. A feature map of few pixels gets
+    shorter tiles, or most multiprocessors would have none. Values of 4 and 8 bytes take as many times the shared
+    memory. The next norm's vectors do not fit beside the product into 128 registers.
     """
     device, columns = device_of(x), x.shape[1]
     outputs = power_of_two(weight.shape[0], 16, 64 if x.element_size() == 8 else 256)
@@ -160,7 +162,7 @@ def _tile(x: Tensor, weight: Tensor, normalizes: bool) -> Tile:
         return Tile(32, 16, outputs, warps=8, stages=3)
     fits = device.is_hopper and not normalizes
     if fits and columns > 128 and outputs == 128 and cdiv(x.shape[0], 128) >= device.multiprocessors:
-        return Tile(128, 32, outputs, warps=16, stages=4)
+        return Tile(128, 64, outputs, warps=16, stages=3)
     if cdiv(x.shape[0], 64) >= device.multiprocessors:
         return Tile(64, 32, outputs, warps=8, stages=4, registers=128 if fits and outputs <= 128 else None)
     return Tile(32, 32, outputs, warps=4 if outputs <= 64 and not normalizes else 8, stages=4)

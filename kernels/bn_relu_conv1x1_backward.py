@@ -16,7 +16,7 @@ from densebench.kernels.bn_relu import reference as bn_relu
 from densebench.kernels.bn_relu_backward import reference as bn_relu_backward
 from densebench.kernels.bn_relu_conv1x1 import packed
 from densebench.kernels.deferred import defer, reduce_terms
-from densebench.kernels.device import load_norm, relu, relu_backward
+from densebench.kernels.device import load_norm, operand, relu, relu_backward
 from densebench.kernels.language import tl, triton
 from densebench.kernels.launch import (
     Share,
@@ -112,6 +112,7 @@ def _kernel(
         mask=made[:, None] & (column < weight_width)[None, :],
         other=0.0,
     )  # [outputs, columns]
+    weight = operand(weight, PRECISION)
     if SETTLES:
         constant = tl.load(pending_pointer + column, mask=kept, other=0.0)
         slope = tl.load(pending_pointer + pending_stride + column, mask=kept, other=0.0)
@@ -127,6 +128,7 @@ def _kernel(
         grad = tl.load(
             grad_pointer + wide * grad_stride + output[None, :], mask=mask & made[None, :], other=0.0
         )  # [rows, outputs]
+        grad = operand(grad, PRECISION)
         x = tl.load(x_pointer + wide * x_stride + column[None, :], mask=mask & loaded, other=0.0)
         centered = x.to(dtype) - mean[None, :]
         a = relu(centered * scale[None, :] + shift[None, :])
@@ -134,8 +136,12 @@ def _kernel(
         a = tl.where(mask, a, 0.0)
         if partial_weight_pointer is not None:
             grad_weight = tl.dot(
-                tl.trans(grad), a.to(grad.dtype), grad_weight, input_precision=PRECISION, out_dtype=dtype
-            )
+                tl.trans(grad), operand(a.to(grad.dtype), PRECISION), grad_weight,
+                input_precision=PRECISION, out_dtype=dtype,
+            )  # fmt: skip
+        if ACCUMULATES:  # a product before it is needed
+            grad_x = grad_x_pointer + wide * grad_x_stride + column[None, :]
+            before = tl.load(grad_x, mask=mask & loaded, other=0.0)
         if partial_pointer is not None:
             dz = relu_backward(tl.dot(grad, weight, input_precision=PRECISION, out_dtype=dtype), a)
             sum_dz += tl.sum(dz, axis=0)
@@ -148,8 +154,7 @@ def _kernel(
                 if ACCUMULATES:
                     # As many columns as are loaded are stored, so that both are 16 bytes wide; those beyond
                     # this reader's channels get back what they held.
-                    before = tl.load(grad_x, mask=mask & loaded, other=0.0).to(dtype)
-                    value = before + tl.where(kept[None, :], value, 0.0)
+                    value = before.to(dtype) + tl.where(kept[None, :], value, 0.0)
                     tl.store(grad_x, value.to(grad_x_pointer.dtype.element_ty), mask=mask & loaded)
                 else:
                     tl.store(grad_x, value.to(grad_x_pointer.dtype.element_ty), mask=mask & kept[None, :])
@@ -166,14 +171,20 @@ def _tile(x: Tensor, outputs: int) -> Tile:
     """The wider the tile, the less often `grad` is read.
 
     64 rows x 64 channels where 128 outputs' sums then still fit into the registers of eight warps: on Hopper,
-    whose tensor cores read their operands from shared memory.
+    whose tensor cores read their operands from shared memory. There is one program a multiprocessor then, and
+    nobody else to work while it waits: the next two tiles are on their way. Without tensor cores the operands
+    of a product are in registers, too: small ones.
     """
     if x.element_size() == 8:
         return Tile(16, 16, power_of_two(outputs, 16, 64), warps=4, stages=1)
-    block = power_of_two(outputs, 16, 256 if x.element_size() == 2 else 128)
     if x.element_size() == 4:
-        return Tile(32, 32, block, warps=8, stages=2)
-    return Tile(64, 64 if device_of(x).is_hopper and block <= 128 else 32, block, warps=8, stages=2)
+        if matmul_precision(x.dtype) == "ieee":
+            return Tile(16, 16, power_of_two(outputs, 16, 64), warps=8, stages=2)
+        return Tile(32, 32, power_of_two(outputs, 16, 128), warps=8, stages=2)
+    block = power_of_two(outputs, 16, 256)
+    if device_of(x).is_hopper and block <= 128:
+        return Tile(64, 64, block, warps=8, stages=3)
+    return Tile(64, 32, block, warps=8, stages=2)
 
 
 def _shared(x: Tensor, tile: Tile) -> Share:

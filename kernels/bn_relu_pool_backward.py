@@ -148,8 +148,8 @@ def _kernel(
     if terms_pointer is not None:
         constant = tl.load(terms_pointer + column, mask=kept, other=0.0)
         slope = tl.load(terms_pointer + columns + column, mask=kept, other=0.0)
-    sum_dz = tl.zeros_like(mean)
-    sum_dz_x = tl.zeros_like(mean)
+    sum_dz = tl.zeros((BLOCK_ROWS, BLOCK_COLUMNS), mean.dtype)
+    sum_dz_x = tl.zeros((BLOCK_ROWS, BLOCK_COLUMNS), mean.dtype)
     first = part * pixels_a_program
     last = tl.minimum(first + pixels_a_program, pixels)
     for start in range(first, last, BLOCK_ROWS):
@@ -171,8 +171,8 @@ def _kernel(
         centered = x.to(mean.dtype) - mean[None, :]
         dz = relu_backward(grad, relu(centered * scale[None, :] + shift[None, :]))
         if partial_pointer is not None:
-            sum_dz += tl.sum(dz, axis=0)
-            sum_dz_x += tl.sum(dz * centered, axis=0)
+            sum_dz += dz
+            sum_dz_x += dz * centered
         if grad_x_pointer is not None:
             value = scale[None, :] * dz
             if terms_pointer is not None:
@@ -181,8 +181,8 @@ def _kernel(
             tl.store(grad_x, value.to(grad_x_pointer.dtype.element_ty), mask=mask)
     if partial_pointer is not None:
         partial = partial_pointer + part.to(tl.int64) * 2 * columns + column
-        tl.store(partial, sum_dz, mask=kept)
-        tl.store(partial + columns, sum_dz_x * inv_std, mask=kept)
+        tl.store(partial, tl.sum(sum_dz, axis=0), mask=kept)
+        tl.store(partial + columns, tl.sum(sum_dz_x, axis=0) * inv_std, mask=kept)
 
 
 def _launch(

@@ -99,7 +99,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m densebench.kernels.compile_report", description=__doc__)
     parser.add_argument("--targets", default=",".join(TARGETS), help="comma-separated (default: %(default)s)")
     parser.add_argument("--growth-rates", default=",".join(map(str, GROWTH_RATES)), help="default: %(default)s")
-    parser.add_argument("--dtypes", default="bfloat16,float32", help="default: %(default)s")
+    parser.add_argument("--dtypes", default="bfloat16,float32,float32-ieee", help="default: %(default)s")
     parser.add_argument("--kernels", default="", help="only those whose name contains this")
     parser.add_argument("--json", type=Path, help="write the table here, too")
     options = parser.parse_args(arguments)
@@ -107,9 +107,8 @@ def main(arguments: list[str] | None = None) -> int:
     if unknown:
         parser.error(f"unknown target {', '.join(sorted(unknown))}; known: {', '.join(TARGETS)}")
     rates = [int(rate) for rate in options.growth_rates.split(",")]
-    dtypes = [getattr(torch, name) for name in options.dtypes.split(",")]
     table = []
-    for compiled in compile_all(options.targets.split(","), rates, dtypes, options.kernels):
+    for compiled in compile_all(options.targets.split(","), rates, options.dtypes.split(","), options.kernels):
         print(_line(compiled), flush=True)
         table.append(compiled)
     if options.json:
@@ -120,18 +119,33 @@ def main(arguments: list[str] | None = None) -> int:
 
 
 def compile_all(
-    targets: list[str], growth_rates: list[int], dtypes: list[torch.dtype], containing: str = ""
+    targets: list[str], growth_rates: list[int], dtypes: list[str], containing: str = ""
 ) -> Iterator[Compiled]:
-    """Every different launch of every operator, compiled for every target."""
+    """Every different launch of every operator, compiled for every target.
+
+    Args:
+        dtypes: names; products of "float32" are computed in TF32, as convolutions are by default, those of
+            "float32-ieee" are not.
+    """
     for target in targets:
         for dtype in dtypes:
             launches: dict[Launch, set[int]] = {}
             for rate in growth_rates:
-                for launch in recorded_launches(rate, dtype, TARGETS[target].device):
+                for launch in _recorded_in(dtype, rate, TARGETS[target].device):
                     launches.setdefault(launch, set()).add(rate)
             for launch, rates in launches.items():
                 if containing in launch.name:
                     yield compile_launch(launch, target, dtype, tuple(sorted(rates)))
+
+
+def _recorded_in(dtype: str, growth_rate: int, device: Device) -> list[Launch]:
+    name, _, precision = dtype.partition("-")
+    convolutions: Any = torch.backends.cudnn.conv  # type: ignore[attr-defined]
+    before, convolutions.fp32_precision = convolutions.fp32_precision, precision or "tf32"
+    try:
+        return recorded_launches(growth_rate, getattr(torch, name), device)
+    finally:
+        convolutions.fp32_precision = before
 
 
 def recorded_launches(growth_rate: int, dtype: torch.dtype, device: Device = H100) -> list[Launch]:
@@ -227,7 +241,7 @@ def _specialized(kernel: Any, positional: tuple[Any, ...], named: dict[str, Any]
     return Launch(kernel, tuple(signature), tuple(constants), tuple(aligned), warps, stages, limit)
 
 
-def compile_launch(launch: Launch, target: str, dtype: torch.dtype, growth_rates: tuple[int, ...]) -> Compiled:
+def compile_launch(launch: Launch, target: str, dtype: str, growth_rates: tuple[int, ...]) -> Compiled:
     """Compile for a target; no GPU is needed."""
     import triton
     from triton.backends.compiler import GPUTarget
@@ -244,7 +258,7 @@ def compile_launch(launch: Launch, target: str, dtype: torch.dtype, growth_rates
         "kernel": launch.name,
         "target": target,
         "triton": triton.__version__,
-        "dtype": str(dtype).removeprefix("torch."),
+        "dtype": dtype,
         "growth_rates": growth_rates,
         "configuration": ", ".join([*blocks, counted(launch.warps, "warp"), counted(launch.stages, "stage")]),
         "shared_bytes": built.metadata.shared,

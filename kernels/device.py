@@ -16,7 +16,7 @@ def load_norm(mean_pointer, var_pointer, gamma_pointer, beta_pointer, eps, colum
     Not folded into x * scale + shift: where mean / std is 100, that has three times the error.
     """
     mean = tl.load(mean_pointer + columns, mask=mask, other=0.0)
-    inv_std = 1.0 / tl.sqrt(tl.load(var_pointer + columns, mask=mask, other=1.0) + eps)
+    inv_std = tl.rsqrt(tl.load(var_pointer + columns, mask=mask, other=1.0) + eps)
     scale = inv_std
     if gamma_pointer is not None:
         scale = inv_std * tl.load(gamma_pointer + columns, mask=mask, other=0.0).to(mean.dtype)
@@ -24,6 +24,19 @@ def load_norm(mean_pointer, var_pointer, gamma_pointer, beta_pointer, eps, colum
     if beta_pointer is not None:
         shift = tl.load(beta_pointer + columns, mask=mask, other=0.0).to(mean.dtype)
     return mean, inv_std, scale, shift
+
+
+@triton.jit
+def operand(x, PRECISION: tl.constexpr):
+    """A product's operand: rounded to TF32 where it is to be taken as that.
+
+    The tensor core would drop the 13 bits that TF32 lacks, where PyTorch's own convolutions round to nearest.
+    """
+    if PRECISION == "tf32" and x.dtype == tl.float32:
+        bits = x.to(tl.int32, bitcast=True)
+        rounded = ((bits + 0x1000) & ~0x1FFF).to(tl.float32, bitcast=True)
+        x = tl.where(x == x, rounded, x)  # the sum would turn a NaN of large payload into -0
+    return x
 
 
 @triton.jit

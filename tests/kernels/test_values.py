@@ -27,7 +27,8 @@ def assert_solved(name: str, implementation: str, shape: Shape) -> None:
     if implementation == "cuda" and name in PRODUCTS and shape.dtype == torch.bfloat16 and interpreted():
         pytest.skip("Triton's interpreter multiplies bfloat16 wrongly; a GPU runs this")
     problem = PROBLEMS[name](shape)
-    produced = problem.solve(implementation)
+    with torch.backends.cudnn.flags(enabled=True, allow_tf32=False):
+        produced = problem.solve(implementation)
     assert produced.keys() == problem.expected.keys()
     for quantity, truth in problem.expected.items():
         error = relative_error(produced[quantity], truth)
