@@ -187,7 +187,10 @@ class _Scarcity(TorchDispatchMode):
 
 @contextlib.contextmanager
 def scarce_memory(device: torch.device, share: float, step: Callable[[], object]) -> Iterator[None]:
-    """Within the block a step has only a share of the memory that it takes."""
+    """Within the block a step has only a share of the memory that it takes beyond what is allocated now.
+
+    (Of unused memory PyTorch may have kept parts that it cannot give back; so the limit counts from what is used.)
+    """
     if device.type == "cpu":
         with _Scarcity(-1) as counted:
             step()
@@ -201,7 +204,7 @@ def scarce_memory(device: torch.device, share: float, step: Callable[[], object]
     torch.cuda.synchronize()
     torch.cuda.empty_cache()
     total = torch.cuda.get_device_properties(device).total_memory
-    torch.cuda.set_per_process_memory_fraction((torch.cuda.memory_reserved() + share * needed) / total)
+    torch.cuda.set_per_process_memory_fraction((torch.cuda.memory_allocated() + share * needed) / total)
     try:
         yield
     finally:
