@@ -21,11 +21,15 @@ CIFAR_DEPTHS = (100, 196, 292, 508, 700, 1000)  # 6n + 4, log-spaced
 
 @dataclass(frozen=True)
 class Group:
-    """Cases that are measured together; without `timed` only their memory is."""
+    """Cases that are measured together; without `timed` only their memory is.
+
+    `left_out`: cases that a larger profile would measure; this one records that they were not run.
+    """
 
     name: str
     cases: tuple[Case, ...]
     timed: bool = True
+    left_out: tuple[Case, ...] = ()
 
 
 @dataclass(frozen=True)

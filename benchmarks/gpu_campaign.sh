@@ -6,19 +6,23 @@
 # Stages, in this order if none is named: ceilings, correctness, kernels, networks, sanitizer.
 # A stage that fails or is cut short does not stop the next. Run it again with the same OUT: what is finished for
 # this source is skipped, everything else goes on where it was. Records are in OUT/STAGE/cases.jsonl after every
-# case, one line a stage is added to OUT/summary.txt, and everything worth keeping is in OUT/evidence.tar.gz.
+# case, one line a stage is added to OUT/summary.txt, and everything worth keeping is in OUT/evidence.tar.gz:
+# unpacked into an empty OUT it lets another machine with the same GPU go on.
 # Without a GPU the same is done in small, as a rehearsal.
 #
-# PYTHON=python3   the interpreter        LIMIT=540   seconds a stage may take        WORKERS=4   for the tests
+# PYTHON=python3   the interpreter        LIMIT=540   seconds a stage may take
+# WORKERS          processes for the tests: all cores but four, 2 to 12 of them
 set -u
 
 PYTHON=${PYTHON:-python3}
 LIMIT=${LIMIT:-540}
-WORKERS=${WORKERS:-4}
+# The tests wait for compilers, which take a core each; more than a dozen contexts crowd the GPU's memory.
+cores=$(($(nproc 2>/dev/null || echo 4) - 4))
+WORKERS=${WORKERS:-$((cores < 2 ? 2 : cores > 12 ? 12 : cores))}
 STAGES=(ceilings correctness kernels networks sanitizer)
 
 usage() {
-    sed -n '2,12s/^# \{0,1\}//p' "$0"
+    sed -n '2,14s/^# \{0,1\}//p' "$0"
     exit 2
 }
 
@@ -28,8 +32,8 @@ MEASURED="(test_step or test_memory) and not test_predicted"
 # What the networks stage measures, by priority: name | pytest's selection. The last takes all that is left.
 CUDA_SELECTIONS=(
     "core 64|test_step and train and densenet121 and bfloat16 and 64x224x224 and not graph and not compiled"
-    "core 256|test_step and train and densenet121 and bfloat16 and 256x224x224"
     "CUDA graphs|test_step and graph"
+    "core 256|test_step and train and densenet121 and bfloat16 and 256x224x224"
     "inference|test_step and infer and 64x224x224"
     "small batches|test_step and densenet121 and bfloat16 and (8x224x224 or 1x224x224)"
     "float32|test_step and densenet121 and float32"
@@ -80,11 +84,11 @@ done_before() {  # NAME
 }
 
 # Everything worth keeping in one file, the old one until the new one is whole: records, junit, environment, summary,
-# and logs of less than a megabyte.
+# what is done, so that nobody who unpacks it does it again, and logs of less than a megabyte.
 archive() {
     local files=()
     mapfile -t files < <(cd "$OUT" && find . -type f \( -name '*.jsonl' -o -name '*.json' -o -name '*.xml' \
-        -o -name summary.txt -o \( -name '*.log' -size -1024k \) \) | sort)
+        -o -name '*.done' -o -name summary.txt -o \( -name '*.log' -size -1024k \) \) | sort)
     [ ${#files[@]} -gt 0 ] || return 0
     tar -czf "$OUT/evidence.part" -C "$OUT" "${files[@]}" && mv "$OUT/evidence.part" "$OUT/evidence.tar.gz"
 }
@@ -105,7 +109,7 @@ stage_ceilings() {
 # Every test that needs a GPU; none may be skipped for want of one. Evidence: junit files and the environment.
 stage_correctness() {
     local name pending waiting parallel=() marks=()
-    local names=(processes operators "large buffers" memory "host time" graphs networks)
+    local names=(processes operators "large buffers" memory graphs networks)
     "$PYTHON" -c 'import json, sys; from densebench.measure.environment import environment
 print(json.dumps(environment(sys.argv[1]), indent=1))' "$DEVICE" >"$FOLDER/environment.json"
     [ "$DEVICE" = cuda ] && marks=(-m "gpu and not nightly" --require-gpu) && names+=(suite)
@@ -121,16 +125,12 @@ print(json.dumps(environment(sys.argv[1]), indent=1))' "$DEVICE" >"$FOLDER/envir
     return 0
 }
 
-# What needs the memory to itself, or measures a time, runs alone.
+# What needs the memory to itself runs alone.
 correctness() {  # NAME
     case $1 in
         operators) test_files "$1" tests/gpu/test_operators.py -k "not 2_31" "${parallel[@]}" ;;
         "large buffers") test_files "$1" tests/gpu/test_operators.py -k "2_31 or large_buffers" ;;
         memory) test_files "$1" tests/gpu/test_memory.py ;;
-        "host time")
-            local marks=()  # of the nightly tests this one alone
-            [ "$DEVICE" = cuda ] && marks=(-m gpu --require-gpu)
-            test_files "$1" tests/gpu/test_memory.py::test_host_is_faster_than_the_device ;;
         suite) test_files "$1" tests --ignore=tests/gpu --continue-on-collection-errors "${parallel[@]}" ;;
         *) test_files "$1" "tests/gpu/test_$1.py" "${parallel[@]}" ;;
     esac
@@ -140,8 +140,11 @@ test_files() {
     run "$1" "$PYTHON" -m pytest "${@:2}" "${marks[@]}" -q -p no:cacheprovider --junitxml "$FOLDER/${1// /-}.xml"
 }
 
+# Every operator on every shape, of which few are compiled; then, group by group, those that were not.
 stage_kernels() {
     PROFILE=$KERNEL_PROFILE measure kernels benchmarks/test_kernels.py
+    [ "$DEVICE" = cuda ] && measure "all compiled" benchmarks/test_kernels.py -k compiled
+    return 0
 }
 
 stage_networks() {
@@ -154,17 +157,21 @@ stage_networks() {
 
 # Out-of-bounds accesses and races, on the smallest cases that have tails and several tiles.
 stage_sanitizer() {
-    local tool
+    local tool checked
     if [ "$DEVICE" != cuda ] || ! command -v compute-sanitizer >/dev/null; then
         note "not run: needs a CUDA device and compute-sanitizer"
         SKIPPED=1
         return 0
     fi
     for tool in memcheck racecheck synccheck; do
-        # Without PyTorch's cache every tensor is an allocation of its own, whose bounds can be checked.
-        CAP=$((LIMIT / 3)) PYTORCH_NO_CUDA_MEMORY_CACHING=1 run "$tool" compute-sanitizer --tool "$tool" --error-exitcode 86 \
-            --target-processes all "$PYTHON" -m pytest tests/gpu -q -p no:cacheprovider --require-gpu \
-            -m gpu -k "test_values and (tiles or odd or float16) and not many_tiles or first_step"
+        checked=(compute-sanitizer --tool "$tool" --error-exitcode 86)
+        # Without PyTorch's cache every tensor is an allocation of its own, whose bounds can be checked; it costs a
+        # wait each, which the other tools need not pay. (Whatever the variable's value: it must not be set.)
+        [ "$tool" = memcheck ] && checked=(env PYTORCH_NO_CUDA_MEMORY_CACHING=1 "${checked[@]}")
+        # Of this process alone: those that it starts are compilers.
+        CAP=$((LIMIT / 3)) run "$tool" "${checked[@]}" --target-processes application-only \
+            "$PYTHON" -m pytest tests/gpu/test_operators.py -q -p no:cacheprovider --require-gpu -m gpu \
+            -k "test_values and (tiles or odd or float16) and not many_tiles"
     done
 }
 
@@ -218,7 +225,8 @@ fi
 PROFILE=full KERNEL_PROFILE=default
 [ "$DEVICE" = cpu ] && PROFILE=tiny KERNEL_PROFILE=quick
 # A hash of all that measures, is measured or tests: what was done for another source or device is done again.
-SOURCE=$(find densebench kernels benchmarks tests -name '*.py' -print0 | sort -z | xargs -0 cat | cksum | cut -d' ' -f1)
+SOURCE=$(find densebench kernels benchmarks tests \( -name '*.py' -o -name '*.c' \) -print0 | sort -z | xargs -0 cat |
+    cksum | cut -d' ' -f1)
 SOURCE="source $SOURCE on $("$PYTHON" -c 'import sys, torch; from densebench.measure.environment import device_name
 print(device_name(torch.device(sys.argv[1])))' "$DEVICE")"
 trap archive EXIT  # also when it is interrupted

@@ -51,6 +51,14 @@ class Geometry:
         return self.images, self.height // 2, self.width // 2
 
 
+def _middle(block: int) -> int:
+    return BLOCKS[block - 1][0] // 2 + 1
+
+
+# Where "compiled" runs but for the full profile (block, layer): many rows of few columns, and the reverse.
+COMPILED_AT = ((1, _middle(1)), (4, _middle(4)), (1, "transition"), (None, "stem"))
+
+
 def geometry(case: Case) -> Geometry:
     """What the operands of a case of this file look like; a case of another shape stands alone in its buffer."""
     columns, height, width = case.input_shape
@@ -67,20 +75,22 @@ def geometry(case: Case) -> Geometry:
 def kernel_groups(profile: str, device: str) -> tuple[Group, ...]:
     """The groups of a profile on a device; a group is one operator on one shape under all its contenders.
 
-    "quick" on a CPU: the two operators that decide, on the first and last layer of block 1, without what has to
-    be compiled first. "tiny" measures none: it is for tests of the front end.
+    "default": every operator on every shape; compiling for one takes longer than measuring on it, so "compiled" is
+    there on a few (`COMPILED_AT`). "full": on all. "quick": products of block 1; on a CPU of its first and last
+    layer, and nothing is compiled. "tiny" measures none: it is for tests of the front end.
     """
     if profile == "tiny":
         return ()
     if profile == "quick" and device == "cpu":
         wanted = [(1, 1), (1, BLOCKS[0][0])]
-        return tuple(_products(8, "float32", "cpu", wanted, compiled=False))
+        return tuple(_group(case, compiled=False) for case in _products(8, "float32", "cpu", wanted))
     batch, dtype = (64, "bfloat16") if device == "cuda" else (8, "float32")
-    wanted = [(block, layer) for block in range(1, 5) for layer in layers_of(block)]
-    if profile == "quick":
-        wanted = [pair for pair in wanted if pair[0] == 1]
-        return tuple(_products(batch, dtype, device, wanted, compiled=True))
-    return (*_products(batch, dtype, device, wanted, compiled=True), *_others(batch, dtype, device))
+    blocks = (1,) if profile == "quick" else (1, 2, 3, 4)
+    wanted = [(block, layer) for block in blocks for layer in layers_of(block)]
+    cases = list(_products(batch, dtype, device, wanted))
+    if profile != "quick":
+        cases += _others(batch, dtype, device)
+    return tuple(_group(case, profile == "full" or _where(case) in COMPILED_AT) for case in cases)
 
 
 def kernel_effort(profile: str, device: str) -> Effort:
@@ -93,36 +103,32 @@ def kernel_effort(profile: str, device: str) -> Effort:
 
 def layers_of(block: int) -> tuple[int, int, int]:
     """The first, middle and last layer of a block, counted from 1."""
-    layers = BLOCKS[block - 1][0]
-    return 1, layers // 2 + 1, layers
+    return 1, _middle(block), BLOCKS[block - 1][0]
 
 
-def _products(
-    batch: int, dtype: str, device: str, wanted: list[tuple[int, int]], compiled: bool
-) -> Iterator[Group]:
+def _products(batch: int, dtype: str, device: str, wanted: list[tuple[int, int]]) -> Iterator[Case]:
     for operator in PRODUCTS:
         for block, layer in wanted:
             _, start, side = BLOCKS[block - 1]
             columns = start + (layer - 1) * GROWTH_RATE
             where = {"block": block, "layer": layer}
-            case = _case(operator, batch, (columns, side, side), dtype, device, where, outputs=BOTTLENECK)
-            yield _group(case, compiled)
+            yield _case(operator, batch, (columns, side, side), dtype, device, where, outputs=BOTTLENECK)
 
 
-def _others(batch: int, dtype: str, device: str) -> Iterator[Group]:
+def _others(batch: int, dtype: str, device: str) -> Iterator[Case]:
     """What depends on the block alone, once a block; the stem; the transitions."""
     for operator in (*OF_BOTTLENECKS, *OF_NEW_CHANNELS):
         for block, (_, _, side) in enumerate(BLOCKS, 1):
             columns = BOTTLENECK if operator in OF_BOTTLENECKS else GROWTH_RATE
             where = {"block": block, "layer": layers_of(block)[1]}
-            yield _group(_case(operator, batch, (columns, side, side), dtype, device, where))
+            yield _case(operator, batch, (columns, side, side), dtype, device, where)
     for operator in STEM_POOLS:
         shape = (STEM_CHANNELS, STEM_SIDE, STEM_SIDE)
-        yield _group(_case(operator, batch, shape, dtype, device, {"layer": "stem"}))
+        yield _case(operator, batch, shape, dtype, device, {"layer": "stem"})
     for operator in TRANSITION_POOLS:
         for block, (layers, start, side) in enumerate(BLOCKS[:-1], 1):
             shape = (start + layers * GROWTH_RATE, side, side)
-            yield _group(_case(operator, batch, shape, dtype, device, {"block": block, "layer": "transition"}))
+            yield _case(operator, batch, shape, dtype, device, {"block": block, "layer": "transition"})
 
 
 def _case(
@@ -154,7 +160,11 @@ def _case(
     )
 
 
-def _group(case: Case, compiled: bool = True) -> Group:
+def _where(case: Case) -> tuple[int | None, int | str]:
+    return case.options.get("block"), case.options["layer"]
+
+
+def _group(case: Case, compiled: bool) -> Group:
     contenders = ["ours", "eager", *(["given_statistics"] if case.model in WITH_GIVEN_STATISTICS else [])]
     if compiled:
         contenders.append("compiled")
@@ -163,4 +173,5 @@ def _group(case: Case, compiled: bool = True) -> Group:
     size = "x".join(map(str, (case.batch, *case.input_shape)))
     where = " ".join(f"{name} {case.options[name]}" for name in ("block", "layer") if name in case.options)
     name = f"{case.model} {where} {size} {case.dtype} {case.device}"
-    return Group(name, tuple(replace(case, strategy=contender) for contender in contenders))
+    left_out = () if compiled else (replace(case, strategy="compiled"),)
+    return Group(name, tuple(replace(case, strategy=contender) for contender in contenders), left_out=left_out)

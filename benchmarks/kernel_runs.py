@@ -38,6 +38,7 @@ CONTENDERS: dict[str, Callable[[str, Sequence[Operands]], list[Call]]] = {
 }
 MISSING: dict[str, Callable[[], str | None]] = {"cudnn": cudnn_missing}
 ERROR_FACTOR = 2.0  # as densebench.measure.validation: at most twice the error of eager, or the dtype's floor
+NOT_RUN = "not run: compiled for every shape in the full profile alone (--densebench-profile full)"
 CLOCK_SECONDS = 0.2  # for the clocks and throttling under this load; energy takes longer loops
 
 
@@ -62,12 +63,13 @@ class KernelRunner:
     def measure(self, group: Group) -> list[Record]:
         """One record a case of the group; a group of which anything is missing is measured whole.
 
+        What the group leaves out has a record that says so, unless a larger profile has measured it here.
         But for a case that hung or took the device with it: that is left alone until the source changes.
 
         Raises:
             DeviceLostError: if a case makes the device unusable; all of the group have records then.
         """
-        if any(case.key() not in self.done for case in group.cases):
+        if any(self._is_missing(case) for case in group.cases):
             self.progress(f"kernel {group.name}")
             held = {key for key, record in self.done.items() if record.status in ("crash", "timeout")}
             outcomes = [Outcome(case) for case in group.cases if case.key() not in held]
@@ -80,7 +82,15 @@ class KernelRunner:
                     self.done[record.case.key()] = self.store.append(record)
                 raise
             self.done |= {record.case.key(): self.store.append(record) for record in records}
-        return [self.done[case.key()] for case in group.cases]
+        for case in group.left_out:
+            if case.key() not in self.done:
+                self.done[case.key()] = self.store.append(Outcome(case, "skipped", NOT_RUN).record())
+        return [self.done[case.key()] for case in (*group.cases, *group.left_out)]
+
+    def _is_missing(self, case: Case) -> bool:
+        """Whether a case has no record but that a smaller profile left it out."""
+        record = self.done.get(case.key())
+        return record is None or record.reason == NOT_RUN
 
 
 class Subject:

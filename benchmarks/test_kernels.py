@@ -23,7 +23,7 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
     groups = kernel_groups(config.stash[_NAME], config.stash[_DEVICE])
     if not groups:
         pytest.skip(f"the {config.stash[_NAME]} profile times no kernels", allow_module_level=True)
-    pairs = [(group, case) for group in groups for case in group.cases]
+    pairs = [(group, case) for group in groups for case in (*group.cases, *group.left_out)]
     metafunc.parametrize("kernel", pairs, ids=[f"{group.name} {case.strategy}" for group, case in pairs])
 
 

@@ -8,8 +8,10 @@ equality is `densebench.equivalence` in float64.
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import math
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 import torch
@@ -72,7 +74,8 @@ class Reference:
             work.upstream = self.upstream.to(getattr(torch, case.autocast or case.dtype))
         if case.mode == "train":
             work.input.requires_grad_()
-        output = work.step()
+        with _first_algorithms():
+            output = work.step()
         self.upstream = work.upstream if self.upstream is None else self.upstream
         network = plain(work.model)
         gradients = [p.grad for _, p in sorted(network.named_parameters()) if p.grad is not None]
@@ -85,6 +88,23 @@ class Reference:
             "buffers": buffers,
         }
         return {name: [t.detach().double().cpu() for t in values] for name, values in quantities.items() if values}
+
+
+@contextlib.contextmanager
+def _first_algorithms() -> Iterator[None]:
+    """Within the block cuDNN takes the algorithm that it would, and tries none (see `device.tune`).
+
+    Trying all on a few images in two precisions takes longer than the check, and no verdict depends on it: all are
+    right to the same rounding. Deterministic ones: PyTorch keeps the algorithms of those apart from the others, so
+    that what was not tried here is not what is timed when the timed batch is as small.
+    """
+    cudnn = torch.backends.cudnn
+    before = cudnn.benchmark, cudnn.deterministic
+    cudnn.benchmark, cudnn.deterministic = False, True
+    try:
+        yield
+    finally:
+        cudnn.benchmark, cudnn.deterministic = before
 
 
 class NoReferenceError(RuntimeError):

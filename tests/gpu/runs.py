@@ -11,6 +11,7 @@ import copy
 import functools
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager
+from dataclasses import dataclass
 from typing import Any
 
 import pytest
@@ -78,22 +79,60 @@ FLOORS = {torch.float32: 1e-5, torch.float16: 5e-3, torch.bfloat16: 2e-2}
 NUDGES = 4
 
 
+@dataclass(frozen=True)
+class Precision:
+    """How a network computes.
+
+    Attributes:
+        autocast: the dtype of its products, float32 but for them.
+        tf32: whether products of float32 may round their factors to ten bits of mantissa, as float16 has.
+    """
+
+    autocast: torch.dtype | None = None
+    tf32: bool = False
+
+    @property
+    def unit(self) -> float:
+        """Less than rounding a factor may change it, and enough that it is rounded another way."""
+        return 2.0**-12 if self.tf32 else torch.finfo(self.autocast or torch.float32).eps / 2
+
+    @property
+    def floor(self) -> float:
+        return FLOORS[torch.float16 if self.tf32 else self.autocast or torch.float32]
+
+
+PRECISIONS = {
+    "float32": Precision(),
+    "tf32": Precision(tf32=True),
+    "bfloat16": Precision(torch.bfloat16),
+    "float16": Precision(torch.float16),
+}
+
+
 def check_errors(
-    strategy: str, network: nn.Module, x: Tensor, autocast: torch.dtype | None
+    strategy: str, network: nn.Module, x: Tensor, precision: Precision
 ) -> dict[str, tuple[float, float]]:
     """Hold a strategy to twice naive's own error against naive in float64; (error, gate) of each quantity.
 
-    Naive's error is the largest of a few runs, on inputs changed by less than their rounding.
+    Naive's error is the largest of a few runs, on inputs changed by less than the rounding of its products: with
+    TF32 allowed, changes of float32's last bits would make one run of all.
     """
+    with repeatable(precision.tf32):
+        return _check_errors(strategy, network, x, precision)
+
+
+def _check_errors(
+    strategy: str, network: nn.Module, x: Tensor, precision: Precision
+) -> dict[str, tuple[float, float]]:
+    autocast = precision.autocast
     align_masks(network)
     truth = train_step(_by("naive", network).double(), x.double())
     own: dict[str, float] = {}
     for seed in range(NUDGES):
-        errors = joint_errors(train_step(_by("naive", network), _nudged(x, seed, autocast), autocast), truth)
+        errors = joint_errors(train_step(_by("naive", network), _nudged(x, seed, precision.unit), autocast), truth)
         own = {name: max(own.get(name, 0.0), error) for name, error in errors.items()}
     errors = joint_errors(train_step(_by(strategy, network), x, autocast), truth)
-    floor = FLOORS[autocast or x.dtype]
-    found = {name: (error, max(ERROR_FACTOR * own[name], floor)) for name, error in errors.items()}
+    found = {name: (error, max(ERROR_FACTOR * own[name], precision.floor)) for name, error in errors.items()}
     for name, (error, gate) in found.items():
         assert error <= gate, f"{name} is off by {error:.1e}; naive: {own[name]:.1e}, gate {gate:.1e}"
     return found
@@ -116,11 +155,10 @@ def _by(strategy: str, network: nn.Module) -> nn.Module:
     return with_strategy(copy.deepcopy(network), strategy)
 
 
-def _nudged(x: Tensor, seed: int, autocast: torch.dtype | None) -> Tensor:
+def _nudged(x: Tensor, seed: int, unit: float) -> Tensor:
     if seed == 0:
         return x
     generator = torch.Generator().manual_seed(seed)
-    unit = torch.finfo(autocast or x.dtype).eps / 2
     change = 1 + unit * (2 * torch.rand(x.shape, generator=generator) - 1)
     return x * change.to(x.device)
 
@@ -187,7 +225,10 @@ class _Scarcity(TorchDispatchMode):
 
 @contextlib.contextmanager
 def scarce_memory(device: torch.device, share: float, step: Callable[[], object]) -> Iterator[None]:
-    """Within the block a step has only a share of the memory that it takes."""
+    """Within the block a step has only a share of the memory that it takes beyond what is allocated now.
+
+    (Of unused memory PyTorch may have kept parts that it cannot give back; so the limit counts from what is used.)
+    """
     if device.type == "cpu":
         with _Scarcity(-1) as counted:
             step()
@@ -201,7 +242,7 @@ def scarce_memory(device: torch.device, share: float, step: Callable[[], object]
     torch.cuda.synchronize()
     torch.cuda.empty_cache()
     total = torch.cuda.get_device_properties(device).total_memory
-    torch.cuda.set_per_process_memory_fraction((torch.cuda.memory_reserved() + share * needed) / total)
+    torch.cuda.set_per_process_memory_fraction((torch.cuda.memory_allocated() + share * needed) / total)
     try:
         yield
     finally:
@@ -214,7 +255,7 @@ def on_stream(device: torch.device) -> AbstractContextManager[Any]:
 
 
 @contextlib.contextmanager
-def repeatable() -> Iterator[None]:
-    """cuDNN's own algorithms the same in every call, its products of float32 exact; ours are always."""
-    with torch.backends.cudnn.flags(enabled=True, benchmark=False, deterministic=True, allow_tf32=False):
+def repeatable(tf32: bool = False) -> Iterator[None]:
+    """cuDNN's own algorithms the same in every call (ours always are), products of float32 exact unless `tf32`."""
+    with torch.backends.cudnn.flags(enabled=True, benchmark=False, deterministic=True, allow_tf32=tf32):
         yield

@@ -1,25 +1,22 @@
-"""Memory and time of a step on a GPU: what is left of it, and what comes after it did not fit."""
+"""Memory of a step on a GPU: what is left of it, and what comes after it did not fit."""
 
 from __future__ import annotations
 
 import copy
 import gc
-import time
 from collections.abc import Callable
-from typing import Any
 
 import pytest
 import torch
 from torch import Tensor, nn
 
-from densebench.measure.timing import host_seconds
-from densebench.models import build_model
 from densebench.registry import get_strategy
 from tests.comparison import assert_same, buffers
 from tests.gpu.runs import CPU, CUDA, busy_network, lone_stage, repeatable, scarce_memory, train_step
 from tests.networks import with_strategy
 
 NAIVE_FLOAT32 = 1e-3  # a fault shows in the first digit; how exact float32 is, other tests say
+SHARES = [0.2, 0.4, 0.6]  # nearer to 1 it may fit: without a workspace cuDNN takes an algorithm that needs none
 
 
 def _ends_without_memory(step: Callable[[], object]) -> bool:
@@ -30,7 +27,7 @@ def _ends_without_memory(step: Callable[[], object]) -> bool:
     return False
 
 
-@pytest.mark.parametrize("share", [0.2, 0.5, 0.8])
+@pytest.mark.parametrize("share", SHARES)
 def test_42_after_a_forward_that_did_not_fit(strategy: str, device: torch.device, share: float) -> None:
     """Buffers are as before, nothing stays allocated, and the next smaller step is right.
 
@@ -54,7 +51,7 @@ def test_42_after_a_forward_that_did_not_fit(strategy: str, device: torch.device
         assert_same(train_step(network, few), expected, NAIVE_FLOAT32)
 
 
-@pytest.mark.parametrize("share", [0.6, 0.9])
+@pytest.mark.parametrize("share", SHARES)
 def test_42_after_a_backward_that_did_not_fit(strategy: str, device: torch.device, share: float) -> None:
     """The forward has moved the running statistics; from there on a smaller step is right."""
     network, x = lone_stage(strategy, device)
@@ -63,24 +60,32 @@ def test_42_after_a_backward_that_did_not_fit(strategy: str, device: torch.devic
     trial.zero_grad()
     allocated = _allocated(device)
     with repeatable():
-        with scarce_memory(device, share, lambda: _whole_step(trial, x)):
-            failed = _ends_without_memory(lambda: _whole_step(network, x))
+        backward, tried = _backward_of(network, x), _backward_of(trial, x)
+        with scarce_memory(device, share, tried):
+            failed = _ends_without_memory(backward)
         assert failed, "it fitted: the limit limits nothing"
+        del backward, tried  # and all that the forwards kept
         network.zero_grad()
+        trial.zero_grad()
         assert _allocated(device) == allocated
         expected = train_step(with_strategy(copy.deepcopy(network), "naive"), few)
         assert_same(train_step(network, few), expected, NAIVE_FLOAT32)
 
 
-def _whole_step(network: nn.Module, x: Tensor) -> None:
-    """A step that leaves nothing behind when it succeeds."""
-    train_step(network, x)
-    network.zero_grad()
+def _backward_of(network: nn.Module, x: Tensor) -> Callable[[], None]:
+    """The rest of a step whose forward has been run."""
+    output = network(x.detach().clone(memory_format=torch.preserve_format).requires_grad_())
+    gradient = torch.ones_like(output)
+    return lambda: output.backward(gradient)
 
 
 def _allocated(device: torch.device) -> int:
+    """Bytes in use; what is not is given back, so that what comes next lies in no larger piece's remains."""
     gc.collect()
-    return torch.cuda.memory_allocated() if device.type == "cuda" else 0
+    if device.type == "cpu":
+        return 0
+    torch.cuda.empty_cache()
+    return torch.cuda.memory_allocated()
 
 
 @pytest.mark.gpu
@@ -97,38 +102,6 @@ def test_42_nothing_is_left_allocated_after_a_step(strategy: str, autocast: torc
     with torch.no_grad():
         network.eval()(x)
     assert _allocated(CUDA) == before
-
-
-@pytest.mark.gpu
-@pytest.mark.nightly
-def test_host_is_faster_than_the_device(record_property: Any) -> None:
-    """A fused step of DenseNet-121 at batch 64 in bfloat16: the device need not wait for its launches.
-
-    How much faster is measured in benchmarks/ (`host_time_s`).
-    """
-    network = build_model("densenet121", strategy="fused").to(CUDA, memory_format=torch.channels_last)
-    x = torch.randn(64, 3, 224, 224, device=CUDA).to(memory_format=torch.channels_last)
-    gradient = torch.randn(64, 1000, device=CUDA)
-
-    def step() -> None:
-        network.zero_grad(set_to_none=True)
-        with torch.autocast("cuda", torch.bfloat16):
-            output = network(x)
-        output.backward(gradient.to(output.dtype))
-
-    for _ in range(3):
-        step()
-    host = host_seconds(step, CUDA)
-    torch.cuda.synchronize()
-    start = time.perf_counter()
-    for _ in range(5):
-        step()
-    torch.cuda.synchronize()
-    whole = (time.perf_counter() - start) / 5
-    record_property("host_ms", 1e3 * (host or 0))
-    record_property("step_ms", 1e3 * whole)
-    assert host is not None
-    assert host < whole
 
 
 def test_scarcity_ends_a_step_that_would_succeed() -> None:

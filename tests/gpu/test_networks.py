@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from tests.gpu.runs import (
     CPU,
     CUDA,
+    PRECISIONS,
     REPEATS,
     assert_equal_bits,
     busy_network,
@@ -24,8 +25,6 @@ from tests.gpu.runs import (
     train_step,
 )
 from tests.networks import ARCHITECTURES, architecture
-
-PRECISIONS = {"float32": None, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
 def _check(strategy: str, name: str, precision: str, device: torch.device) -> None:

@@ -15,6 +15,7 @@ from benchmarks.kernel_cache import Rotation, cold_clock, copies, other_operand
 from benchmarks.kernel_calls import Call, Results, eager, given_statistics, ours
 from benchmarks.kernel_cases import (
     BLOCKS,
+    COMPILED_AT,
     POOLS,
     PRODUCT,
     PRODUCTS,
@@ -23,7 +24,7 @@ from benchmarks.kernel_cases import (
     kernel_groups,
 )
 from benchmarks.kernel_operands import Operands
-from benchmarks.kernel_runs import CONTENDERS, KernelRunner, Subject, exact_results, relative_errors
+from benchmarks.kernel_runs import CONTENDERS, NOT_RUN, KernelRunner, Subject, exact_results, relative_errors
 from densebench.kernels.library import IMPLEMENTATIONS
 from densebench.measure import ceilings
 from densebench.measure.device import DeviceLostError
@@ -140,7 +141,39 @@ def test_the_quick_run_on_a_cpu_compiles_nothing() -> None:
     cases = [case for group in kernel_groups("quick", "cpu") for case in group.cases]
     assert {case.strategy for case in cases} == {"ours", "eager", "given_statistics"}
     assert {case.options["block"] for case in cases} == {1}
+    assert all(group.left_out for group in kernel_groups("quick", "cpu"))
     assert kernel_groups("tiny", "cpu") == kernel_groups("tiny", "cuda") == ()
+
+
+@pytest.mark.parametrize("kind", ["cpu", "cuda"])
+def test_every_operator_is_compiled_on_a_few_shapes_and_in_the_full_profile_on_all(kind: str) -> None:
+    default, full = kernel_groups("default", kind), kernel_groups("full", kind)
+    for few, every in zip(default, full, strict=True):
+        assert {case.key() for case in (*few.cases, *few.left_out)} == {case.key() for case in every.cases}
+    assert not any(group.left_out for group in full)
+    compiled = [case for group in default for case in group.cases if case.strategy == "compiled"]
+    assert {case.model for case in compiled} == set(OPERATORS)
+    assert {(case.options.get("block"), case.options["layer"]) for case in compiled} == set(COMPILED_AT)
+    assert len(compiled) == 16
+
+
+def test_what_a_profile_leaves_out_is_recorded_and_run_by_a_larger_one(runner: KernelRunner) -> None:
+    case = small("bn_relu", strategy="eager")
+    other = dataclasses.replace(case, strategy="given_statistics")
+    few, every = dataclasses.replace(group_of(case), left_out=(other,)), group_of(case, other)
+
+    def resumed() -> KernelRunner:
+        return KernelRunner(runner.store, SHORT, resume=True, progress=lambda line: None)
+
+    first, left_out = runner.measure(few)
+    assert (left_out.case, left_out.status, left_out.reason) == (other, "skipped", NOT_RUN)
+    assert "not run" in failures([left_out])[0]
+    assert resumed().measure(few) == [first, left_out]
+    both = resumed().measure(every)
+    assert all(record.time_s is not None for record in both)
+    assert first not in both  # times of one group are taken together
+    assert resumed().measure(few) == resumed().measure(every) == both
+    assert len(runner.store.read()) == 4
 
 
 def test_floor_counts_each_operand_once() -> None:

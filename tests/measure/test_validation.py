@@ -54,6 +54,22 @@ WRONG: dict[str, tuple[Callable[[Any, Tensor], Tensor], str]] = {
 }
 
 
+@pytest.mark.usefixtures("own_strategies")
+def test_nothing_is_tuned_for_the_check(monkeypatch: pytest.MonkeyPatch) -> None:
+    """And what the check makes cuDNN choose is not what is timed: PyTorch keeps deterministic choices apart."""
+    cudnn, seen = torch.backends.cudnn, []
+    monkeypatch.setattr(cudnn, "benchmark", True)
+
+    def noting(stage: Any, out: Tensor) -> Tensor:
+        seen.append((cudnn.benchmark, cudnn.deterministic))
+        return out
+
+    reference = Reference(small_case())
+    assert reference.check(small_case(register("noting", noting))).wrong is None
+    assert set(seen) == {(False, True)}
+    assert (cudnn.benchmark, cudnn.deterministic) == (True, False)
+
+
 @pytest.mark.parametrize("mode", ["train", "infer"])
 @pytest.mark.parametrize("dtype", ["float32", "float64"])
 def test_every_strategy_passes(dtype: str, mode: str) -> None:
