@@ -194,5 +194,7 @@ def matmul_precision(dtype: torch.dtype) -> str:
 
     Not `cudnn.allow_tf32`: reading that raises once precisions have been set one by one.
     """
+    if dtype != torch.float32:  # first: reading the setting takes as long as a launch
+        return "ieee"
     convolutions: str = torch.backends.cudnn.conv.fp32_precision  # type: ignore[attr-defined]
-    return "tf32" if dtype == torch.float32 and convolutions == "tf32" else "ieee"
+    return "tf32" if convolutions == "tf32" else "ieee"

@@ -92,9 +92,9 @@ def require_dense_rows(name: str, arguments: Iterable[Any]) -> None:
         ValueError: with the operator's name and the strides.
     """
     for argument in arguments:
-        if not isinstance(argument, torch.Tensor) or argument.dim() < 2 or argument.numel() == 0:
+        if not isinstance(argument, torch.Tensor) or argument.dim() < 2 or argument.stride(-1) == 1:
             continue
-        if argument.stride(-1) != 1 and argument.shape[-1] > 1:
+        if argument.shape[-1] > 1 and argument.numel() > 0:
             raise ValueError(
                 f"densebench::{name} takes channels that lie side by side, got shape {list(argument.shape)} with "
                 f"strides {argument.stride()}; make the tensor contiguous (a map: channels-last)"
