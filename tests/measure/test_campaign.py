@@ -161,8 +161,8 @@ def test_one_archive_holds_what_is_worth_keeping(campaign: Campaign) -> None:
 def test_what_was_done_is_not_repeated_where_the_archive_is_unpacked(campaign: Campaign, tmp_path: Path) -> None:
     campaign.run("correctness", "kernels")
     first, campaign.out = campaign.out, tmp_path / "fresh"
-    with tarfile.open(first / "evidence.tar.gz") as archive:
-        archive.extractall(campaign.out, filter="data")
+    campaign.out.mkdir()
+    subprocess.run(["tar", "-xzf", first / "evidence.tar.gz", "-C", campaign.out], check=True)
     started, _, said = campaign.run("correctness", "kernels")
     assert started == []
     assert said.count("done before") == 9
