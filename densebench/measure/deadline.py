@@ -30,7 +30,8 @@ def deadline(seconds: float) -> Iterator[None]:
         raise CaseTimeout(f"took more than {seconds:g} s")
 
     before = signal.signal(signal.SIGALRM, ring)
-    signal.setitimer(signal.ITIMER_REAL, seconds)
+    # Again after as long: raised in a destructor, or where somebody catches everything, it is lost.
+    signal.setitimer(signal.ITIMER_REAL, seconds, seconds)
     try:
         yield
     finally:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import signal
 import time
@@ -76,6 +77,18 @@ def test_a_case_that_takes_too_long_is_a_record(
     slow, fine = runner().measure([fault_case("hangs"), fault_case("fine")], None)
     assert (slow.status, slow.reason) == ("timeout", "took more than 0.5 s")
     assert fine.status == "ok"
+
+
+def test_a_deadline_that_is_ignored_rings_again() -> None:
+    """As it is when Python happens to run a destructor."""
+
+    def ignores() -> None:
+        with contextlib.suppress(CaseTimeout):
+            time.sleep(5)
+        time.sleep(5)
+
+    with pytest.raises(CaseTimeout), deadline(0.1):
+        ignores()
 
 
 def test_a_deadline_leaves_no_alarm() -> None:
