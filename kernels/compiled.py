@@ -1,7 +1,7 @@
 """The inner loops of the CPU path in C (`passes.c`), compiled for this machine when they are first needed.
 
 That takes a third of a second, once: the library is kept in the user's cache folder. Where it cannot be had, for
-whatever reason, `passes` makes the same of PyTorch's own operators, slower; nothing here raises.
+whatever reason, `passes` and `norm` make the same of PyTorch's own operators, slower; nothing here raises.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ _MATRIX = (_POINTER, _SIZE)  # address and stride of rows
 _SHAPE = (_SIZE, _SIZE)
 _VECTOR = (_POINTER,)
 _SUMS = (_POINTER, _SIZE)  # address and stride of threads
-# In the order of the C prototypes; how many threads to work with comes last.
+# In the order of the C prototypes; where a loop is shared out, the number of threads comes last.
 _SIGNATURES = {
     "fold": (*4 * _VECTOR, ctypes.c_double, _SIZE, *_VECTOR),
     "pivot": (*_MATRIX, *_SHAPE, _SIZE, *_VECTOR),

@@ -35,7 +35,7 @@ def operand(x, PRECISION: tl.constexpr):
     if PRECISION == "tf32" and x.dtype == tl.float32:
         bits = x.to(tl.int32, bitcast=True)
         rounded = ((bits + 0x1000) & ~0x1FFF).to(tl.float32, bitcast=True)
-        x = tl.where(x == x, rounded, x)  # the sum would turn a NaN of large payload into -0
+        x = tl.where(x == x, rounded, float("nan"))  # of a NaN the sum may make -0, and dropping bits infinity
     return x
 
 

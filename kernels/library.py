@@ -14,7 +14,7 @@ import torch
 from torch.utils.flop_counter import register_flop_formula
 
 LIBRARY = torch.library.Library("densebench", "DEF")
-NORM = "Tensor mean, Tensor var, Tensor? gamma, Tensor? beta, float eps"  # a norm in a schema, see `rows.Norm`
+NORM = "Tensor mean, Tensor var, Tensor? gamma, Tensor? beta, float eps"  # a norm in a schema, see `norm.Norm`
 
 # Bytes that an operator allocates inside and frees before it returns, by device type: a function of its
 # arguments. Memory trackers add them while the operator runs; a test holds them against the allocator.

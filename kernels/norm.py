@@ -61,7 +61,7 @@ class Norm(NamedTuple):
         """In the accumulating dtype."""
         mean, *others = self[:4]
         table = mean.new_empty(4, mean.shape[0])
-        library = compiled.library(mean.dtype) if mean.is_cpu else None
+        library = compiled.library(mean.dtype)
         if library is None or not _alike(mean, *others):
             return Folded(_fold(self, table))
         library.fold(*map(address, (mean, *others)), self.eps, mean.shape[0], table.data_ptr())
@@ -100,6 +100,11 @@ class Sums:
         self.parts[0, : self.columns] += first
         self.parts[0, self.columns : 2 * self.columns] += second
 
+    def require(self, columns: int) -> None:
+        """Raises ValueError unless they are of so many columns: compiled loops are given addresses."""
+        if columns != self.columns:
+            raise ValueError(f"sums of {self.columns} columns do not belong to vectors of {columns}")
+
     @property
     def given(self) -> tuple[int, int, int]:
         """As compiled loops take them: address, stride from thread to thread, threads."""
@@ -120,7 +125,13 @@ def _stride(columns: int) -> int:
 
 
 def pivot_of(x: Tensor, dtype: torch.dtype) -> Tensor:
-    """The mean [C] of some of x's rows, 0 where that is not finite."""
+    """The mean [C] of some of x's rows, 0 where that is not finite.
+
+    Raises:
+        ValueError: if there are no rows.
+    """
+    if x.shape[0] == 0:
+        raise ValueError(f"statistics take at least one row, got {list(x.shape)}")
     step = -(-x.shape[0] // PIVOT_ROWS)
     library = compiled.library(dtype) if x.dtype == dtype and x.stride(1) == 1 else None
     if library is None:
@@ -138,6 +149,7 @@ def store_statistics(sums: Sums, pivot: Tensor, rows: int, mean: Tensor, var: Te
         mean.copy_(difference + pivot)
         var.copy_(squares.sub_(difference.square_()).clamp_min_(0))
     else:
+        sums.require(pivot.shape[0])
         library.statistics(*sums.given, rows, *pivot.shape, *map(address, (pivot, mean, var)))
 
 
@@ -169,18 +181,18 @@ def norm_gradients(sums: Sums, norm: Folded, rows: int) -> NormGradients:
         beta.copy_(sum_dz)
         torch.stack((beta, gamma * norm.inv_std), out=terms).mul_(norm.scale / rows)
     else:
+        sums.require(columns)
         library.norm_gradients(*sums.given, rows, columns, *map(address, (norm.table, gamma, beta, terms)))
     return NormGradients(gamma, beta, terms)
 
 
 def _alike(*vectors: Tensor | None) -> bool:
-    """Whether compiled loops take them: one length and dtype, values side by side."""
+    """Whether compiled loops take them: on a CPU, of one length and dtype, values side by side."""
     first = vectors[0]
     assert first is not None
-    return all(
-        vector is None or (vector.dtype == first.dtype and vector.shape == first.shape and vector.is_contiguous())
-        for vector in vectors
-    )
+    given = [vector for vector in vectors if vector is not None]
+    same = all(vector.dtype == first.dtype and vector.shape == first.shape for vector in given)
+    return same and all(vector.is_cpu and vector.is_contiguous() for vector in given)
 
 
 def address(vectors: Tensor | None) -> int | None:

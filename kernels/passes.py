@@ -22,9 +22,14 @@ FEW_VALUES = 2**14  # so many a thread does in 3 us; to wake a second one takes 
 
 
 def pass_rows(*matrices: Tensor | None) -> Iterator[slice]:
-    """The rows of one pass each over matrices of one shape: a tile, or all where nothing is made on the way."""
+    """The rows of one pass each over matrices of one shape: a tile, or all where nothing is made on the way.
+
+    Raises:
+        ValueError: if their shapes differ; slices of them would be cut to fit.
+    """
     given = [matrix for matrix in matrices if matrix is not None]
     x, dtype = given[0], accumulate_dtype(given[0])
+    _require_one_shape(given)
     if compiled.library(dtype) and all(m.dtype == dtype and m.stride(1) == 1 for m in given):
         yield slice(0, x.shape[0])
     else:
@@ -163,18 +168,22 @@ def _column_sums(dz: Tensor, x: Tensor, mean: Tensor) -> tuple[Tensor, Tensor]:
     return sum_dz, sum_dz_x
 
 
+def _require_one_shape(matrices: list[Tensor]) -> None:
+    shape = matrices[0].shape
+    for matrix in matrices:
+        if matrix.shape != shape:
+            raise ValueError(f"a pass over rows takes matrices of one shape, got {shape} and {matrix.shape}")
+
+
 def _library(*read: Tensor, written: Tensor | None) -> ctypes.CDLL | None:
     """The compiled form, if it takes these matrices: the values of a row side by side, written rows apart.
 
     Raises:
         ValueError: if their shapes differ; it would read and write beyond them.
     """
-    first = read[0]
-    for matrix in (*read, written):
-        if matrix is None:
-            continue
-        if matrix.shape != first.shape:
-            raise ValueError(f"a pass over rows takes matrices of one shape, got {first.shape} and {matrix.shape}")
+    first, given = read[0], [*read] if written is None else [*read, written]
+    _require_one_shape(given)
+    for matrix in given:
         if matrix.dtype != first.dtype or (matrix.stride(1) != 1 and matrix.shape[1] > 1):
             return None
     if written is not None and written.stride(0) < written.shape[1] and written.shape[0] > 1:

@@ -86,11 +86,14 @@ class Stage:
 
         They are looked at before every forward, hundreds of them: without names, which cost more than the look.
         """
-        found, ahead = [], [child for _, child in reversed(self._children_of(part))]
+        found: dict[nn.Module, None] = {}
+        ahead = [child for _, child in reversed(self._children_of(part))]
         while ahead:
-            found.append(ahead.pop())
-            ahead += [child for child in reversed(found[-1]._modules.values()) if child is not None]
-        return found
+            module = ahead.pop()
+            if module not in found:
+                found[module] = None
+                ahead += [child for child in reversed(module._modules.values()) if child is not None]
+        return list(found)
 
     def name_of(self, module: nn.Module) -> str:
         """A module's name in the network."""

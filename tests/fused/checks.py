@@ -10,6 +10,8 @@ import torch
 from torch import Tensor, nn
 
 import densebench
+from densebench.kernels import passes
+from densebench.kernels.channel_statistics import channel_statistics
 from densebench.models import DenseNet
 from tests.comparison import assert_as_naive, everything, step
 from tests.kernels.problems import PROBLEMS, Shape
@@ -35,6 +37,29 @@ def _imagenet() -> DenseNet:
 @check
 def training() -> None:
     _equivalent(_imagenet(), images(3, 24))
+
+
+@check
+def several_threads() -> None:
+    """Every pass on two, whose sums are added up; the other networks here are too small for a second."""
+    threads, few = torch.get_num_threads(), passes.FEW_VALUES
+    torch.set_num_threads(2)
+    passes.FEW_VALUES = 0
+    try:
+        _equivalent(_imagenet(), images(4, 40))
+    finally:
+        torch.set_num_threads(threads)
+        passes.FEW_VALUES = few
+
+
+@check
+def infinity() -> None:
+    """The mean of a channel with an infinity is infinite, not NaN: what values are taken relative to is finite."""
+    x = torch.ones(100, 3, dtype=torch.float64)
+    x[0, 1], x[4, 2] = math.inf, -math.inf
+    mean, var = torch.empty(2, 3, dtype=torch.float64)
+    channel_statistics(x, mean, var)
+    assert torch.equal(mean, torch.tensor([1, math.inf, -math.inf], dtype=torch.float64))
 
 
 @check

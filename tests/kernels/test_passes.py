@@ -17,7 +17,10 @@ from torch import Tensor
 from densebench import cache_folder
 from densebench.kernels import compiled, passes
 from densebench.kernels.bn_relu import bn_relu
-from densebench.kernels.norm import Folded, Norm
+from densebench.kernels.bn_relu_backward import bn_relu_backward, bn_relu_backward_into
+from densebench.kernels.channel_statistics import channel_statistics
+from densebench.kernels.deferred import settled_gradient
+from densebench.kernels.norm import Folded, Norm, norm_gradients, store_statistics
 from densebench.prediction.cache import cached
 
 WIDE = 40
@@ -59,6 +62,7 @@ def every_pass(rows: int, columns: int, dtype: torch.dtype, source: Path | None)
     with compiled.using(source):
         out, buffer, settled, in_place = torch.empty_like(x), grad.clone(), torch.empty_like(x), grad.clone()
         statistics, sums = passes.Sums(x), passes.Sums(x)
+        mean, var = torch.zeros(2, columns, dtype=dtype)
         fresh, copied = torch.empty_like(x), torch.empty(rows, WIDE, dtype=dtype)[:, :columns]
         passes.relu_norm(x, norm, out)
         passes.add_column_sums(x, norm.mean, statistics, copied)
@@ -69,7 +73,10 @@ def every_pass(rows: int, columns: int, dtype: torch.dtype, source: Path | None)
         without = grad.clone()
         passes.relu_norm_backward_in_place(without, x, norm, None)
         passes.settle(grad, x, norm.mean, terms, settled)
-    return [out, copied, buffer, settled, in_place, without, fresh, statistics.total(), sums.total()]
+        gradients = norm_gradients(sums, norm, max(rows, 1))
+        store_statistics(statistics, norm.mean.contiguous(), max(rows, 1), mean, var)
+    made = [out, copied, buffer, settled, in_place, without, fresh, mean, var, *gradients]
+    return [*made, statistics.total(), sums.total()]
 
 
 @pytest.mark.usefixtures("library")
@@ -134,6 +141,32 @@ def test_shapes_and_dtypes_that_would_be_read_beyond() -> None:
                 passes.relu_norm_backward_in_place(grad, x, norm, table[:2])
         with pytest.raises(ValueError, match="as many channels"):
             passes.relu_norm(x, Folded(norm.table[:, :4]), torch.empty(12, 5))
+
+
+@pytest.mark.parametrize("source", [compiled.SOURCE, None], ids=["compiled", "uncompiled"])
+def test_matrices_that_do_not_belong_together(source: Path | None) -> None:
+    """Slices of them would be cut to fit, and rows left as they were."""
+    x, grad, _ = drawn(12, 5)
+    short, vectors, pending = grad[:7].clone(), torch.ones(4, 5), torch.zeros(2, 5)
+    with compiled.using(source):
+        with pytest.raises(ValueError, match="one shape"):
+            bn_relu_backward(short, x, *vectors, 0.0, True)
+        with pytest.raises(ValueError, match="one shape"):
+            bn_relu_backward_into(short, x, *vectors, 0.0, True, torch.empty(12, 5), False, pending)
+        with pytest.raises(ValueError, match="one shape"):
+            settled_gradient(short, x, vectors[0], pending, torch.empty(12, 5))
+        with pytest.raises(ValueError, match="at least one row"):
+            channel_statistics(torch.empty(0, 5), vectors[0], vectors[1])
+
+
+@pytest.mark.usefixtures("library")
+def test_sums_of_another_width_are_refused() -> None:
+    x, _, norm = drawn(12, 5)
+    sums, pivot = passes.Sums(x[:, :4]), torch.zeros(5)
+    with pytest.raises(ValueError, match="4 columns"):
+        norm_gradients(sums, norm, 12)
+    with pytest.raises(ValueError, match="4 columns"):
+        store_statistics(sums, pivot, 12, torch.empty(5), torch.empty(5))
 
 
 def test_vectors_may_lie_apart() -> None:
