@@ -94,9 +94,10 @@ class Reference:
 def _first_algorithms() -> Iterator[None]:
     """Within the block cuDNN takes the algorithm that it would, and tries none (see `device.tune`).
 
-    Trying all on a few images in two precisions takes longer than the check, and no verdict depends on it: all are
-    right to the same rounding. Deterministic ones: PyTorch keeps the algorithms of those apart from the others, so
-    that what was not tried here is not what is timed when the timed batch is as small.
+    Trying all on a few images in two precisions takes longer than the check. So a timed step may run algorithms
+    of cuDNN that the check has not run; what is checked is the contender, not cuDNN. Deterministic ones: PyTorch
+    keeps the algorithms of those apart from the others, so that what was not tried here is not what is timed when
+    the timed batch is as small.
     """
     cudnn = torch.backends.cudnn
     before = cudnn.benchmark, cudnn.deterministic
