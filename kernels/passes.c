@@ -167,7 +167,7 @@ void relu_norm_backward(const REAL *grad, int64_t grad_stride, const REAL *x, in
 void relu_norm_backward_in_place(REAL *grad, int64_t grad_stride, const REAL *x, int64_t x_stride, int64_t rows,
                                  int64_t columns, const REAL *norm, const REAL *terms, int threads) {
     const REAL *mean = norm, *scale = norm + 2 * columns, *shift = norm + 3 * columns;
-    const REAL *constant = terms, *slope = terms + columns;
+    const REAL *constant = terms, *slope = terms ? terms + columns : NULL;
 #pragma omp parallel num_threads(threads)
     {
         Range own = own_rows(rows);
