@@ -24,8 +24,9 @@ from densebench.kernels.launch import (
     share,
 )
 from densebench.kernels.library import NORM, operator
-from densebench.kernels.norm import Norm, sum_bytes
+from densebench.kernels.norm import Folded, Norm, sum_bytes
 from densebench.kernels.passes import pass_bytes, relu_norm
+from densebench.kernels.products import Statistics, library, multiply, multiply_bytes
 from densebench.kernels.rows import tile_bytes, tile_rows, tiles
 
 
@@ -55,12 +56,23 @@ def _cpu(
     next_beta: Tensor | None = None,
     next_eps: float = 0.0,
 ) -> None:
-    norm = Norm(mean, var, gamma, beta, eps).folded()
-    transposed = weight.to(mean.dtype).t()
-    following = None
+    norm, following = Norm(mean, var, gamma, beta, eps).folded(), None
     if next_mean is not None and next_var is not None:
         following = Norm(next_mean, next_var, next_gamma, next_beta, next_eps).folded()
-    scratch = None if out.dtype == mean.dtype else mean.new_empty(tile_rows(x), weight.shape[0])
+    wanted = None if out_mean is None or out_var is None else Statistics(out_mean, out_var)
+    if library(x, weight, out) is None:
+        _by_tiles(x, norm, weight, out, following, wanted)
+    else:
+        multiply(x, norm, weight, out, following, wanted)
+
+
+def _by_tiles(
+    x: Tensor, norm: Folded, weight: Tensor, out: Tensor, following: Folded | None, wanted: Statistics | None
+) -> None:
+    """With PyTorch's products (CPU)."""
+    dtype = norm.table.dtype
+    transposed = weight.to(dtype).t()
+    scratch = None if out.dtype == dtype else x.new_empty(tile_rows(x), weight.shape[0], dtype=dtype)
     statistics: RunningStatistics | None = None
     for rows, tile in tiles(x):
         relu_norm(x[rows], norm, tile)
@@ -70,11 +82,11 @@ def _cpu(
             relu_norm(product, following, product)
         if scratch is not None:
             out[rows] = product
-        if out_mean is not None:  # of the product as stored, while its tile is in the cache
-            statistics = statistics or RunningStatistics(out[rows], mean.dtype)
+        if wanted is not None:  # of the product as stored, while its tile is in the cache
+            statistics = statistics or RunningStatistics(out[rows], dtype)
             statistics.add(out[rows])
-    if statistics is not None and out_mean is not None and out_var is not None:
-        statistics.store(out_mean, out_var)
+    if statistics is not None and wanted is not None:
+        statistics.store(*wanted)
 
 
 @triton.jit
@@ -212,8 +224,10 @@ def _flops(x: Tensor, *arguments: Tensor, out_val: object = None) -> int:
 
 
 def _workspace(x: Tensor, *arguments: Tensor) -> int:
-    """One tile of x; tiles of the product and the weight, where they have to be converted."""
+    """Compiled, its scratch; else one tile of x, and tiles of the product and the weight if they are converted."""
     mean, weight, out, out_mean = arguments[0], *arguments[5:8]
+    if library(x, weight, out) is not None:
+        return multiply_bytes(x, weight) + (0 if out_mean is None else sum_bytes(out))
     product = tile_rows(x) * weight.shape[0] * mean.element_size()
     converted = 0 if out.dtype == mean.dtype else product + weight.numel() * mean.element_size()
     statistics = 0 if out_mean is None else pass_bytes(product, out, operator_tiles=1) + sum_bytes(out)

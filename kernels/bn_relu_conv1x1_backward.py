@@ -30,8 +30,9 @@ from densebench.kernels.launch import (
     share,
 )
 from densebench.kernels.library import NORM, operator
-from densebench.kernels.norm import Norm, Sums, norm_gradients
+from densebench.kernels.norm import Folded, Norm, Sums, norm_gradients, sum_bytes
 from densebench.kernels.passes import backward_bytes, relu_norm, relu_norm_backward
+from densebench.kernels.products import library, multiply_backward, multiply_backward_bytes
 from densebench.kernels.rows import tile_bytes, tile_rows, tiles
 
 
@@ -64,23 +65,44 @@ def _cpu_backward(
     needs_affine: bool,
     needs_weight: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    norm = Norm(mean, var, gamma, beta, eps).folded()
-    weight, sums = weight.to(mean.dtype), Sums(x)
-    outputs = grad.shape[1] if needs_weight else 0
-    grad_weight = mean.new_zeros(x.shape[1], outputs)  # transposed: the faster product
-    for rows, tile in tiles(x):
-        grad_rows = grad[rows].to(mean.dtype)
-        if needs_weight:
-            relu_norm(x[rows], norm, tile)
-            grad_weight.addmm_(tile.t(), grad_rows)
-        if grad_x is not None or needs_affine:
-            torch.mm(grad_rows, weight, out=tile)
-            relu_norm_backward(tile, x[rows], norm, sums, None if grad_x is None else grad_x[rows], accumulate)
-        del grad_rows  # before the next is made
+    norm, sums = Norm(mean, var, gamma, beta, eps).folded(), Sums(x)
+    wanted = sums if grad_x is not None or needs_affine else None
+    if library(grad, x, weight, grad_x) is None:
+        grad_weight = _by_tiles(grad, x, norm, weight, wanted, grad_x, accumulate, needs_weight)
+    else:
+        grad_weight = x.new_empty(grad.shape[1] if needs_weight else 0, x.shape[1])
+        made = grad_weight if needs_weight else None
+        multiply_backward(grad, x, norm, weight, wanted, grad_x, accumulate, made)
     gradients = norm_gradients(sums, norm, x.shape[0])
     if by_batch and grad_x is not None:
         defer(gradients.terms, pending, grad_x, x, mean)
-    return gradients.gamma, gradients.beta, grad_weight.t().contiguous()
+    return gradients.gamma, gradients.beta, grad_weight
+
+
+def _by_tiles(
+    grad: Tensor,
+    x: Tensor,
+    norm: Folded,
+    weight: Tensor,
+    sums: Sums | None,
+    grad_x: Tensor | None,
+    accumulate: bool,
+    needs_weight: bool,
+) -> Tensor:
+    """The same as `multiply_backward` with PyTorch's products (CPU); returns dW [N, C]."""
+    dtype = norm.table.dtype
+    weight, outputs = weight.to(dtype), grad.shape[1] if needs_weight else 0
+    grad_weight = norm.table.new_zeros(x.shape[1], outputs)  # transposed: the faster product
+    for rows, tile in tiles(x):
+        grad_rows = grad[rows].to(dtype)
+        if needs_weight:
+            relu_norm(x[rows], norm, tile)
+            grad_weight.addmm_(tile.t(), grad_rows)
+        if sums is not None:
+            torch.mm(grad_rows, weight, out=tile)
+            relu_norm_backward(tile, x[rows], norm, sums, None if grad_x is None else grad_x[rows], accumulate)
+        del grad_rows  # before the next is made
+    return grad_weight.t().contiguous()
 
 
 @triton.jit
@@ -257,13 +279,15 @@ def _fake(grad: Tensor, x: Tensor, mean: Tensor, *arguments: object) -> tuple[Te
 
 
 def _workspace(grad: Tensor, x: Tensor, mean: Tensor, *arguments: Any) -> int:
-    """One tile of x's columns, the weight's gradient once more, and what the norm's backward takes.
-
-    Where they have to be converted, a tile of the outputs and the weight, too.
+    """Compiled, its scratch; else one tile of x's columns, the weight's gradient once more, and what the norm's
+    backward takes; where they have to be converted, a tile of the outputs and the weight, too.
     """
+    given, grad_x, needs_weight = arguments[5], arguments[6], arguments[10]
+    if library(grad, x, given, grad_x) is not None:
+        return multiply_backward_bytes(x, given, needs_weight) + sum_bytes(x)
     tile, weight = tile_bytes(x), x.shape[1] * grad.shape[1] * mean.element_size()
     converted = 0 if grad.dtype == mean.dtype else tile_rows(x) * grad.shape[1] * mean.element_size() + weight
-    return tile + weight + converted + backward_bytes(tile, None, x, arguments[6])
+    return tile + weight + converted + backward_bytes(tile, None, x, grad_x)
 
 
 def _flops(grad: Tensor, x: Tensor, *arguments: object, out_val: object = None) -> int:

@@ -89,7 +89,7 @@ class Sums:
 
     def __init__(self, x: Tensor) -> None:
         self.columns = x.shape[-1]
-        self.parts = x.new_zeros(_threads(x), _stride(self.columns), dtype=torch.float64)
+        self.parts = x.new_zeros(threads_for(x), _stride(self.columns), dtype=torch.float64)
 
     def total(self) -> Tensor:
         """[2, C]."""
@@ -113,10 +113,11 @@ class Sums:
 
 def sum_bytes(x: Tensor) -> int:
     """Bytes of `Sums`."""
-    return _threads(x) * _stride(x.shape[-1]) * 8
+    return threads_for(x) * _stride(x.shape[-1]) * 8
 
 
-def _threads(x: Tensor) -> int:
+def threads_for(x: Tensor) -> int:
+    """How many threads share out the rows of x, each with sums of its own."""
     return max(1, min(torch.get_num_threads(), x.numel() // x.shape[-1] // _FEW_ROWS))
 
 

@@ -9,32 +9,16 @@
  * that are the same for all values stand in the loops; at -O3 compilers make a loop of each case (unswitching).
  */
 #include <math.h>
-#include <omp.h>
-#include <stddef.h>
-#include <stdint.h>
 
-enum { AHEAD = 4, CACHE_LINE = 64 };
+#include "rows.h"
 
-typedef struct {
-    int64_t first, last;
-} Range;
-
-/* The rows of the thread that asks. */
-static Range own_rows(int64_t rows) {
-    int64_t thread = omp_get_thread_num(), threads = omp_get_num_threads();
-    return (Range){rows * thread / threads, rows * (thread + 1) / threads};
-}
+enum { AHEAD = 4 }; /* rows */
 
 /* Harmless beyond the last row: what cannot be read is not fetched. */
 static inline void fetch(const REAL *row, int64_t columns) {
     for (int64_t column = 0; column < columns; column += CACHE_LINE / (int64_t)sizeof(REAL))
         __builtin_prefetch(row + column);
 }
-
-/* NaN passes, as it does in PyTorch. */
-static inline REAL relu(REAL z) { return z <= 0 ? 0 : z; }
-
-static inline REAL relu_backward(REAL grad, REAL z) { return z <= 0 ? 0 : grad; }
 
 /* A norm's vectors, computed in double and rounded once: mean, 1 / std, scale, shift [4, columns], with
  * norm(x) = x * scale + shift. gamma is 1 and beta 0 where NULL. */

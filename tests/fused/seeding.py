@@ -10,6 +10,7 @@ import contextlib
 import importlib
 import inspect
 import re
+import shutil
 import textwrap
 from collections.abc import Iterator
 from pathlib import Path
@@ -20,7 +21,7 @@ import torch
 
 from densebench.kernels import compiled
 
-PASSES = "kernels/passes.c"
+C = (".c", ".h")  # the ends of modules that are not Python
 
 
 class Fault(NamedTuple):
@@ -45,27 +46,31 @@ def seeded(fault: Fault, folder: Path) -> Iterator[None]:
     A plain function gets other code, wherever it has been registered already; a Triton kernel is compiled anew
     from a file, which its interpreter reads, and so is C.
     """
-    if fault.module == PASSES:
-        with compiled.using(_mutated_passes(fault, folder)):
-            assert compiled.library(torch.float64) is not None, compiled.description()
+    if fault.module.endswith(C):
+        with compiled.using(_mutated_sources(fault, folder)):
+            for source in ("passes", "products"):
+                assert compiled.library(torch.float64, source) is not None, compiled.reason()
             yield
         return
     with compiled.using(None) if fault.uncompiled else contextlib.nullcontext(), _seeded_python(fault, folder):
         yield
 
 
-def _mutated_passes(fault: Fault, folder: Path) -> Path:
-    source = compiled.SOURCE.read_text()
-    start = re.search(rf"^[^ #\n][^;{{]*\b{fault.place}\(", source, re.MULTILINE)
-    assert start is not None, fault.place
-    stop = source.index("\n}\n", start.start())
-    function = source[start.start() : stop]
+def _mutated_sources(fault: Fault, folder: Path) -> Path:
+    """A folder with all C sources, one of them mutated."""
+    for file in compiled.FOLDER.glob("*.[ch]"):
+        shutil.copy(file, folder)
+    file = folder / Path(fault.module).name
+    source = file.read_text()
+    body = r"(?:[^\n]*}$|.*?^}$)"  # on one line, or up to the first brace that begins one
+    found = re.search(rf"^\w[^\n]*\b{fault.place}\([^;]*?\) {{{body}", source, re.MULTILINE | re.DOTALL)
+    assert found is not None, fault.place
+    function = found.group()
     assert function.count(fault.old) == 1, (
         f"{fault.old!r} stands {function.count(fault.old)} times in {fault.place}"
     )
-    file = folder / "passes.c"
-    file.write_text(source[: start.start()] + function.replace(fault.old, fault.new) + source[stop:])
-    return file
+    file.write_text(source.replace(function, function.replace(fault.old, fault.new)))
+    return folder
 
 
 @contextlib.contextmanager

@@ -12,9 +12,10 @@ import torch
 
 from densebench.kernels import bn_relu_pool, compiled, rows
 from tests.fused.checks import CHECKS
-from tests.fused.seeding import PASSES, Fault, seeded
+from tests.fused.seeding import C, Fault, seeded
 
-NORM, ROWS, VECTORS = "execution.batch_norm", "kernels.rows", "kernels.norm"
+NORM, TILES, VECTORS = "execution.batch_norm", "kernels.rows", "kernels.norm"
+PASSES, PRODUCTS, ROWS = (f"kernels/{name}" for name in ("passes.c", "products.c", "rows.h"))
 FUSED, STAGE, GRADIENT = "strategies.fused", "execution.fused_stage", "execution.feature_gradient"
 PRODUCT = "FeatureGradient.through_product"
 FAULTS = [
@@ -57,12 +58,12 @@ FAULTS = [
     Fault("eps outside the root, uncompiled", VECTORS, "_fold",
           "(norm.var.to(norm.mean.dtype) + norm.eps).rsqrt_()", "1 / (norm.var.sqrt() + norm.eps)", "evaluation",
           uncompiled=True),
-    Fault("NaN swallowed", PASSES, "relu", "z <= 0 ? 0 : z", "z > 0 ? z : 0", "nan"),
+    Fault("NaN swallowed", ROWS, "relu", "z <= 0 ? 0 : z", "z > 0 ? z : 0", "nan"),
     Fault("NaN swallowed, uncompiled", "kernels.passes", "relu_norm", "out=target).relu_()",
           "out=target).relu_().nan_to_num_(0)", "nan", uncompiled=True),
     # Tiles and slices
-    Fault("last tile dropped", ROWS, "row_slices", "range(0, x.shape[0], step)",
-          "range(0, max(1, x.shape[0] - step), step)", "evaluation"),
+    Fault("last tile dropped", TILES, "row_slices", "range(0, x.shape[0], step)",
+          "range(0, max(1, x.shape[0] - step), step)", "evaluation", uncompiled=True),
     Fault("pivot forgotten", PASSES, "statistics", "pivot[c] + value", "value", "training"),
     Fault("pivot forgotten, uncompiled", VECTORS, "store_statistics", "difference + pivot", "difference",
           "training", uncompiled=True),
@@ -72,7 +73,7 @@ FAULTS = [
     Fault("pivot not finite", PASSES, "pivot", "mean[c] - mean[c] == 0 ? mean[c] : 0", "mean[c]", "infinity"),
     Fault("pivot not finite, uncompiled", VECTORS, "pivot_of", ".nan_to_num_(0, 0, 0)", "", "infinity",
           uncompiled=True),
-    Fault("last row dropped", PASSES, "own_rows", "rows * (thread + 1)", "(rows - 1) * (thread + 1)",
+    Fault("last row dropped", ROWS, "own_rows", "rows * (thread + 1)", "(rows - 1) * (thread + 1)",
           "evaluation"),
     Fault("last image dropped", "kernels.bn_relu_pool", "image_tiles", "range(0, x.shape[0], step)",
           "range(0, max(1, x.shape[0] - 1), step)", "training"),
@@ -80,7 +81,21 @@ FAULTS = [
           "self.mean[channels], self.var[channels]", "self.mean[: new.shape[1]], self.var[: new.shape[1]]",
           "training"),
     Fault("overwrites the other readers, in C", PASSES, "relu_norm_backward", "accumulates ? grad_x_row[c]",
-          "accumulates ? 0", "training"),
+          "accumulates ? 0", "plain_layers"),
+    Fault("overwrites the other readers, in products", PRODUCTS, "relu_norm_backward_block",
+          "to.accumulates ? grad_x[c]", "to.accumulates ? 0", "training"),
+    Fault("mean not subtracted in products", PRODUCTS, "relu_norm_backward_block", "(x[c] - to.mean[c])", "x[c]",
+          "training"),
+    Fault("one thread's weight gradient left out", PRODUCTS, "add_up", "thread < omp_get_num_threads()",
+          "thread < 1", "several_threads"),
+    Fault("columns beyond the last block", PRODUCTS, "pack_transposed", "outputs - first", "outputs - first - 1",
+          "training"),
+    Fault("statistics not about the pivot", PRODUCTS, "finish", "value[c] += y[c] - to.pivot[c]",
+          "value[c] += y[c]", "training"),
+    Fault("next norm's ReLU left out", PRODUCTS, "finish", "relu(y[c] * to.scale[c] + to.shift[c])",
+          "y[c] * to.scale[c] + to.shift[c]", "inference"),
+    Fault("gradient of the weight from the last tile alone", PRODUCTS, "add_weight_gradient", "+= sum", "= sum",
+          "several_threads"),
     Fault("overwrites the other readers, uncompiled", "kernels.passes", "relu_norm_backward",
           "target.addcmul_(dz, norm.scale) if accumulate else", "None if accumulate else", "training",
           uncompiled=True),
@@ -93,7 +108,7 @@ FAULTS = [
     Fault("other readers overwritten, plain", GRADIENT, "FeatureGradient.through_norm", "self._accumulates",
           "False", "plain_layers"),
     # Masks
-    Fault("ReLU passes everything back", PASSES, "relu_backward", "<= 0", "<= -1", "training"),
+    Fault("ReLU passes everything back", ROWS, "relu_backward", "<= 0", "<= -1", "training"),
     Fault("ReLU passes everything back, uncompiled", "kernels.passes", "_masked", "(grad, z, 0,", "(grad, z, -1,",
           "training", uncompiled=True),
     Fault("dropout not in backward", STAGE, "FusedStage.layer_backward", "new.mul_(as_rows(mask))", "pass",
@@ -105,8 +120,8 @@ FAULTS = [
           "if False", "training"),
     Fault("trained norms get none", "execution.plan", "NormUnit.affine_gradients", "if needed", "if not needed",
           "frozen"),
-    Fault("epilogue left out", "kernels.bn_relu_conv1x1", "_cpu", "if following is not None", "if False",
-          "inference"),
+    Fault("epilogue left out", "kernels.bn_relu_conv1x1", "_by_tiles", "if following is not None", "if False",
+          "inference", uncompiled=True),
     Fault("pooled by three", "kernels.bn_relu_pool", "_cpu_avg", "activate(x[images], norm, scratch), 2)",
           "activate(x[images], norm, scratch), 2, divisor_override=3)", "evaluation"),
     Fault("incoming gradient as the buffer", GRADIENT, "FeatureGradient.start_with",
@@ -148,16 +163,16 @@ def many_tiles(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(bn_relu_pool, "TILE_BYTES", 2048)
 
 
-@pytest.mark.parametrize("source", [compiled.SOURCE, None], ids=["compiled", "uncompiled"])
+@pytest.mark.parametrize("folder", [compiled.FOLDER, None], ids=["compiled", "uncompiled"])
 @pytest.mark.parametrize("name", CHECKS)
-def test_right_code_passes(name: str, source: Path | None) -> None:
-    with compiled.using(source):
+def test_right_code_passes(name: str, folder: Path | None) -> None:
+    with compiled.using(folder):
         CHECKS[name]()
 
 
 @pytest.mark.parametrize("fault", FAULTS, ids=[fault.name.replace(" ", "_") for fault in FAULTS])
 def test_fault_is_noticed(fault: Fault, tmp_path: Path) -> None:
-    if fault.module == PASSES and compiled.library(torch.float64) is None:
+    if fault.module.endswith(C) and compiled.library(torch.float64) is None:
         pytest.skip(f"nothing is compiled here: {compiled.description()}")
     with seeded(fault, tmp_path), pytest.raises(AssertionError):
         CHECKS[fault.check]()

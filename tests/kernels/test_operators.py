@@ -48,18 +48,18 @@ def test_every_operator_is_here() -> None:
     assert {PROBLEMS[name](Shape()).operator for name in PROBLEMS} == set(IMPLEMENTATIONS)
 
 
-@pytest.mark.parametrize("source", [compiled.SOURCE, None], ids=["compiled", "uncompiled"])
+@pytest.mark.parametrize("folder", [compiled.FOLDER, None], ids=["compiled", "uncompiled"])
 @pytest.mark.parametrize("extra", [0, 16], ids=["dense", "prefix"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("name", PROBLEMS)
 def test_workspace_is_what_the_allocator_saw(
-    name: str, dtype: torch.dtype, extra: int, source: Path | None
+    name: str, dtype: torch.dtype, extra: int, folder: Path | None
 ) -> None:
     """The declared bytes, plus results that the operator returns, against the allocator's peak: within 5 %."""
     shape = Shape(images=4, height=56, width=56, columns=128, outputs=128, extra=extra, dtype=dtype)
     problem = PROBLEMS[name](shape)
     operator = getattr(torch.ops.densebench, problem.operator)
-    with compiled.using(source):
+    with compiled.using(folder):
         declared = WORKSPACE[operator](*problem.arguments)
         results = operator(*problem.arguments)
         returned = sum(t.nbytes for t in (results or ()) if isinstance(t, Tensor))

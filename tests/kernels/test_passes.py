@@ -54,12 +54,12 @@ def drawn(rows: int, columns: int, dtype: torch.dtype = torch.float32) -> tuple[
     return x, grad, Norm(vectors[0], vectors[1].abs(), *vectors[2:], 1e-5).folded()
 
 
-def every_pass(rows: int, columns: int, dtype: torch.dtype, source: Path | None) -> list[Tensor]:
+def every_pass(rows: int, columns: int, dtype: torch.dtype, folder: Path | None) -> list[Tensor]:
     """What all passes write, from the same operands."""
     torch.manual_seed(0)
     x, grad, norm = drawn(rows, columns, dtype)
     terms = torch.randn(2, columns, dtype=torch.float64).to(dtype)
-    with compiled.using(source):
+    with compiled.using(folder):
         out, buffer, settled, in_place = torch.empty_like(x), grad.clone(), torch.empty_like(x), grad.clone()
         statistics, sums = passes.Sums(x), passes.Sums(x)
         mean, var = torch.zeros(2, columns, dtype=dtype)
@@ -91,7 +91,7 @@ def test_as_pytorch_does(
     torch.set_num_threads(threads_in_use)
     tolerance = 1e-5 if dtype == torch.float32 else 1e-12
     uncompiled = every_pass(rows, columns, dtype, None) if rows else None
-    for at, result in enumerate(every_pass(rows, columns, dtype, compiled.SOURCE)):
+    for at, result in enumerate(every_pass(rows, columns, dtype, compiled.FOLDER)):
         assert bool(result.isfinite().all())
         if uncompiled is not None:
             torch.testing.assert_close(result, uncompiled[at], rtol=tolerance, atol=tolerance * max(rows, 1))
@@ -100,9 +100,9 @@ def test_as_pytorch_does(
 @pytest.mark.usefixtures("library")
 def test_as_many_threads_the_same_bits() -> None:
     torch.set_num_threads(3)
-    first = every_pass(999, 40, torch.float32, compiled.SOURCE)
+    first = every_pass(999, 40, torch.float32, compiled.FOLDER)
     for _ in range(20):
-        for again, before in zip(every_pass(999, 40, torch.float32, compiled.SOURCE), first, strict=True):
+        for again, before in zip(every_pass(999, 40, torch.float32, compiled.FOLDER), first, strict=True):
             assert torch.equal(again, before)
 
 
@@ -143,12 +143,12 @@ def test_shapes_and_dtypes_that_would_be_read_beyond() -> None:
             passes.relu_norm(x, Folded(norm.table[:, :4]), torch.empty(12, 5))
 
 
-@pytest.mark.parametrize("source", [compiled.SOURCE, None], ids=["compiled", "uncompiled"])
-def test_matrices_that_do_not_belong_together(source: Path | None) -> None:
+@pytest.mark.parametrize("folder", [compiled.FOLDER, None], ids=["compiled", "uncompiled"])
+def test_matrices_that_do_not_belong_together(folder: Path | None) -> None:
     """Slices of them would be cut to fit, and rows left as they were."""
     x, grad, _ = drawn(12, 5)
     short, vectors, pending = grad[:7].clone(), torch.ones(4, 5), torch.zeros(2, 5)
-    with compiled.using(source):
+    with compiled.using(folder):
         with pytest.raises(ValueError, match="one shape"):
             bn_relu_backward(short, x, *vectors, 0.0, True)
         with pytest.raises(ValueError, match="one shape"):
@@ -178,12 +178,12 @@ def test_vectors_may_lie_apart() -> None:
     assert torch.equal(produced, expected)
 
 
-@pytest.mark.parametrize("source", [compiled.SOURCE, None], ids=["compiled", "uncompiled"])
-def test_what_is_only_read_stays(source: Path | None) -> None:
+@pytest.mark.parametrize("folder", [compiled.FOLDER, None], ids=["compiled", "uncompiled"])
+def test_what_is_only_read_stays(folder: Path | None) -> None:
     """Also where the gradient has the dtype that is computed in and the result has not."""
     x, grad, norm = drawn(12, 5)
     before, out = grad.clone(), torch.empty(12, 5, dtype=torch.bfloat16)
-    with compiled.using(source):
+    with compiled.using(folder):
         passes.settle(grad, x.bfloat16(), norm.mean, torch.ones(2, 5), out)
     assert torch.equal(grad, before)
 
@@ -283,9 +283,8 @@ def test_the_reason_is_the_compilers_without_places(tmp_path: Path) -> None:
     reasons = []
     for name in ("first", "second"):
         (tmp_path / name).mkdir()
-        source = tmp_path / name / "passes.c"
-        source.write_text("#include <no-such-header.h>\n")
-        with compiled.using(source):
+        (tmp_path / name / "passes.c").write_text("#include <no-such-header.h>\n")
+        with compiled.using(tmp_path / name):
             assert compiled.library(torch.float32) is None
             reasons.append(compiled.reason())
     assert reasons[0] == reasons[1]
@@ -305,7 +304,7 @@ def test_switched_off() -> None:
 def test_a_kept_prediction_is_of_the_passes_in_use() -> None:
     """Their scratch differs."""
     answers = []
-    for source in (compiled.SOURCE, None, compiled.SOURCE):
-        with compiled.using(source):
+    for folder in (compiled.FOLDER, None, compiled.FOLDER):
+        with compiled.using(folder):
             answers.append(cached({"of": "passes"}, lambda: {"bytes": len(answers)}))
     assert answers == [{"bytes": 0}, {"bytes": 1}, {"bytes": 0}]

@@ -1,0 +1,378 @@
+/* The CPU path's products: relu(norm(x)) W^T, and backward through it.
+ *
+ * compiled.py builds this file once with REAL=float and once with REAL=double; products.py calls it. As in passes.c
+ * matrices may be prefixes of wider buffers, rows are shared out among the threads in one fixed way, and every sum
+ * has one fixed order: as many threads, the same bits. Unlike there, multiply-adds are contracted.
+ *
+ * A library's product is handed relu(norm(x)) through memory, and hands back its gradient that way. Here a tile of
+ * rows is normalized and multiplied while it lies in the second cache, and what becomes of a product - statistics,
+ * the next norm, the norm's backward - is done to a block of it that has just left the registers, while the rows of
+ * the next tile are on their way.
+ *
+ * Blocking follows Goto and van de Geijn, "Anatomy of High-Performance Matrix Multiplication" (2008): a block of
+ * sums stays in registers; the right operand is packed into panels as wide as a block, and one panel stays near while
+ * all the rows of a tile are multiplied by it. The depth is not blocked: at DenseNets' 1,000 channels nothing is
+ * gained by it, and so every block is finished when it leaves the registers.
+ */
+#include <string.h>
+
+#include "rows.h"
+
+#if defined(__AVX512F__)
+enum { VECTOR_BYTES = 64, BLOCK_ROWS = 8 };
+#elif defined(__AVX__)
+enum { VECTOR_BYTES = 32, BLOCK_ROWS = 4 }; /* of 16 registers, 8 for sums */
+#else
+enum { VECTOR_BYTES = 16, BLOCK_ROWS = 4 };
+#endif
+
+enum {
+    LANES = VECTOR_BYTES / sizeof(REAL),
+    VECTORS = 2,
+    BLOCK_COLUMNS = VECTORS * LANES,
+    MOST_TILE_ROWS = 128,
+    TILE_BYTES = 256 * 1024 /* of x: a quarter of a second cache */
+};
+
+#define INLINE static inline __attribute__((always_inline))
+
+/* May be loaded from the address of any REAL. */
+typedef REAL Vector __attribute__((vector_size(VECTOR_BYTES), aligned(sizeof(REAL)), may_alias));
+
+/* Sums in registers. */
+typedef struct {
+    Vector at[BLOCK_ROWS][VECTORS];
+} Block;
+
+/* The same in memory. */
+typedef struct {
+    REAL at[BLOCK_ROWS][BLOCK_COLUMNS];
+} Lines;
+
+static int64_t least(int64_t a, int64_t b) { return a < b ? a : b; }
+
+static int64_t blocks(int64_t values, int64_t block) { return (values + block - 1) / block; }
+
+static int64_t padded(int64_t values, int64_t block) { return blocks(values, block) * block; }
+
+/* From one row of a tile to the next: an odd number of cache lines, or all of them would share a few sets. */
+static int64_t tile_stride(int64_t columns) {
+    int64_t line = CACHE_LINE / sizeof(REAL);
+    return (blocks(columns, line) | 1) * line;
+}
+
+static int64_t tile_rows(int64_t columns) {
+    int64_t rows = TILE_BYTES / (int64_t)sizeof(REAL) / columns / BLOCK_ROWS * BLOCK_ROWS;
+    return rows < BLOCK_ROWS ? BLOCK_ROWS : least(rows, MOST_TILE_ROWS);
+}
+
+/* sum over k of a[i * a_row + k * a_depth] * panel[k][j], for as many columns j as `vectors` hold. */
+INLINE Block multiply_vectors(int64_t depth, const REAL *a, int64_t a_row, int64_t a_depth, const REAL *panel,
+                              int vectors) {
+    Block sum = {0};
+    for (int64_t k = 0; k < depth; k++) {
+        const Vector *right = (const Vector *)(panel + k * BLOCK_COLUMNS);
+#pragma GCC unroll 8
+        for (int i = 0; i < BLOCK_ROWS; i++)
+#pragma GCC unroll 2
+            for (int v = 0; v < vectors; v++) sum.at[i][v] += a[i * a_row + k * a_depth] * right[v];
+    }
+    return sum;
+}
+
+/* For at least so many columns; what is beyond them goes nowhere. */
+INLINE Block multiply(int64_t depth, const REAL *a, int64_t a_row, int64_t a_depth, const REAL *panel,
+                      int64_t columns) {
+    if (columns <= LANES) return multiply_vectors(depth, a, a_row, a_depth, panel, 1);
+    return multiply_vectors(depth, a, a_row, a_depth, panel, VECTORS);
+}
+
+INLINE Lines lines_of(Block block) {
+    Lines lines;
+    memcpy(&lines, &block, sizeof lines);
+    return lines;
+}
+
+/* relu(norm(x)) of some columns; `scale` and `shift` are theirs. */
+INLINE void normalize(const REAL *x, int64_t x_stride, int64_t rows, int64_t columns, const REAL *scale,
+                      const REAL *shift, REAL *out, int64_t out_stride) {
+    for (int64_t row = 0; row < rows; row++)
+#pragma omp simd
+        for (int64_t c = 0; c < columns; c++)
+            out[row * out_stride + c] = relu(x[row * x_stride + c] * scale[c] + shift[c]);
+}
+
+/* The next tile's rows of some matrices, asked for a few at a time while blocks of this one are computed. */
+typedef struct {
+    struct {
+        const REAL *at;
+        int64_t stride, columns;
+    } of[3];
+    int64_t row, last, a_block;
+} Ahead;
+
+/* Where the next tile lies, when this one is worked through in so many blocks. */
+INLINE void look_ahead(Ahead *ahead, int64_t tile, int64_t rows, int64_t last, int64_t blocks_of_tile) {
+    ahead->row = least(last, tile + rows);
+    ahead->last = least(last, tile + 2 * rows);
+    ahead->a_block = blocks(rows, blocks_of_tile);
+}
+
+/* Into the second cache: in the first they would take the panel's place. What cannot be read is not fetched. */
+INLINE void ask(Ahead *ahead) {
+    int64_t until = least(ahead->last, ahead->row + ahead->a_block);
+    for (; ahead->row < until; ahead->row++)
+        for (int m = 0; m < 3; m++) {
+            if (!ahead->of[m].at) continue;
+            const REAL *row = ahead->of[m].at + ahead->row * ahead->of[m].stride;
+            for (int64_t c = 0; c < ahead->of[m].columns; c += CACHE_LINE / (int64_t)sizeof(REAL))
+                __builtin_prefetch(row + c, 0, 2);
+        }
+}
+
+/* Forward */
+
+/* weight [outputs, columns] as panels [outputs / BLOCK_COLUMNS][columns][BLOCK_COLUMNS], zeros beyond the last.
+ * A cache line of the weight at a time: rows a power of two apart would evict each other's. */
+static void pack_transposed(const REAL *weight, int64_t outputs, int64_t columns, REAL *panels) {
+    int64_t line = CACHE_LINE / sizeof(REAL);
+#pragma omp for
+    for (int64_t first = 0; first < outputs; first += BLOCK_COLUMNS) {
+        REAL *panel = panels + first * columns;
+        int64_t width = least(BLOCK_COLUMNS, outputs - first);
+        if (width < BLOCK_COLUMNS) memset(panel, 0, columns * BLOCK_COLUMNS * sizeof(REAL));
+        for (int64_t start = 0; start < columns; start += line)
+            for (int64_t j = 0; j < width; j++)
+                for (int64_t c = start; c < least(columns, start + line); c++)
+                    panel[c * BLOCK_COLUMNS + j] = weight[(first + j) * columns + c];
+    }
+}
+
+/* Where a block of the product goes, and what is made of it on the way; all from the block's first column on. */
+typedef struct {
+    REAL *out;
+    int64_t stride;
+    const REAL *scale, *shift; /* of the next norm; NULL: none */
+    const REAL *pivot;         /* NULL: no sums */
+    double *values, *squares;  /* a thread's sums of out - pivot and of its squares */
+} Finish;
+
+/* A block's sums are added up in REAL, at most BLOCK_ROWS of them, and join the others in double. */
+INLINE void finish(Lines product, int64_t rows, int64_t columns, Finish to) {
+    REAL value[BLOCK_COLUMNS] = {0}, square[BLOCK_COLUMNS] = {0};
+    for (int64_t i = 0; i < rows; i++) {
+        REAL *y = product.at[i];
+        if (to.scale)
+#pragma omp simd
+            for (int64_t c = 0; c < columns; c++) y[c] = relu(y[c] * to.scale[c] + to.shift[c]);
+        memcpy(to.out + i * to.stride, y, columns * sizeof(REAL));
+        if (to.pivot)
+#pragma omp simd
+            for (int64_t c = 0; c < columns; c++) {
+                value[c] += y[c] - to.pivot[c];
+                square[c] += (y[c] - to.pivot[c]) * (y[c] - to.pivot[c]);
+            }
+    }
+    if (to.pivot)
+#pragma omp simd
+        for (int64_t c = 0; c < columns; c++) {
+            to.values[c] += value[c];
+            to.squares[c] += square[c];
+        }
+}
+
+/* Values of scratch that relu_norm_product needs. */
+int64_t relu_norm_product_scratch(int64_t columns, int64_t outputs, int64_t threads) {
+    return padded(outputs, BLOCK_COLUMNS) * columns + threads * tile_rows(columns) * tile_stride(columns);
+}
+
+/* out = relu(norm(x)) W^T of weight [outputs, columns], or, with `next` [4, outputs], another norm's vectors,
+ * relu(next(relu(norm(x)) W^T)).
+ * A thread's sums [2, outputs] += those of out - pivot, and of its squares; none where pivot is NULL. */
+void relu_norm_product(const REAL *x, int64_t x_stride, int64_t rows, int64_t columns, const REAL *norm,
+                       const REAL *weight, int64_t outputs, const REAL *next, REAL *out, int64_t out_stride,
+                       const REAL *pivot, double *sums, int64_t sums_stride, REAL *scratch, int threads) {
+    const REAL *scale = norm + 2 * columns, *shift = norm + 3 * columns;
+    int64_t stride = tile_stride(columns), most = tile_rows(columns), rights = padded(outputs, BLOCK_COLUMNS);
+#pragma omp parallel num_threads(threads)
+    {
+        Range own = own_rows(rows);
+        REAL *panels = scratch, *a = scratch + rights * columns + omp_get_thread_num() * most * stride;
+        double *values = pivot ? sums + omp_get_thread_num() * sums_stride : NULL;
+        Ahead ahead = {.of = {{x, x_stride, columns}}};
+        pack_transposed(weight, outputs, columns, panels);
+        for (int64_t tile = own.first; tile < own.last; tile += most) {
+            int64_t here = least(most, own.last - tile);
+            look_ahead(&ahead, tile, here, own.last, rights / BLOCK_COLUMNS * blocks(here, BLOCK_ROWS));
+            normalize(x + tile * x_stride, x_stride, here, columns, scale, shift, a, stride);
+            for (int64_t n = 0; n < outputs; n += BLOCK_COLUMNS)
+                for (int64_t row = 0; row < here; row += BLOCK_ROWS) {
+                    Finish to = {.out = out + (tile + row) * out_stride + n, .stride = out_stride};
+                    if (next) to.scale = next + 2 * outputs + n, to.shift = next + 3 * outputs + n;
+                    if (pivot) to.pivot = pivot + n, to.values = values + n, to.squares = values + outputs + n;
+                    ask(&ahead);
+                    /* Rows beyond the tile's last are whatever lies in scratch; they go nowhere. */
+                    const REAL *panel = panels + n * columns;
+                    Lines product = lines_of(multiply(columns, a + row * stride, stride, 1, panel, outputs - n));
+                    int64_t count = least(BLOCK_ROWS, here - row);
+                    if (n + BLOCK_COLUMNS <= outputs)
+                        finish(product, count, BLOCK_COLUMNS, to);
+                    else
+                        finish(product, count, outputs - n, to);
+                }
+        }
+    }
+}
+
+/* Backward */
+
+/* weight [outputs, columns] as panels [columns / BLOCK_COLUMNS][outputs][BLOCK_COLUMNS], zeros beyond the last. */
+static void pack(const REAL *weight, int64_t outputs, int64_t columns, REAL *panels) {
+#pragma omp for
+    for (int64_t first = 0; first < columns; first += BLOCK_COLUMNS) {
+        REAL *panel = panels + first * outputs;
+        int64_t width = least(BLOCK_COLUMNS, columns - first);
+        if (width < BLOCK_COLUMNS) memset(panel, 0, outputs * BLOCK_COLUMNS * sizeof(REAL));
+        for (int64_t n = 0; n < outputs; n++)
+            memcpy(panel + n * BLOCK_COLUMNS, weight + n * columns + first, width * sizeof(REAL));
+    }
+}
+
+/* A tile of grad's rows, with zeros up to a whole number of blocks. */
+static void copy_padded(const REAL *grad, int64_t grad_stride, int64_t rows, int64_t outputs, REAL *out,
+                        int64_t stride) {
+    for (int64_t row = 0; row < rows; row++) {
+        memcpy(out + row * stride, grad + row * grad_stride, outputs * sizeof(REAL));
+        for (int64_t n = outputs; n < padded(outputs, BLOCK_ROWS); n++) out[row * stride + n] = 0;
+    }
+}
+
+/* What the gradient of a = relu(norm(x)) meets; all from a block's first row and column on. */
+typedef struct {
+    const REAL *x, *a; /* a in a panel */
+    int64_t x_stride;
+    const REAL *mean, *scale;
+    REAL *grad_x; /* NULL: not needed */
+    int64_t grad_x_stride;
+    int accumulates;
+    double *dz, *dz_x; /* a thread's sums of dz and of dz * (x - mean) */
+} Backward;
+
+INLINE void relu_norm_backward_block(Lines grad, int64_t rows, int64_t columns, Backward to) {
+    REAL sum_dz[BLOCK_COLUMNS] = {0}, sum_dz_x[BLOCK_COLUMNS] = {0};
+    for (int64_t i = 0; i < rows; i++) {
+        const REAL *x = to.x + i * to.x_stride, *a = to.a + i * BLOCK_COLUMNS;
+        REAL *grad_x = to.grad_x ? to.grad_x + i * to.grad_x_stride : NULL;
+#pragma omp simd
+        for (int64_t c = 0; c < columns; c++) {
+            REAL dz = relu_backward(grad.at[i][c], a[c]);
+            sum_dz[c] += dz;
+            sum_dz_x[c] += dz * (x[c] - to.mean[c]);
+            if (grad_x) grad_x[c] = (to.accumulates ? grad_x[c] : 0) + to.scale[c] * dz;
+        }
+    }
+#pragma omp simd
+    for (int64_t c = 0; c < columns; c++) {
+        to.dz[c] += sum_dz[c];
+        to.dz_x[c] += sum_dz_x[c];
+    }
+}
+
+/* A panel of grad^T a over a tile's rows, added to a thread's gradient of the weight. */
+INLINE void add_weight_gradient(const REAL *g, int64_t stride, int64_t rows, int64_t outputs, const REAL *a,
+                                int64_t columns, REAL *grad_weight, int64_t grad_weight_stride, Ahead *ahead) {
+    for (int64_t n = 0; n < outputs; n += BLOCK_ROWS) {
+        ask(ahead);
+        Block sum = multiply(rows, g + n, 1, stride, a, columns);
+        for (int i = 0; i < BLOCK_ROWS; i++)
+            for (int v = 0; v < VECTORS; v++)
+                *(Vector *)(grad_weight + (n + i) * grad_weight_stride + v * LANES) += sum.at[i][v];
+    }
+}
+
+/* A panel of grad W over a tile's rows, and through relu(norm(x)) from there; `to` is where the tile begins. */
+INLINE void pass_to_input(const REAL *g, int64_t stride, int64_t rows, int64_t outputs, const REAL *panel,
+                          int64_t columns, Backward to, Ahead *ahead) {
+    for (int64_t row = 0; row < rows; row += BLOCK_ROWS) {
+        ask(ahead);
+        Lines grad = lines_of(multiply(outputs, g + row * stride, stride, 1, panel, columns));
+        int64_t count = least(BLOCK_ROWS, rows - row);
+        if (columns == BLOCK_COLUMNS)
+            relu_norm_backward_block(grad, count, BLOCK_COLUMNS, to);
+        else
+            relu_norm_backward_block(grad, count, columns, to);
+        to.x += BLOCK_ROWS * to.x_stride, to.a += BLOCK_ROWS * BLOCK_COLUMNS;
+        if (to.grad_x) to.grad_x += BLOCK_ROWS * to.grad_x_stride;
+    }
+}
+
+/* What threads found, one after the other; their parts are padded, and lie `apart`. */
+static void add_up(const REAL *parts, int64_t apart, int64_t stride, int64_t outputs, int64_t columns, REAL *total) {
+#pragma omp for
+    for (int64_t n = 0; n < outputs; n++)
+        for (int64_t thread = 0; thread < omp_get_num_threads(); thread++)
+#pragma omp simd
+            for (int64_t c = 0; c < columns; c++) {
+                REAL before = thread ? total[n * columns + c] : 0;
+                total[n * columns + c] = before + parts[thread * apart + n * stride + c];
+            }
+}
+
+/* A thread's own scratch: a tile of grad, a panel of a, the weight's gradient if needed. */
+static int64_t tiles_of_backward(int64_t outputs) {
+    return MOST_TILE_ROWS * (tile_stride(padded(outputs, BLOCK_ROWS)) + BLOCK_COLUMNS);
+}
+
+static int64_t own_backward_scratch(int64_t columns, int64_t outputs, int needs_weight) {
+    int64_t weight = padded(outputs, BLOCK_ROWS) * padded(columns, BLOCK_COLUMNS);
+    return tiles_of_backward(outputs) + (needs_weight ? weight : 0);
+}
+
+/* Values of scratch that relu_norm_product_backward needs. */
+int64_t relu_norm_product_backward_scratch(int64_t columns, int64_t outputs, int needs_weight, int64_t threads) {
+    return outputs * padded(columns, BLOCK_COLUMNS) + threads * own_backward_scratch(columns, outputs, needs_weight);
+}
+
+/* From grad [rows, outputs], that of relu(norm(x)) W^T with weight [outputs, columns]:
+ * grad_weight [outputs, columns], unless NULL;
+ * unless `sums` is NULL, with dz the gradient of norm(x): a thread's sums [2, columns] += those of dz and of
+ * dz * (x - mean); grad_x = scale * dz, or, if `accumulates`, grad_x += scale * dz; not written if NULL. */
+void relu_norm_product_backward(const REAL *grad, int64_t grad_stride, const REAL *x, int64_t x_stride, int64_t rows,
+                                int64_t columns, const REAL *norm, const REAL *weight, int64_t outputs, REAL *grad_x,
+                                int64_t grad_x_stride, int accumulates, double *sums, int64_t sums_stride,
+                                REAL *grad_weight, REAL *scratch, int threads) {
+    const REAL *scale = norm + 2 * columns, *shift = norm + 3 * columns;
+    int64_t lefts = padded(outputs, BLOCK_ROWS), rights = padded(columns, BLOCK_COLUMNS), stride = tile_stride(lefts);
+    int64_t own_tiles = tiles_of_backward(outputs);
+    int64_t apart = own_backward_scratch(columns, outputs, grad_weight != NULL);
+    REAL *panels = scratch, *parts = scratch + outputs * rights;
+#pragma omp parallel num_threads(threads)
+    {
+        Range own = own_rows(rows);
+        REAL *g = parts + omp_get_thread_num() * apart, *a = g + MOST_TILE_ROWS * stride, *own_weight = g + own_tiles;
+        double *dz = sums ? sums + omp_get_thread_num() * sums_stride : NULL;
+        Ahead ahead = {.of = {{grad, grad_stride, outputs}, {x, x_stride, columns}}};
+        if (grad_x) ahead.of[2].at = grad_x, ahead.of[2].stride = grad_x_stride, ahead.of[2].columns = columns;
+        pack(weight, outputs, columns, panels);
+        memset(own_weight, 0, (apart - own_tiles) * sizeof(REAL));
+        for (int64_t tile = own.first; tile < own.last; tile += MOST_TILE_ROWS) {
+            int64_t here = least(MOST_TILE_ROWS, own.last - tile);
+            look_ahead(&ahead, tile, here, own.last, rights / BLOCK_COLUMNS * blocks(here, BLOCK_ROWS));
+            copy_padded(grad + tile * grad_stride, grad_stride, here, outputs, g, stride);
+            for (int64_t c = 0; c < columns; c += BLOCK_COLUMNS) {
+                const REAL *tile_x = x + tile * x_stride + c;
+                REAL *tile_grad = grad_x ? grad_x + tile * grad_x_stride + c : NULL;
+                int64_t width = least(BLOCK_COLUMNS, columns - c);
+                normalize(tile_x, x_stride, here, width, scale + c, shift + c, a, BLOCK_COLUMNS);
+                if (grad_weight)
+                    add_weight_gradient(g, stride, here, outputs, a, width, own_weight + c, rights, &ahead);
+                if (!sums) continue;
+                Backward to = {tile_x, a, x_stride, norm + c, scale + c, tile_grad, grad_x_stride, accumulates,
+                               dz + c, dz + columns + c};
+                pass_to_input(g, stride, here, outputs, panels + c * outputs, width, to, &ahead);
+            }
+        }
+#pragma omp barrier
+        if (grad_weight) add_up(parts + own_tiles, apart, rights, outputs, columns, grad_weight);
+    }
+}

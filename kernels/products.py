@@ -1,0 +1,139 @@
+"""The CPU path's products, of rows that are normalized on the way (`products.c`).
+
+They serve where everything has the dtype that is computed in. Whatever else there is, the operators work through
+tile by tile, with PyTorch's products and the passes of `passes`.
+"""
+
+from __future__ import annotations
+
+import ctypes
+from typing import NamedTuple
+
+from torch import Tensor
+
+from densebench.kernels import compiled
+from densebench.kernels.norm import Folded, Sums, address, pivot_of, store_statistics, threads_for
+from densebench.kernels.passes import relu_norm
+
+_PIVOT_ROWS = 8  # whose products' mean a channel's values are taken relative to
+
+
+class Statistics(NamedTuple):
+    """Where a product's mean and biased variance [N] go."""
+
+    mean: Tensor
+    var: Tensor
+
+
+def library(*matrices: Tensor | None) -> ctypes.CDLL | None:
+    """The compiled products, if they take these matrices: of one dtype, the values of a row side by side."""
+    given = [matrix for matrix in matrices if matrix is not None]
+    dtype = given[0].dtype
+    for matrix in given:
+        rows, columns = matrix.shape
+        if matrix.dtype != dtype or rows * columns == 0:
+            return None
+        if (columns > 1 and matrix.stride(1) != 1) or (rows > 1 and matrix.stride(0) < columns):
+            return None
+    return compiled.library(dtype, "products")
+
+
+def multiply(
+    x: Tensor, norm: Folded, weight: Tensor, out: Tensor, following: Folded | None, statistics: Statistics | None
+) -> None:
+    """out [M, N] = relu(norm(x)) W^T of x [M, C] and weight [N, C]; with a `following` norm, relu of that of it.
+
+    Raises:
+        ValueError: if shapes or dtypes do not belong together.
+    """
+    compiled_form = library(x, weight, out)
+    assert compiled_form is not None
+    (rows, columns), outputs = x.shape, weight.shape[0]
+    _require(x, {"weight": (weight, (outputs, columns)), "out": (out, (rows, outputs))})
+    _require(x, {"norm": (norm.table, (4, columns))})
+    if following is not None:
+        _require(x, {"the norm of out": (following.table, (4, outputs))})
+    weight, threads = weight.contiguous(), threads_for(x)
+    scratch = x.new_empty(compiled_form.relu_norm_product_scratch(columns, outputs, threads))
+    pivot, sums = None, None
+    if statistics is not None:
+        pivot, sums = _pivot(x, norm, weight), Sums(out)
+    compiled_form.relu_norm_product(
+        x.data_ptr(), x.stride(0), rows, columns, address(norm.table), address(weight), outputs,
+        None if following is None else address(following.table), out.data_ptr(), out.stride(0),
+        address(pivot), *((None, 0) if sums is None else sums.given[:2]), scratch.data_ptr(), threads,
+    )  # fmt: skip
+    if statistics is not None and sums is not None and pivot is not None:
+        store_statistics(sums, pivot, rows, *statistics)
+
+
+def multiply_backward(
+    grad: Tensor,
+    x: Tensor,
+    norm: Folded,
+    weight: Tensor,
+    sums: Sums | None,
+    grad_x: Tensor | None,
+    accumulate: bool,
+    grad_weight: Tensor | None,
+) -> None:
+    """From grad [M, N], that of relu(norm(x)) W^T, all but what comes from the statistics being functions of x.
+
+    Args:
+        sums: take the column sums of dz and dz * (x - mean), with dz the gradient of norm(x).
+        grad_x: [M, C], takes scale * dz, or, with `accumulate`, adds it.
+        grad_weight: [N, C].
+
+    Raises:
+        ValueError: if shapes or dtypes do not belong together.
+    """
+    compiled_form = library(grad, x, weight, grad_x)
+    assert compiled_form is not None
+    (rows, columns), outputs = x.shape, weight.shape[0]
+    _require(x, {"grad": (grad, (rows, outputs)), "grad_x": (grad_x, (rows, columns))})
+    _require(x, {"weight": (weight, (outputs, columns)), "its gradient": (grad_weight, (outputs, columns))})
+    _require(x, {"norm": (norm.table, (4, columns))})
+    if sums is not None:
+        sums.require(columns)
+    weight, threads = weight.contiguous(), threads_for(x)
+    size = compiled_form.relu_norm_product_backward_scratch(columns, outputs, grad_weight is not None, threads)
+    scratch = x.new_empty(size)
+    compiled_form.relu_norm_product_backward(
+        grad.data_ptr(), grad.stride(0), x.data_ptr(), x.stride(0), rows, columns,
+        address(norm.table), address(weight), outputs,
+        address(grad_x), 0 if grad_x is None else grad_x.stride(0), accumulate,
+        *((None, 0) if sums is None else sums.given[:2]), address(grad_weight), scratch.data_ptr(), threads,
+    )  # fmt: skip
+
+
+def multiply_bytes(x: Tensor, weight: Tensor) -> int:
+    """Scratch of `multiply`."""
+    return _bytes(x, weight, "relu_norm_product_scratch", threads_for(x))
+
+
+def multiply_backward_bytes(x: Tensor, weight: Tensor, needs_weight: bool) -> int:
+    """Scratch of `multiply_backward`."""
+    return _bytes(x, weight, "relu_norm_product_backward_scratch", needs_weight, threads_for(x))
+
+
+def _bytes(x: Tensor, weight: Tensor, name: str, *arguments: int) -> int:
+    values: int = getattr(compiled.library(x.dtype, "products"), name)(x.shape[1], weight.shape[0], *arguments)
+    return values * x.element_size()
+
+
+def _pivot(x: Tensor, norm: Folded, weight: Tensor) -> Tensor:
+    """About the mean [N] of the product, from a few rows."""
+    some = x[:: -(-x.shape[0] // _PIVOT_ROWS)]
+    a = some.new_empty(some.shape)
+    relu_norm(some, norm, a)
+    return pivot_of(a @ weight.t(), weight.dtype)
+
+
+def _require(x: Tensor, matrices: dict[str, tuple[Tensor | None, tuple[int, int]]]) -> None:
+    """The compiled form is given addresses: what is of another shape it would read and write beyond."""
+    for name, (matrix, shape) in matrices.items():
+        if matrix is not None and (matrix.shape != shape or matrix.dtype != x.dtype):
+            raise ValueError(
+                f"a product of rows {list(x.shape)} of {x.dtype} takes {name} of {list(shape)} in that dtype, "
+                f"got {list(matrix.shape)} of {matrix.dtype}"
+            )

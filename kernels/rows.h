@@ -1,0 +1,27 @@
+/* What every loop over rows shares. REAL is float or double. */
+#ifndef ROWS_H
+#define ROWS_H
+
+#include <omp.h>
+#include <stddef.h>
+#include <stdint.h>
+
+enum { CACHE_LINE = 64 };
+
+typedef struct {
+    int64_t first, last;
+} Range;
+
+/* The rows of the thread that asks. */
+static inline Range own_rows(int64_t rows) {
+    int64_t thread = omp_get_thread_num(), threads = omp_get_num_threads();
+    return (Range){rows * thread / threads, rows * (thread + 1) / threads};
+}
+
+/* NaN passes, as it does in PyTorch. */
+static inline REAL relu(REAL z) { return z <= 0 ? 0 : z; }
+
+/* z may be relu(z): the two have one sign. */
+static inline REAL relu_backward(REAL grad, REAL z) { return z <= 0 ? 0 : grad; }
+
+#endif
