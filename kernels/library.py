@@ -92,7 +92,7 @@ def require_dense_rows(name: str, arguments: Iterable[Any]) -> None:
         ValueError: with the operator's name and the strides.
     """
     for argument in arguments:
-        if not isinstance(argument, torch.Tensor) or argument.dim() < 2 or argument.stride(-1) == 1:
+        if not isinstance(argument, torch.Tensor) or argument.stride(-1) == 1 or argument.dim() < 2:
             continue
         if argument.shape[-1] > 1 and argument.numel() > 0:
             raise ValueError(
