@@ -41,6 +41,10 @@ def compiling_for(device: Device) -> Iterator[None]:
         _meta_device = before
 
 
+# Asked hundreds of times a step, of few different things: looking the answer up takes a tenth of finding it.
+_known = functools.lru_cache(maxsize=4096)
+
+
 class Tile(NamedTuple):
     """Sizes of a program's tile and how it is compiled."""
 
@@ -59,6 +63,7 @@ class Share(NamedTuple):
     rows: int
 
 
+@_known
 def elementwise_tile(columns: int, values: int = 32) -> Tile:
     """So many values a thread; 32 are four 16-byte loads of 2-byte values in flight from each operand."""
     block = power_of_two(columns, 16, 64)
@@ -149,6 +154,7 @@ def _compile(
     _compiled[key] = _Found(compiled.run, (*grid, 1, 1)[:3], function, values, (kernel, compiled))
 
 
+@_known
 def share(rows: int, tile_rows: int, programs: int) -> Share:
     """Share rows out among at most so many programs, in whole tiles. It depends on nothing but its arguments,
     so the order of every sum does not either.
@@ -163,7 +169,7 @@ def share(rows: int, tile_rows: int, programs: int) -> Share:
 def device_of(x: Tensor) -> Device:
     """The device that kernels on x run on."""
     if x.is_cuda:
-        return _cuda_device(x.device.index)
+        return _cuda_device(x.get_device())
     return _meta_device if x.is_meta else _INTERPRETER
 
 
@@ -200,6 +206,7 @@ def power_of_two(value: int, least: int, most: int) -> int:
     return min(most, max(least, 1 << (value - 1).bit_length()))
 
 
+@_known
 def parts_tile(parts: int) -> Tile:
     """For merging what so many programs found, all at once.
 
