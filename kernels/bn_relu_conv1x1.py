@@ -26,7 +26,7 @@ from densebench.kernels.launch import (
 from densebench.kernels.library import NORM, operator
 from densebench.kernels.norm import Folded, Norm, sum_bytes
 from densebench.kernels.passes import pass_bytes, relu_norm
-from densebench.kernels.products import Statistics, library, multiply, multiply_bytes
+from densebench.kernels.products import FEW_ROWS, Statistics, library, multiply, multiply_bytes
 from densebench.kernels.rows import tile_bytes, tile_rows, tiles
 
 
@@ -60,10 +60,15 @@ def _cpu(
     if next_mean is not None and next_var is not None:
         following = Norm(next_mean, next_var, next_gamma, next_beta, next_eps).folded()
     wanted = None if out_mean is None or out_var is None else Statistics(out_mean, out_var)
-    if library(x, weight, out) is None:
+    if not _at_once(x, weight, out):
         _by_tiles(x, norm, weight, out, following, wanted)
     else:
         multiply(x, norm, weight, out, following, wanted)
+
+
+def _at_once(x: Tensor, weight: Tensor, out: Tensor) -> bool:
+    """Whether the compiled products take it, and are worth it (CPU)."""
+    return x.shape[0] >= FEW_ROWS and library(x, weight, out) is not None
 
 
 def _by_tiles(
@@ -226,8 +231,9 @@ def _flops(x: Tensor, *arguments: Tensor, out_val: object = None) -> int:
 def _workspace(x: Tensor, *arguments: Tensor) -> int:
     """Compiled, its scratch; else one tile of x, and tiles of the product and the weight if they are converted."""
     mean, weight, out, out_mean = arguments[0], *arguments[5:8]
-    if library(x, weight, out) is not None:
-        return multiply_bytes(x, weight) + (0 if out_mean is None else sum_bytes(out))
+    if _at_once(x, weight, out):
+        tables = 4 * (x.shape[1] + weight.shape[0]) * mean.element_size()
+        return tables + multiply_bytes(x, weight) + (0 if out_mean is None else sum_bytes(out))
     product = tile_rows(x) * weight.shape[0] * mean.element_size()
     converted = 0 if out.dtype == mean.dtype else product + weight.numel() * mean.element_size()
     statistics = 0 if out_mean is None else pass_bytes(product, out, operator_tiles=1) + sum_bytes(out)

@@ -284,7 +284,8 @@ def _workspace(grad: Tensor, x: Tensor, mean: Tensor, *arguments: Any) -> int:
     """
     given, grad_x, needs_weight = arguments[5], arguments[6], arguments[10]
     if library(grad, x, given, grad_x) is not None:
-        return multiply_backward_bytes(x, given, needs_weight) + sum_bytes(x)
+        table = 4 * x.shape[1] * mean.element_size()
+        return table + multiply_backward_bytes(x, given, needs_weight) + sum_bytes(x)
     tile, weight = tile_bytes(x), x.shape[1] * grad.shape[1] * mean.element_size()
     converted = 0 if grad.dtype == mean.dtype else tile_rows(x) * grad.shape[1] * mean.element_size() + weight
     return tile + weight + converted + backward_bytes(tile, None, x, grad_x)

@@ -1,7 +1,7 @@
 """The inner loops of the CPU path in C (`passes.c`, `products.c`), compiled for this machine when first needed.
 
-That takes a third of a second each, once: the libraries are kept in the user's cache folder. Where they cannot be
-had, for whatever reason, their callers make the same of PyTorch's own operators, slower; nothing here raises.
+That takes half a second and a second, once: the libraries are kept in the user's cache folder. Where they cannot
+be had, for whatever reason, their callers make the same of PyTorch's own operators, slower; nothing here raises.
 """
 
 from __future__ import annotations
@@ -54,11 +54,11 @@ _SIGNATURES: dict[str, dict[str, tuple[Any, ...]]] = {
     },
     "products": {
         "relu_norm_product": (
-            *_MATRIX, *_SHAPE, *2 * _VECTOR, _SIZE, *_VECTOR, *_MATRIX, *_VECTOR, *_SUMS, *_VECTOR, _INT
+            *_MATRIX, *_SHAPE, *_VECTOR, *_MATRIX, _SIZE, *_VECTOR, *_MATRIX, *_VECTOR, *_SUMS, *_VECTOR, _INT
         ),
         "relu_norm_product_scratch": (_SIZE, _SIZE, _SIZE),
         "relu_norm_product_backward": (
-            *2 * _MATRIX, *_SHAPE, *2 * _VECTOR, _SIZE, *_MATRIX, _INT, *_SUMS, *2 * _VECTOR, _INT
+            *2 * _MATRIX, *_SHAPE, *_VECTOR, *_MATRIX, _SIZE, *_MATRIX, _INT, *_SUMS, *2 * _VECTOR, _INT
         ),
         "relu_norm_product_backward_scratch": (_SIZE, _SIZE, _INT, _SIZE),
     },
@@ -141,7 +141,9 @@ def _library_file(source: Path, command: tuple[str, ...], version: str) -> Path:
     # What -march=native means here: a cache may be shared by machines.
     target = _output(*command, "-dM", "-E", "-x", "c", os.devnull)
     read = [source, *sorted(source.parent.glob("*.h"))]
-    key = _hash("\0".join((*command, version, target)).encode() + b"\0".join(file.read_bytes() for file in read))
+    key = _hash(
+        "\0".join((*command, version, target)).encode() + b"".join(b"\0" + file.read_bytes() for file in read)
+    )
     folder = cache_folder() if source.parent == FOLDER else source.parent
     for found in folder.glob(f"{source.stem}-{key}-*.so"):
         if found.stem.endswith(_hash(found.read_bytes())):

@@ -10,9 +10,9 @@
  * the next tile are on their way.
  *
  * Blocking follows Goto and van de Geijn, "Anatomy of High-Performance Matrix Multiplication" (2008): a block of
- * sums stays in registers; the right operand is packed into panels as wide as a block, and one panel stays near while
- * all the rows of a tile are multiplied by it. The depth is not blocked: at DenseNets' 1,000 channels nothing is
- * gained by it, and so every block is finished when it leaves the registers.
+ * sums stays in registers; the right operand is packed into panels as wide as a block, and one panel stays in the
+ * caches while all the rows of a tile are multiplied by it. Panels are as deep as the product: at DenseNets' 1,000
+ * channels shallower ones gain nothing, and so every block is finished when it leaves the registers.
  */
 #include <string.h>
 
@@ -31,20 +31,27 @@ enum {
     VECTORS = 2,
     BLOCK_COLUMNS = VECTORS * LANES,
     MOST_TILE_ROWS = 128,
-    TILE_BYTES = 256 * 1024 /* of x: a quarter of a second cache */
+    TILE_BYTES = 256 * 1024, /* of x; measured with 1 MiB of second cache a core */
+    CHAIN = 128              /* multiply-adds one after the other: rounding grows with their number */
 };
+
+#if defined(__clang__) && defined(__AVX512F__)
+#define WIDE __attribute__((min_vector_width(512))) /* or it halves vectors, and a block no longer fits */
+#else
+#define WIDE
+#endif
 
 #define INLINE static inline __attribute__((always_inline))
 
 /* May be loaded from the address of any REAL. */
 typedef REAL Vector __attribute__((vector_size(VECTOR_BYTES), aligned(sizeof(REAL)), may_alias));
 
-/* Sums in registers. */
+/* Sums in registers... */
 typedef struct {
     Vector at[BLOCK_ROWS][VECTORS];
 } Block;
 
-/* The same in memory. */
+/* ... and in memory, where what is done to them runs along rows. */
 typedef struct {
     REAL at[BLOCK_ROWS][BLOCK_COLUMNS];
 } Lines;
@@ -69,15 +76,20 @@ static int64_t tile_rows(int64_t columns) {
 /* sum over k of a[i * a_row + k * a_depth] * panel[k][j], for as many columns j as `vectors` hold. */
 INLINE Block multiply_vectors(int64_t depth, const REAL *a, int64_t a_row, int64_t a_depth, const REAL *panel,
                               int vectors) {
-    Block sum = {0};
-    for (int64_t k = 0; k < depth; k++) {
-        const Vector *right = (const Vector *)(panel + k * BLOCK_COLUMNS);
+    Block total = {0};
+    for (int64_t start = 0; start < depth; start += CHAIN) {
+        Block sum = {0};
+        for (int64_t k = start; k < least(depth, start + CHAIN); k++) {
+            const Vector *right = (const Vector *)(panel + k * BLOCK_COLUMNS);
 #pragma GCC unroll 8
-        for (int i = 0; i < BLOCK_ROWS; i++)
+            for (int i = 0; i < BLOCK_ROWS; i++)
 #pragma GCC unroll 2
-            for (int v = 0; v < vectors; v++) sum.at[i][v] += a[i * a_row + k * a_depth] * right[v];
+                for (int v = 0; v < vectors; v++) sum.at[i][v] += a[i * a_row + k * a_depth] * right[v];
+        }
+        for (int i = 0; i < BLOCK_ROWS; i++)
+            for (int v = 0; v < vectors; v++) total.at[i][v] += sum.at[i][v];
     }
-    return sum;
+    return total;
 }
 
 /* For at least so many columns; what is beyond them goes nowhere. */
@@ -115,10 +127,10 @@ typedef struct {
 INLINE void look_ahead(Ahead *ahead, int64_t tile, int64_t rows, int64_t last, int64_t blocks_of_tile) {
     ahead->row = least(last, tile + rows);
     ahead->last = least(last, tile + 2 * rows);
-    ahead->a_block = blocks(rows, blocks_of_tile);
+    ahead->a_block = blocks(rows, blocks_of_tile > 0 ? blocks_of_tile : 1);
 }
 
-/* Into the second cache: in the first they would take the panel's place. What cannot be read is not fetched. */
+/* Into the second cache, not the first, which is the panel's and the tile's. What cannot be read is not fetched. */
 INLINE void ask(Ahead *ahead) {
     int64_t until = least(ahead->last, ahead->row + ahead->a_block);
     for (; ahead->row < until; ahead->row++)
@@ -132,9 +144,11 @@ INLINE void ask(Ahead *ahead) {
 
 /* Forward */
 
-/* weight [outputs, columns] as panels [outputs / BLOCK_COLUMNS][columns][BLOCK_COLUMNS], zeros beyond the last.
+/* weight [outputs, columns] as panels [outputs / BLOCK_COLUMNS][columns][BLOCK_COLUMNS]. What a last panel has beyond
+ * its columns goes nowhere; zeros are there because arithmetic on whatever lies in memory may be slow.
  * A cache line of the weight at a time: rows a power of two apart would evict each other's. */
-static void pack_transposed(const REAL *weight, int64_t outputs, int64_t columns, REAL *panels) {
+static void pack_transposed(const REAL *weight, int64_t weight_stride, int64_t outputs, int64_t columns,
+                            REAL *panels) {
     int64_t line = CACHE_LINE / sizeof(REAL);
 #pragma omp for
     for (int64_t first = 0; first < outputs; first += BLOCK_COLUMNS) {
@@ -144,7 +158,7 @@ static void pack_transposed(const REAL *weight, int64_t outputs, int64_t columns
         for (int64_t start = 0; start < columns; start += line)
             for (int64_t j = 0; j < width; j++)
                 for (int64_t c = start; c < least(columns, start + line); c++)
-                    panel[c * BLOCK_COLUMNS + j] = weight[(first + j) * columns + c];
+                    panel[c * BLOCK_COLUMNS + j] = weight[(first + j) * weight_stride + c];
     }
 }
 
@@ -157,9 +171,17 @@ typedef struct {
     double *values, *squares;  /* a thread's sums of out - pivot and of its squares */
 } Finish;
 
-/* A block's sums are added up in REAL, at most BLOCK_ROWS of them, and join the others in double. */
+/* The same for the block at a row and column. */
+INLINE Finish part_of(Finish all, int64_t row, int64_t column) {
+    Finish part = {.out = all.out + row * all.stride + column, .stride = all.stride};
+    if (all.scale) part.scale = all.scale + column, part.shift = all.shift + column;
+    if (all.pivot)
+        part.pivot = all.pivot + column, part.values = all.values + column, part.squares = all.squares + column;
+    return part;
+}
+
 INLINE void finish(Lines product, int64_t rows, int64_t columns, Finish to) {
-    REAL value[BLOCK_COLUMNS] = {0}, square[BLOCK_COLUMNS] = {0};
+    double value[BLOCK_COLUMNS] = {0}, square[BLOCK_COLUMNS] = {0};
     for (int64_t i = 0; i < rows; i++) {
         REAL *y = product.at[i];
         if (to.scale)
@@ -169,8 +191,9 @@ INLINE void finish(Lines product, int64_t rows, int64_t columns, Finish to) {
         if (to.pivot)
 #pragma omp simd
             for (int64_t c = 0; c < columns; c++) {
-                value[c] += y[c] - to.pivot[c];
-                square[c] += (y[c] - to.pivot[c]) * (y[c] - to.pivot[c]);
+                double apart = (double)y[c] - (double)to.pivot[c];
+                value[c] += apart;
+                square[c] += apart * apart;
             }
     }
     if (to.pivot)
@@ -181,44 +204,80 @@ INLINE void finish(Lines product, int64_t rows, int64_t columns, Finish to) {
         }
 }
 
+/* Rows far apart, and not all at one place of an image: what a channel's values are taken relative to is their
+ * products' mean, 0 where that is not finite. Every thread finds the same for itself. */
+INLINE void find_pivot(const REAL *x, int64_t x_stride, int64_t rows, int64_t columns, const REAL *scale,
+                       const REAL *shift, const REAL *panels, int64_t outputs, Finish to, REAL *a, int64_t stride,
+                       REAL *pivot) {
+    for (int64_t i = 0; i < BLOCK_ROWS; i++) {
+        int64_t row = rows * (2 * i + 1) / (2 * BLOCK_ROWS + 1);
+        normalize(x + row * x_stride, x_stride, 1, columns, scale, shift, a + i * stride, stride);
+    }
+    for (int64_t n = 0; n < outputs; n += BLOCK_COLUMNS) {
+        int64_t width = least(BLOCK_COLUMNS, outputs - n);
+        Lines product = lines_of(multiply(columns, a, stride, 1, panels + n * columns, width)), made;
+        Finish block = part_of(to, 0, n);
+        block.out = made.at[0], block.stride = BLOCK_COLUMNS;
+        finish(product, BLOCK_ROWS, width, block);
+        for (int64_t c = 0; c < width; c++) {
+            REAL mean = 0;
+            for (int i = 0; i < BLOCK_ROWS; i++) mean += made.at[i][c] / BLOCK_ROWS;
+            pivot[n + c] = mean - mean == 0 ? mean : 0;
+        }
+    }
+}
+
+/* A thread's own scratch: a tile of relu(norm(x)), the pivot. */
+static int64_t own_scratch(int64_t columns, int64_t outputs) {
+    return tile_rows(columns) * tile_stride(columns) + padded(outputs, BLOCK_COLUMNS);
+}
+
 /* Values of scratch that relu_norm_product needs. */
 int64_t relu_norm_product_scratch(int64_t columns, int64_t outputs, int64_t threads) {
-    return padded(outputs, BLOCK_COLUMNS) * columns + threads * tile_rows(columns) * tile_stride(columns);
+    return padded(outputs, BLOCK_COLUMNS) * columns + threads * own_scratch(columns, outputs);
 }
 
 /* out = relu(norm(x)) W^T of weight [outputs, columns], or, with `next` [4, outputs], another norm's vectors,
  * relu(next(relu(norm(x)) W^T)).
- * A thread's sums [2, outputs] += those of out - pivot, and of its squares; none where pivot is NULL. */
-void relu_norm_product(const REAL *x, int64_t x_stride, int64_t rows, int64_t columns, const REAL *norm,
-                       const REAL *weight, int64_t outputs, const REAL *next, REAL *out, int64_t out_stride,
-                       const REAL *pivot, double *sums, int64_t sums_stride, REAL *scratch, int threads) {
+ * Unless `pivot` is NULL: it takes values [outputs] near out's, and a thread's sums [2, outputs] += those of
+ * out - pivot, and of its squares. */
+WIDE void relu_norm_product(const REAL *x, int64_t x_stride, int64_t rows, int64_t columns, const REAL *norm,
+                            const REAL *weight, int64_t weight_stride, int64_t outputs, const REAL *next, REAL *out,
+                            int64_t out_stride, REAL *pivot, double *sums, int64_t sums_stride, REAL *scratch,
+                            int threads) {
     const REAL *scale = norm + 2 * columns, *shift = norm + 3 * columns;
-    int64_t stride = tile_stride(columns), most = tile_rows(columns), rights = padded(outputs, BLOCK_COLUMNS);
+    int64_t stride = tile_stride(columns), most = tile_rows(columns), padded_outputs = padded(outputs, BLOCK_COLUMNS);
 #pragma omp parallel num_threads(threads)
     {
         Range own = own_rows(rows);
-        REAL *panels = scratch, *a = scratch + rights * columns + omp_get_thread_num() * most * stride;
-        double *values = pivot ? sums + omp_get_thread_num() * sums_stride : NULL;
+        REAL *panels = scratch;
+        REAL *a = panels + padded_outputs * columns + omp_get_thread_num() * own_scratch(columns, outputs);
         Ahead ahead = {.of = {{x, x_stride, columns}}};
-        pack_transposed(weight, outputs, columns, panels);
+        Finish all = {.out = out, .stride = out_stride};
+        if (next) all.scale = next + 2 * outputs, all.shift = next + 3 * outputs;
+        pack_transposed(weight, weight_stride, outputs, columns, panels);
+        if (pivot) {
+            REAL *own_pivot = a + most * stride;
+            find_pivot(x, x_stride, rows, columns, scale, shift, panels, outputs, all, a, stride, own_pivot);
+            if (omp_get_thread_num() == 0) memcpy(pivot, own_pivot, outputs * sizeof(REAL));
+            all.pivot = own_pivot;
+            all.values = sums + omp_get_thread_num() * sums_stride, all.squares = all.values + outputs;
+        }
         for (int64_t tile = own.first; tile < own.last; tile += most) {
             int64_t here = least(most, own.last - tile);
-            look_ahead(&ahead, tile, here, own.last, rights / BLOCK_COLUMNS * blocks(here, BLOCK_ROWS));
+            look_ahead(&ahead, tile, here, own.last, padded_outputs / BLOCK_COLUMNS * blocks(here, BLOCK_ROWS));
             normalize(x + tile * x_stride, x_stride, here, columns, scale, shift, a, stride);
             for (int64_t n = 0; n < outputs; n += BLOCK_COLUMNS)
                 for (int64_t row = 0; row < here; row += BLOCK_ROWS) {
-                    Finish to = {.out = out + (tile + row) * out_stride + n, .stride = out_stride};
-                    if (next) to.scale = next + 2 * outputs + n, to.shift = next + 3 * outputs + n;
-                    if (pivot) to.pivot = pivot + n, to.values = values + n, to.squares = values + outputs + n;
+                    int64_t width = least(BLOCK_COLUMNS, outputs - n), count = least(BLOCK_ROWS, here - row);
                     ask(&ahead);
                     /* Rows beyond the tile's last are whatever lies in scratch; they go nowhere. */
-                    const REAL *panel = panels + n * columns;
-                    Lines product = lines_of(multiply(columns, a + row * stride, stride, 1, panel, outputs - n));
-                    int64_t count = least(BLOCK_ROWS, here - row);
-                    if (n + BLOCK_COLUMNS <= outputs)
-                        finish(product, count, BLOCK_COLUMNS, to);
+                    Block sum = multiply(columns, a + row * stride, stride, 1, panels + n * columns, width);
+                    Finish to = part_of(all, tile + row, n);
+                    if (width == BLOCK_COLUMNS)
+                        finish(lines_of(sum), count, BLOCK_COLUMNS, to);
                     else
-                        finish(product, count, outputs - n, to);
+                        finish(lines_of(sum), count, width, to);
                 }
         }
     }
@@ -226,19 +285,19 @@ void relu_norm_product(const REAL *x, int64_t x_stride, int64_t rows, int64_t co
 
 /* Backward */
 
-/* weight [outputs, columns] as panels [columns / BLOCK_COLUMNS][outputs][BLOCK_COLUMNS], zeros beyond the last. */
-static void pack(const REAL *weight, int64_t outputs, int64_t columns, REAL *panels) {
+/* weight [outputs, columns] as panels [columns / BLOCK_COLUMNS][outputs][BLOCK_COLUMNS]. */
+static void pack(const REAL *weight, int64_t weight_stride, int64_t outputs, int64_t columns, REAL *panels) {
 #pragma omp for
     for (int64_t first = 0; first < columns; first += BLOCK_COLUMNS) {
         REAL *panel = panels + first * outputs;
         int64_t width = least(BLOCK_COLUMNS, columns - first);
         if (width < BLOCK_COLUMNS) memset(panel, 0, outputs * BLOCK_COLUMNS * sizeof(REAL));
         for (int64_t n = 0; n < outputs; n++)
-            memcpy(panel + n * BLOCK_COLUMNS, weight + n * columns + first, width * sizeof(REAL));
+            memcpy(panel + n * BLOCK_COLUMNS, weight + n * weight_stride + first, width * sizeof(REAL));
     }
 }
 
-/* A tile of grad's rows, with zeros up to a whole number of blocks. */
+/* A tile of grad's rows, each a whole number of blocks; what is beyond their values goes nowhere. */
 static void copy_padded(const REAL *grad, int64_t grad_stride, int64_t rows, int64_t outputs, REAL *out,
                         int64_t stride) {
     for (int64_t row = 0; row < rows; row++) {
@@ -337,15 +396,16 @@ int64_t relu_norm_product_backward_scratch(int64_t columns, int64_t outputs, int
  * grad_weight [outputs, columns], unless NULL;
  * unless `sums` is NULL, with dz the gradient of norm(x): a thread's sums [2, columns] += those of dz and of
  * dz * (x - mean); grad_x = scale * dz, or, if `accumulates`, grad_x += scale * dz; not written if NULL. */
-void relu_norm_product_backward(const REAL *grad, int64_t grad_stride, const REAL *x, int64_t x_stride, int64_t rows,
-                                int64_t columns, const REAL *norm, const REAL *weight, int64_t outputs, REAL *grad_x,
-                                int64_t grad_x_stride, int accumulates, double *sums, int64_t sums_stride,
-                                REAL *grad_weight, REAL *scratch, int threads) {
+WIDE void relu_norm_product_backward(const REAL *grad, int64_t grad_stride, const REAL *x, int64_t x_stride,
+                                     int64_t rows, int64_t columns, const REAL *norm, const REAL *weight,
+                                     int64_t weight_stride, int64_t outputs, REAL *grad_x, int64_t grad_x_stride,
+                                     int accumulates, double *sums, int64_t sums_stride, REAL *grad_weight,
+                                     REAL *scratch, int threads) {
     const REAL *scale = norm + 2 * columns, *shift = norm + 3 * columns;
-    int64_t lefts = padded(outputs, BLOCK_ROWS), rights = padded(columns, BLOCK_COLUMNS), stride = tile_stride(lefts);
-    int64_t own_tiles = tiles_of_backward(outputs);
+    int64_t padded_outputs = padded(outputs, BLOCK_ROWS), padded_columns = padded(columns, BLOCK_COLUMNS);
+    int64_t stride = tile_stride(padded_outputs), own_tiles = tiles_of_backward(outputs);
     int64_t apart = own_backward_scratch(columns, outputs, grad_weight != NULL);
-    REAL *panels = scratch, *parts = scratch + outputs * rights;
+    REAL *panels = scratch, *parts = scratch + outputs * padded_columns;
 #pragma omp parallel num_threads(threads)
     {
         Range own = own_rows(rows);
@@ -353,11 +413,12 @@ void relu_norm_product_backward(const REAL *grad, int64_t grad_stride, const REA
         double *dz = sums ? sums + omp_get_thread_num() * sums_stride : NULL;
         Ahead ahead = {.of = {{grad, grad_stride, outputs}, {x, x_stride, columns}}};
         if (grad_x) ahead.of[2].at = grad_x, ahead.of[2].stride = grad_x_stride, ahead.of[2].columns = columns;
-        pack(weight, outputs, columns, panels);
+        if (sums) pack(weight, weight_stride, outputs, columns, panels);
         memset(own_weight, 0, (apart - own_tiles) * sizeof(REAL));
         for (int64_t tile = own.first; tile < own.last; tile += MOST_TILE_ROWS) {
             int64_t here = least(MOST_TILE_ROWS, own.last - tile);
-            look_ahead(&ahead, tile, here, own.last, rights / BLOCK_COLUMNS * blocks(here, BLOCK_ROWS));
+            int64_t a_panel = (grad_weight ? padded_outputs / BLOCK_ROWS : 0) + (sums ? blocks(here, BLOCK_ROWS) : 0);
+            look_ahead(&ahead, tile, here, own.last, padded_columns / BLOCK_COLUMNS * a_panel);
             copy_padded(grad + tile * grad_stride, grad_stride, here, outputs, g, stride);
             for (int64_t c = 0; c < columns; c += BLOCK_COLUMNS) {
                 const REAL *tile_x = x + tile * x_stride + c;
@@ -365,7 +426,7 @@ void relu_norm_product_backward(const REAL *grad, int64_t grad_stride, const REA
                 int64_t width = least(BLOCK_COLUMNS, columns - c);
                 normalize(tile_x, x_stride, here, width, scale + c, shift + c, a, BLOCK_COLUMNS);
                 if (grad_weight)
-                    add_weight_gradient(g, stride, here, outputs, a, width, own_weight + c, rights, &ahead);
+                    add_weight_gradient(g, stride, here, outputs, a, width, own_weight + c, padded_columns, &ahead);
                 if (!sums) continue;
                 Backward to = {tile_x, a, x_stride, norm + c, scale + c, tile_grad, grad_x_stride, accumulates,
                                dz + c, dz + columns + c};
@@ -373,6 +434,6 @@ void relu_norm_product_backward(const REAL *grad, int64_t grad_stride, const REA
             }
         }
 #pragma omp barrier
-        if (grad_weight) add_up(parts + own_tiles, apart, rights, outputs, columns, grad_weight);
+        if (grad_weight) add_up(parts + own_tiles, apart, padded_columns, outputs, columns, grad_weight);
     }
 }

@@ -12,10 +12,11 @@ from typing import NamedTuple
 from torch import Tensor
 
 from densebench.kernels import compiled
-from densebench.kernels.norm import Folded, Sums, address, pivot_of, store_statistics, threads_for
-from densebench.kernels.passes import relu_norm
+from densebench.kernels.norm import Folded, Sums, address, store_statistics, threads_for
 
-_PIVOT_ROWS = 8  # whose products' mean a channel's values are taken relative to
+# Below so many rows packing the weight takes as long as is saved.
+FEW_ROWS = 64
+_DENSE = ("norm", "the norm of out", "its gradient")  # what must have no gaps
 
 
 class Statistics(NamedTuple):
@@ -43,6 +44,8 @@ def multiply(
 ) -> None:
     """out [M, N] = relu(norm(x)) W^T of x [M, C] and weight [N, C]; with a `following` norm, relu of that of it.
 
+    `statistics` are those of `out`.
+
     Raises:
         ValueError: if shapes or dtypes do not belong together.
     """
@@ -53,13 +56,12 @@ def multiply(
     _require(x, {"norm": (norm.table, (4, columns))})
     if following is not None:
         _require(x, {"the norm of out": (following.table, (4, outputs))})
-    weight, threads = weight.contiguous(), threads_for(x)
+    threads = threads_for(x)
     scratch = x.new_empty(compiled_form.relu_norm_product_scratch(columns, outputs, threads))
-    pivot, sums = None, None
-    if statistics is not None:
-        pivot, sums = _pivot(x, norm, weight), Sums(out)
+    pivot, sums = (None, None) if statistics is None else (x.new_empty(outputs), Sums(out))
     compiled_form.relu_norm_product(
-        x.data_ptr(), x.stride(0), rows, columns, address(norm.table), address(weight), outputs,
+        x.data_ptr(), x.stride(0), rows, columns, address(norm.table),
+        weight.data_ptr(), weight.stride(0), outputs,
         None if following is None else address(following.table), out.data_ptr(), out.stride(0),
         address(pivot), *((None, 0) if sums is None else sums.given[:2]), scratch.data_ptr(), threads,
     )  # fmt: skip
@@ -80,12 +82,12 @@ def multiply_backward(
     """From grad [M, N], that of relu(norm(x)) W^T, all but what comes from the statistics being functions of x.
 
     Args:
-        sums: take the column sums of dz and dz * (x - mean), with dz the gradient of norm(x).
-        grad_x: [M, C], takes scale * dz, or, with `accumulate`, adds it.
-        grad_weight: [N, C].
+        sums: take the column sums of dz and dz * (x - mean), with dz the gradient of norm(x); None: not needed.
+        grad_x: [M, C], takes scale * dz, or, with `accumulate`, adds it; None: not needed.
+        grad_weight: [N, C]; None: not needed.
 
     Raises:
-        ValueError: if shapes or dtypes do not belong together.
+        ValueError: if shapes or dtypes do not belong together, or grad_x is wanted without sums.
     """
     compiled_form = library(grad, x, weight, grad_x)
     assert compiled_form is not None
@@ -93,21 +95,24 @@ def multiply_backward(
     _require(x, {"grad": (grad, (rows, outputs)), "grad_x": (grad_x, (rows, columns))})
     _require(x, {"weight": (weight, (outputs, columns)), "its gradient": (grad_weight, (outputs, columns))})
     _require(x, {"norm": (norm.table, (4, columns))})
+    threads = threads_for(x)
     if sums is not None:
         sums.require(columns)
-    weight, threads = weight.contiguous(), threads_for(x)
+        threads = min(threads, sums.parts.shape[0])
+    elif grad_x is not None:
+        raise ValueError("the gradient of x comes with sums only")
     size = compiled_form.relu_norm_product_backward_scratch(columns, outputs, grad_weight is not None, threads)
     scratch = x.new_empty(size)
     compiled_form.relu_norm_product_backward(
         grad.data_ptr(), grad.stride(0), x.data_ptr(), x.stride(0), rows, columns,
-        address(norm.table), address(weight), outputs,
+        address(norm.table), weight.data_ptr(), weight.stride(0), outputs,
         address(grad_x), 0 if grad_x is None else grad_x.stride(0), accumulate,
         *((None, 0) if sums is None else sums.given[:2]), address(grad_weight), scratch.data_ptr(), threads,
     )  # fmt: skip
 
 
 def multiply_bytes(x: Tensor, weight: Tensor) -> int:
-    """Scratch of `multiply`."""
+    """Scratch of `multiply`, without statistics' sums."""
     return _bytes(x, weight, "relu_norm_product_scratch", threads_for(x))
 
 
@@ -121,17 +126,11 @@ def _bytes(x: Tensor, weight: Tensor, name: str, *arguments: int) -> int:
     return values * x.element_size()
 
 
-def _pivot(x: Tensor, norm: Folded, weight: Tensor) -> Tensor:
-    """About the mean [N] of the product, from a few rows."""
-    some = x[:: -(-x.shape[0] // _PIVOT_ROWS)]
-    a = some.new_empty(some.shape)
-    relu_norm(some, norm, a)
-    return pivot_of(a @ weight.t(), weight.dtype)
-
-
 def _require(x: Tensor, matrices: dict[str, tuple[Tensor | None, tuple[int, int]]]) -> None:
     """The compiled form is given addresses: what is of another shape it would read and write beyond."""
     for name, (matrix, shape) in matrices.items():
+        if name in _DENSE and matrix is not None and not matrix.is_contiguous():
+            raise ValueError(f"a product takes {name} without gaps, got strides {matrix.stride()}")
         if matrix is not None and (matrix.shape != shape or matrix.dtype != x.dtype):
             raise ValueError(
                 f"a product of rows {list(x.shape)} of {x.dtype} takes {name} of {list(shape)} in that dtype, "
