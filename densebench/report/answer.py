@@ -10,6 +10,7 @@ from densebench.report.units import Unit, duration, memory, number, times
 from densebench.statistics import Ratio, Verdict
 
 SLOW_ENOUGH = 1.25  # times naive's time: what one would give up for memory without thinking twice
+_FREE: tuple[Verdict, ...] = ("FAST", "SAME")
 
 SPEED_WORDS: dict[Verdict, str] = {
     "FAST": "↑ faster",
@@ -73,10 +74,16 @@ def answer(measured: Sequence[Comparison], predicted: Sequence[Comparison]) -> A
 
 
 def best(comparison: Comparison) -> Row | None:
-    """The strategy with the least memory within 1.25 times naive's time; failing that, with the least at all."""
+    """The strategy with the least memory of those that give up nothing: less of it than naive, and no slower.
+
+    Failing that, of those within 1.25 times naive's time; failing that, of all.
+    """
     candidates = [row for row in comparison.strategies if row.record.peak_delta_bytes is not None]
     quick = [row for row in candidates if row.time_ratio and row.time_ratio.median <= SLOW_ENOUGH]
-    return min(quick or candidates, key=lambda row: row.record.peak_delta_bytes or 0, default=None)
+    free = [
+        row for row in quick if (row.memory_ratio or 1) < 1 and row.time_ratio and row.time_ratio.verdict in _FREE
+    ]
+    return min(free or quick or candidates, key=lambda row: row.record.peak_delta_bytes or 0, default=None)
 
 
 def ratio_words(ratio: Ratio) -> str:

@@ -77,6 +77,19 @@ def test_the_smallest_quick_strategy_wins_over_a_smaller_slow_one() -> None:
     assert "fused needs 0.40" in _answer([naive, fused, slow]).sentence
 
 
+@pytest.mark.parametrize(("slowdown", "winner"), [(0.9, "fused"), (1.0, "fused"), (1.1, "shared_buffer")])
+def test_what_gives_up_nothing_wins_over_what_is_smaller_and_slower(slowdown: float, winner: str) -> None:
+    naive, fused = _pair(0.4, slowdown)
+    smaller = timed(make_case("shared_buffer"), GIB // 5, [0.115] * 20)
+    assert f"{winner} needs" in _answer([naive, fused, smaller]).sentence
+
+
+def test_what_saves_no_memory_is_not_the_answer_for_its_speed() -> None:
+    naive, fused = _pair(1.2, 0.8)
+    smaller = timed(make_case("shared_buffer"), GIB // 5, [0.115] * 20)
+    assert "shared_buffer needs" in _answer([naive, fused, smaller]).sentence
+
+
 def test_a_wrong_strategy_is_never_the_answer() -> None:
     naive, fused = _pair(0.4, 1.1)
     wrong = dataclasses.replace(fused, case=make_case("shared_buffer"), status="incorrect", peak_delta_bytes=MIB)
