@@ -186,6 +186,17 @@ def test_statistics_beside_outliers() -> None:
     torch.testing.assert_close(statistics.var.double(), exact.var(0, correction=0), rtol=1e-6, atol=0)
 
 
+def test_the_mean_beside_an_infinity() -> None:
+    """Infinite, not NaN, whichever row holds it: what values are taken relative to is finite."""
+    unit = Norm(torch.zeros(1), torch.ones(1), None, None, 0.0).folded()
+    for row in range(100):
+        x = torch.ones(100, 1)
+        x[row] = float("inf")
+        statistics = products.Statistics(*torch.empty(2, 1))
+        products.multiply(x, unit, torch.ones(1, 1), torch.empty(100, 1), None, statistics)
+        assert float(statistics.mean) == float("inf")
+
+
 def test_rounding_does_not_grow_with_depth() -> None:
     """Chains of multiply-adds are short: 2,208 channels in a row would be off by 5 times as much."""
     torch.manual_seed(0)
