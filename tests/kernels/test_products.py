@@ -158,43 +158,42 @@ def test_a_row_does_not_depend_on_the_others() -> None:
         assert torch.equal(part, whole[rows])
 
 
-@pytest.mark.parametrize("mean", [0.0, 1e4, 1e6])
-def test_statistics_beside_a_large_mean(mean: float) -> None:
-    """The variance of what is stored, where the square of its mean is 10^12 times as large."""
-    torch.manual_seed(0)
-    x = (torch.rand(5000, 1, dtype=torch.float64) + mean).float()
+def passed_through(x: Tensor) -> tuple[Tensor, products.Statistics]:
+    """x [M, 1] as a product with 1, and its statistics; x is not negative."""
     unit = Norm(torch.zeros(1), torch.ones(1), None, None, 0.0).folded()
-    out = torch.empty(5000, 1)
-    statistics = products.Statistics(*torch.empty(2, 1))
+    out, statistics = torch.empty_like(x), products.Statistics(*torch.empty(2, 1))
     products.multiply(x, unit, torch.ones(1, 1), out, None, statistics)
-    exact = out.double()
-    torch.testing.assert_close(statistics.mean.double(), exact.mean(0), rtol=1e-6, atol=0)
-    torch.testing.assert_close(statistics.var.double(), exact.var(0, correction=0), rtol=1e-5, atol=0)
+    return out, statistics
 
 
-def test_statistics_beside_outliers() -> None:
-    """Some rows, among them those that values are taken relative to, lie 10^6 spreads from the rest."""
-    rows = 100_000
-    x = torch.full((rows, 1), 0.1)
-    x[[rows * at // 17 for at in range(17)]] = 1000.3
-    unit = Norm(torch.zeros(1), torch.ones(1), None, None, 0.0).folded()
-    out = torch.empty(rows, 1)
-    statistics = products.Statistics(*torch.empty(2, 1))
-    products.multiply(x, unit, torch.ones(1, 1), out, None, statistics)
+def check_statistics(x: Tensor) -> None:
+    """Against those of what was stored, in float64."""
+    out, statistics = passed_through(x)
     exact = out.double()
     torch.testing.assert_close(statistics.mean.double(), exact.mean(0), rtol=1e-6, atol=0)
     torch.testing.assert_close(statistics.var.double(), exact.var(0, correction=0), rtol=1e-6, atol=0)
 
 
+@pytest.mark.parametrize("mean", [0.0, 1e4, 1e6])
+def test_statistics_beside_a_large_mean(mean: float) -> None:
+    """The variance of what is stored, where the square of its mean is 10^12 times as large."""
+    torch.manual_seed(0)
+    check_statistics((torch.rand(5000, 1, dtype=torch.float64) + mean).float())
+
+
+def test_statistics_beside_outliers() -> None:
+    """Some rows, among them those that values are taken relative to, lie 10^6 spreads from the rest."""
+    x = torch.full((100_000, 1), 0.1)
+    x[[100_000 * at // 17 for at in range(17)]] = 1000.3
+    check_statistics(x)
+
+
 def test_the_mean_beside_an_infinity() -> None:
     """Infinite, not NaN, whichever row holds it: what values are taken relative to is finite."""
-    unit = Norm(torch.zeros(1), torch.ones(1), None, None, 0.0).folded()
     for row in range(100):
         x = torch.ones(100, 1)
         x[row] = float("inf")
-        statistics = products.Statistics(*torch.empty(2, 1))
-        products.multiply(x, unit, torch.ones(1, 1), torch.empty(100, 1), None, statistics)
-        assert float(statistics.mean) == float("inf")
+        assert float(passed_through(x)[1].mean) == float("inf")
 
 
 def test_rounding_does_not_grow_with_depth() -> None:
