@@ -24,7 +24,8 @@ from densebench.kernels import compiled
 
 def cached(question: dict[str, Any], answer: Callable[[], dict[str, Any]]) -> dict[str, Any]:
     """The answer to a question (both JSON), from the disk where it was asked before."""
-    text = json.dumps(question | versions() | {"cpu_kernels": compiled.description()}, sort_keys=True)
+    scratch = {"cpu_kernels": compiled.description(), "threads": torch.get_num_threads()}  # a thread has its own
+    text = json.dumps(question | versions() | scratch, sort_keys=True)
     path = folder() / f"{hashlib.sha256(text.encode()).hexdigest()[:24]}.json"
     try:
         found = json.loads(path.read_text(encoding="utf-8"))
@@ -62,7 +63,9 @@ def versions() -> dict[str, Any]:
 def _hash_of_sources() -> str:
     root = Path(densebench.__file__).parent
     digest = hashlib.sha256()
-    for path in sorted((*root.rglob("*.py"), *(root / "kernels").glob("*.py"), *(root / "kernels").glob("*.c"))):
+    for path in sorted(
+        (*root.rglob("*.py"), *(root / "kernels").glob("*.py"), *(root / "kernels").glob("*.[ch]"))
+    ):
         digest.update(str(path.relative_to(root)).encode())
         digest.update(path.read_bytes())
     return digest.hexdigest()

@@ -301,10 +301,11 @@ def test_switched_off() -> None:
 
 
 @pytest.mark.usefixtures("library", "anew")
-def test_a_kept_prediction_is_of_the_passes_in_use() -> None:
+def test_a_kept_prediction_is_of_the_passes_and_threads_in_use() -> None:
     """Their scratch differs."""
     answers = []
-    for folder in (compiled.FOLDER, None, compiled.FOLDER):
+    for folder, threads_in_use in ((compiled.FOLDER, 1), (None, 1), (compiled.FOLDER, 2), (compiled.FOLDER, 1)):
+        torch.set_num_threads(threads_in_use)
         with compiled.using(folder):
             answers.append(cached({"of": "passes"}, lambda: {"bytes": len(answers)}))
-    assert answers == [{"bytes": 0}, {"bytes": 1}, {"bytes": 0}]
+    assert answers == [{"bytes": 0}, {"bytes": 1}, {"bytes": 2}, {"bytes": 0}]
