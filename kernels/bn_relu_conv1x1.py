@@ -26,7 +26,7 @@ from densebench.kernels.launch import (
 from densebench.kernels.library import NORM, operator
 from densebench.kernels.norm import Folded, Norm, sum_bytes
 from densebench.kernels.passes import pass_bytes, relu_norm
-from densebench.kernels.products import FEW_ROWS, Statistics, library, multiply, multiply_bytes
+from densebench.kernels.products import FEW_ROWS, Statistics, library, multiply, multiply_bytes, wanted
 from densebench.kernels.rows import tile_bytes, tile_rows, tiles
 
 
@@ -57,13 +57,13 @@ def _cpu(
     next_eps: float = 0.0,
 ) -> None:
     norm, following = Norm(mean, var, gamma, beta, eps).folded(), None
+    statistics = wanted(out_mean, out_var, weight.shape[0])
     if next_mean is not None and next_var is not None:
         following = Norm(next_mean, next_var, next_gamma, next_beta, next_eps).folded()
-    wanted = None if out_mean is None or out_var is None else Statistics(out_mean, out_var)
     if not _at_once(x, weight, out):
-        _by_tiles(x, norm, weight, out, following, wanted)
+        _by_tiles(x, norm, weight, out, following, statistics)
     else:
-        multiply(x, norm, weight, out, following, wanted)
+        multiply(x, norm, weight, out, following, statistics)
 
 
 def _at_once(x: Tensor, weight: Tensor, out: Tensor) -> bool:
@@ -72,7 +72,7 @@ def _at_once(x: Tensor, weight: Tensor, out: Tensor) -> bool:
 
 
 def _by_tiles(
-    x: Tensor, norm: Folded, weight: Tensor, out: Tensor, following: Folded | None, wanted: Statistics | None
+    x: Tensor, norm: Folded, weight: Tensor, out: Tensor, following: Folded | None, places: Statistics | None
 ) -> None:
     """With PyTorch's products (CPU)."""
     dtype = norm.table.dtype
@@ -87,11 +87,11 @@ def _by_tiles(
             relu_norm(product, following, product)
         if scratch is not None:
             out[rows] = product
-        if wanted is not None:  # of the product as stored, while its tile is in the cache
+        if places is not None:  # of the product as stored, while its tile is in the cache
             statistics = statistics or RunningStatistics(out[rows], dtype)
             statistics.add(out[rows])
-    if statistics is not None and wanted is not None:
-        statistics.store(*wanted)
+    if statistics is not None and places is not None:
+        statistics.store(*places)
 
 
 @triton.jit

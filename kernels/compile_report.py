@@ -186,7 +186,9 @@ def _call_operators(images: int, side: int, growth_rate: int, layer: int, dtype:
         return vectors[0], vectors[1], vectors[2], vectors[3], 1e-5
 
     def call(name: str, *arguments: Any) -> None:
-        IMPLEMENTATIONS[name].cuda(*arguments)
+        launcher = IMPLEMENTATIONS[name].cuda
+        assert launcher is not None
+        launcher(*arguments)
 
     features, gradient = meta.new_empty(rows, whole), meta.new_empty(rows, whole)
     pending = meta.new_empty(2, whole, dtype=accumulator)[:, :start]

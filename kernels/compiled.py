@@ -1,7 +1,7 @@
-"""The inner loops of the CPU path in C (`passes.c`, `products.c`), compiled for this machine when first needed.
+"""The inner loops of the CPU path in C (`passes.c`, `products.c`, `convolutions.c`), compiled when first needed.
 
-That takes half a second and a second, once: the libraries are kept in the user's cache folder. Where they cannot
-be had, for whatever reason, their callers make the same of PyTorch's own operators, slower; nothing here raises.
+That takes a second or two, once a machine: the libraries are kept in the user's cache folder. Where they cannot be
+had, for whatever reason, their callers make the same of PyTorch's own operators, slower; nothing here raises.
 """
 
 from __future__ import annotations
@@ -32,11 +32,17 @@ _COMPILERS = ("cc", "gcc", "clang")  # tried where CC says nothing
 _VECTORIZE = ("-O3", "-march=native", "-fno-math-errno", "-fno-trapping-math", "-fopenmp")
 _FLAGS = ("-std=c11", *_VECTORIZE, "-shared", "-fPIC")
 # By source. Without contraction to multiply-adds every compiler's bits are the same; products consist of them.
-_CONTRACTION = {"passes": "-ffp-contract=off", "products": "-ffp-contract=fast"}
+_CONTRACTION = {
+    "passes": "-ffp-contract=off",
+    "products": "-ffp-contract=fast",
+    "convolutions": "-ffp-contract=fast",
+}
 
 _POINTER, _SIZE, _INT = ctypes.c_void_p, ctypes.c_int64, ctypes.c_int
 _MATRIX = (_POINTER, _SIZE)  # address and stride of rows
 _SHAPE = (_SIZE, _SIZE)
+_MAPS = 4 * (_SIZE,)  # images, height, width, channels
+_FILTER = (_POINTER, *4 * (_SIZE,))  # address, strides of outputs, channels and taps, and how many outputs
 _VECTOR = (_POINTER,)
 _SUMS = (_POINTER, _SIZE)  # address and stride of threads
 # By source, in the order of the C prototypes; where a loop is shared out, the number of threads comes last.
@@ -62,7 +68,20 @@ _SIGNATURES: dict[str, dict[str, tuple[Any, ...]]] = {
         ),
         "relu_norm_product_backward_scratch": (_SIZE, _SIZE, _INT, _SIZE),
     },
+    "convolutions": {
+        "relu_norm_convolution": (
+            *_MATRIX, *_MAPS, *_VECTOR, *_FILTER, *_MATRIX, *_VECTOR, *_SUMS, *_VECTOR, _INT
+        ),
+        "relu_norm_convolution_scratch": 5 * (_SIZE,),
+        "relu_norm_convolution_backward": (
+            *2 * _MATRIX, *_MAPS, *_VECTOR, *_FILTER, *_MATRIX, *_SUMS, *2 * _VECTOR, _INT
+        ),
+        "relu_norm_convolution_backward_scratch": (*4 * (_SIZE,), _INT, _SIZE),
+    },
 }  # fmt: skip
+
+
+SOURCES = tuple(_SIGNATURES)
 
 
 class Build(NamedTuple):
@@ -84,7 +103,7 @@ def library(dtype: torch.dtype, source: str = "passes") -> ctypes.CDLL | None:
 
 def description() -> str:
     """What passes and products are made of here: `compiled by` a compiler's version, or PyTorch's operators."""
-    builds = [_build(torch.float32, source) for source in _SIGNATURES]
+    builds = [_build(torch.float32, source) for source in SOURCES]
     compilers = {build.compiler for build in builds if build.library is not None}
     if not compilers:
         return "PyTorch operators"
@@ -93,7 +112,7 @@ def description() -> str:
 
 def reason() -> str:
     """Why something is not compiled here; empty if everything is."""
-    reasons = [_build(torch.float32, source).reason for source in _SIGNATURES]
+    reasons = [_build(torch.float32, source).reason for source in SOURCES]
     return next(filter(None, reasons), "")
 
 

@@ -22,10 +22,10 @@ WORKSPACE: dict[torch._ops.OpOverloadPacket, Callable[..., int]] = {}
 
 
 class Implementations(NamedTuple):
-    """The functions behind an operator; `cuda` launches Triton kernels."""
+    """The functions behind an operator; `cuda` launches Triton kernels, None: there are none."""
 
     cpu: Callable[..., Any]
-    cuda: Callable[..., Any]
+    cuda: Callable[..., Any] | None
 
 
 IMPLEMENTATIONS: dict[str, Implementations] = {}
@@ -36,7 +36,7 @@ def operator(
     doc: str,
     *,
     cpu: Callable[..., Any],
-    cuda: Callable[..., Any],
+    cuda: Callable[..., Any] | None,
     fake: Callable[..., Any],
     workspace: Callable[..., int],
     flops: Callable[..., int] | None = None,
@@ -46,7 +46,7 @@ def operator(
     Args:
         schema: name, arguments and results; `Tensor(a!)` marks what is written.
         doc: the operator's docstring.
-        cpu, cuda: implementations.
+        cpu, cuda: implementations; without one for CUDA, PyTorch refuses its tensors (NotImplementedError).
         fake: shapes and dtypes of the results.
         workspace: `(*arguments) -> bytes` that the CPU implementation allocates inside.
         flops: `(*arguments) -> int` on tensors, 2 x multiply-adds; None for what does not multiply matrices.
@@ -56,7 +56,8 @@ def operator(
     packet = getattr(torch.ops.densebench, name)
     written = [at for at, argument in enumerate(packet.default._schema.arguments) if argument.is_write]
     LIBRARY.impl(name, _told_to_autograd(name, written, cpu), "CPU")
-    LIBRARY.impl(name, _told_to_autograd(name, written, _on_its_device(name, cuda)), "CUDA")
+    if cuda is not None:
+        LIBRARY.impl(name, _told_to_autograd(name, written, _on_its_device(name, cuda)), "CUDA")
     torch.library.register_fake(f"densebench::{name}", fake, lib=LIBRARY)
     IMPLEMENTATIONS[name] = Implementations(cpu, cuda)
     packet.__doc__ = packet.default.__doc__ = doc

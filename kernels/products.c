@@ -8,138 +8,17 @@
  * rows is normalized and multiplied while it lies in the second cache, and what becomes of a product - statistics,
  * the next norm, the norm's backward - is done to a block of it that has just left the registers, while the rows of
  * the next tile are on their way.
- *
- * Blocking follows Goto and van de Geijn, "Anatomy of High-Performance Matrix Multiplication" (2008): a block of
- * sums stays in registers; the right operand is packed into panels as wide as a block, and one panel stays in the
- * caches while all the rows of a tile are multiplied by it. Panels are as deep as the product: at DenseNets' 1,000
- * channels shallower ones gain nothing, and so every block is finished when it leaves the registers.
  */
-#include <string.h>
-
-#include "rows.h"
-
-#if defined(__AVX512F__)
-enum { VECTOR_BYTES = 64, BLOCK_ROWS = 8 };
-#elif defined(__AVX__)
-enum { VECTOR_BYTES = 32, BLOCK_ROWS = 4 }; /* of 16 registers, 8 for sums */
-#else
-enum { VECTOR_BYTES = 16, BLOCK_ROWS = 4 };
-#endif
+#include "blocks.h"
 
 enum {
-    LANES = VECTOR_BYTES / sizeof(REAL),
-    VECTORS = 2,
-    BLOCK_COLUMNS = VECTORS * LANES,
     MOST_TILE_ROWS = 128,
-    TILE_BYTES = 256 * 1024, /* of x; measured with 1 MiB of second cache a core */
-    CHAIN = 128              /* multiply-adds one after the other: rounding grows with their number */
+    TILE_BYTES = 256 * 1024 /* of x; measured with 1 MiB of second cache a core */
 };
-
-#if defined(__clang__) && defined(__AVX512F__)
-#define WIDE __attribute__((min_vector_width(512))) /* or it halves vectors, and a block no longer fits */
-#else
-#define WIDE
-#endif
-
-#define INLINE static inline __attribute__((always_inline))
-
-/* May be loaded from the address of any REAL. */
-typedef REAL Vector __attribute__((vector_size(VECTOR_BYTES), aligned(sizeof(REAL)), may_alias));
-
-/* Sums in registers... */
-typedef struct {
-    Vector at[BLOCK_ROWS][VECTORS];
-} Block;
-
-/* ... and in memory, where what is done to them runs along rows. */
-typedef struct {
-    REAL at[BLOCK_ROWS][BLOCK_COLUMNS];
-} Lines;
-
-static int64_t least(int64_t a, int64_t b) { return a < b ? a : b; }
-
-static int64_t blocks(int64_t values, int64_t block) { return (values + block - 1) / block; }
-
-static int64_t padded(int64_t values, int64_t block) { return blocks(values, block) * block; }
-
-/* From one row of a tile to the next: an odd number of cache lines, or all of them would share a few sets. */
-static int64_t tile_stride(int64_t columns) {
-    int64_t line = CACHE_LINE / sizeof(REAL);
-    return (blocks(columns, line) | 1) * line;
-}
 
 static int64_t tile_rows(int64_t columns) {
     int64_t rows = TILE_BYTES / (int64_t)sizeof(REAL) / columns / BLOCK_ROWS * BLOCK_ROWS;
     return rows < BLOCK_ROWS ? BLOCK_ROWS : least(rows, MOST_TILE_ROWS);
-}
-
-/* sum over k of a[i * a_row + k * a_depth] * panel[k][j], for as many columns j as `vectors` hold. */
-INLINE Block multiply_vectors(int64_t depth, const REAL *a, int64_t a_row, int64_t a_depth, const REAL *panel,
-                              int vectors) {
-    Block total = {0};
-    for (int64_t start = 0; start < depth; start += CHAIN) {
-        Block sum = {0};
-        for (int64_t k = start; k < least(depth, start + CHAIN); k++) {
-            const Vector *right = (const Vector *)(panel + k * BLOCK_COLUMNS);
-#pragma GCC unroll 8
-            for (int i = 0; i < BLOCK_ROWS; i++)
-#pragma GCC unroll 2
-                for (int v = 0; v < vectors; v++) sum.at[i][v] += a[i * a_row + k * a_depth] * right[v];
-        }
-        for (int i = 0; i < BLOCK_ROWS; i++)
-            for (int v = 0; v < vectors; v++) total.at[i][v] += sum.at[i][v];
-    }
-    return total;
-}
-
-/* For at least so many columns; what is beyond them goes nowhere. */
-INLINE Block multiply(int64_t depth, const REAL *a, int64_t a_row, int64_t a_depth, const REAL *panel,
-                      int64_t columns) {
-    if (columns <= LANES) return multiply_vectors(depth, a, a_row, a_depth, panel, 1);
-    return multiply_vectors(depth, a, a_row, a_depth, panel, VECTORS);
-}
-
-INLINE Lines lines_of(Block block) {
-    Lines lines;
-    memcpy(&lines, &block, sizeof lines);
-    return lines;
-}
-
-/* relu(norm(x)) of some columns; `scale` and `shift` are theirs. */
-INLINE void normalize(const REAL *x, int64_t x_stride, int64_t rows, int64_t columns, const REAL *scale,
-                      const REAL *shift, REAL *out, int64_t out_stride) {
-    for (int64_t row = 0; row < rows; row++)
-#pragma omp simd
-        for (int64_t c = 0; c < columns; c++)
-            out[row * out_stride + c] = relu(x[row * x_stride + c] * scale[c] + shift[c]);
-}
-
-/* The next tile's rows of some matrices, asked for a few at a time while blocks of this one are computed. */
-typedef struct {
-    struct {
-        const REAL *at;
-        int64_t stride, columns;
-    } of[3];
-    int64_t row, last, a_block;
-} Ahead;
-
-/* Where the next tile lies, when this one is worked through in so many blocks. */
-INLINE void look_ahead(Ahead *ahead, int64_t tile, int64_t rows, int64_t last, int64_t blocks_of_tile) {
-    ahead->row = least(last, tile + rows);
-    ahead->last = least(last, tile + 2 * rows);
-    ahead->a_block = blocks(rows, blocks_of_tile > 0 ? blocks_of_tile : 1);
-}
-
-/* Into the second cache, not the first, which is the panel's and the tile's. What cannot be read is not fetched. */
-INLINE void ask(Ahead *ahead) {
-    int64_t until = least(ahead->last, ahead->row + ahead->a_block);
-    for (; ahead->row < until; ahead->row++)
-        for (int m = 0; m < 3; m++) {
-            if (!ahead->of[m].at) continue;
-            const REAL *row = ahead->of[m].at + ahead->row * ahead->of[m].stride;
-            for (int64_t c = 0; c < ahead->of[m].columns; c += CACHE_LINE / (int64_t)sizeof(REAL))
-                __builtin_prefetch(row + c, 0, 2);
-        }
 }
 
 /* Forward */
@@ -162,49 +41,7 @@ static void pack_transposed(const REAL *weight, int64_t weight_stride, int64_t o
     }
 }
 
-/* Where a block of the product goes, and what is made of it on the way; all from the block's first column on. */
-typedef struct {
-    REAL *out;
-    int64_t stride;
-    const REAL *scale, *shift; /* of the next norm; NULL: none */
-    const REAL *pivot;         /* NULL: no sums */
-    double *values, *squares;  /* a thread's sums of out - pivot and of its squares */
-} Finish;
-
-/* The same for the block at a row and column. */
-INLINE Finish part_of(Finish all, int64_t row, int64_t column) {
-    Finish part = {.out = all.out + row * all.stride + column, .stride = all.stride};
-    if (all.scale) part.scale = all.scale + column, part.shift = all.shift + column;
-    if (all.pivot)
-        part.pivot = all.pivot + column, part.values = all.values + column, part.squares = all.squares + column;
-    return part;
-}
-
-INLINE void finish(Lines product, int64_t rows, int64_t columns, Finish to) {
-    double value[BLOCK_COLUMNS] = {0}, square[BLOCK_COLUMNS] = {0};
-    for (int64_t i = 0; i < rows; i++) {
-        REAL *y = product.at[i];
-        if (to.scale)
-#pragma omp simd
-            for (int64_t c = 0; c < columns; c++) y[c] = relu(y[c] * to.scale[c] + to.shift[c]);
-        memcpy(to.out + i * to.stride, y, columns * sizeof(REAL));
-        if (to.pivot)
-#pragma omp simd
-            for (int64_t c = 0; c < columns; c++) {
-                double apart = (double)y[c] - (double)to.pivot[c];
-                value[c] += apart;
-                square[c] += apart * apart;
-            }
-    }
-    if (to.pivot)
-#pragma omp simd
-        for (int64_t c = 0; c < columns; c++) {
-            to.values[c] += value[c];
-            to.squares[c] += square[c];
-        }
-}
-
-/* Rows far apart, and not all at one place of an image: what a channel's values are taken relative to is their
+/* Rows far apart, and seldom all at one place of an image: what a channel's values are taken relative to is their
  * products' mean, 0 where that is not finite. Every thread finds the same for itself. */
 INLINE void find_pivot(const REAL *x, int64_t x_stride, int64_t rows, int64_t columns, const REAL *scale,
                        const REAL *shift, const REAL *panels, int64_t outputs, Finish to, REAL *a, int64_t stride,
@@ -215,15 +52,12 @@ INLINE void find_pivot(const REAL *x, int64_t x_stride, int64_t rows, int64_t co
     }
     for (int64_t n = 0; n < outputs; n += BLOCK_COLUMNS) {
         int64_t width = least(BLOCK_COLUMNS, outputs - n);
-        Lines product = lines_of(multiply(columns, a, stride, 1, panels + n * columns, width)), made;
+        Left rows_of_a = rows_of(a, stride, columns);
+        Lines product = multiply(rows_of_a, panels + n * columns, width), made;
         Finish block = part_of(to, 0, n);
         block.out = made.at[0], block.stride = BLOCK_COLUMNS;
-        finish(product, BLOCK_ROWS, width, block);
-        for (int64_t c = 0; c < width; c++) {
-            REAL mean = 0;
-            for (int i = 0; i < BLOCK_ROWS; i++) mean += made.at[i][c] / BLOCK_ROWS;
-            pivot[n + c] = mean - mean == 0 ? mean : 0;
-        }
+        finish(product.at, BLOCK_ROWS, width, block);
+        pivot_of(made, width, pivot + n);
     }
 }
 
@@ -272,12 +106,13 @@ WIDE void relu_norm_product(const REAL *x, int64_t x_stride, int64_t rows, int64
                     int64_t width = least(BLOCK_COLUMNS, outputs - n), count = least(BLOCK_ROWS, here - row);
                     ask(&ahead);
                     /* Rows beyond the tile's last are whatever lies in scratch; they go nowhere. */
-                    Block sum = multiply(columns, a + row * stride, stride, 1, panels + n * columns, width);
+                    Left left = rows_of(a + row * stride, stride, columns);
+                    Lines product = multiply(left, panels + n * columns, width);
                     Finish to = part_of(all, tile + row, n);
                     if (width == BLOCK_COLUMNS)
-                        finish(lines_of(sum), count, BLOCK_COLUMNS, to);
+                        finish(product.at, count, BLOCK_COLUMNS, to);
                     else
-                        finish(lines_of(sum), count, width, to);
+                        finish(product.at, count, width, to);
                 }
         }
     }
@@ -306,61 +141,18 @@ static void copy_padded(const REAL *grad, int64_t grad_stride, int64_t rows, int
     }
 }
 
-/* What the gradient of a = relu(norm(x)) meets; all from a block's first row and column on. */
-typedef struct {
-    const REAL *x, *a; /* a in a panel */
-    int64_t x_stride;
-    const REAL *mean, *scale;
-    REAL *grad_x; /* NULL: not needed */
-    int64_t grad_x_stride;
-    int accumulates;
-    double *dz, *dz_x; /* a thread's sums of dz and of dz * (x - mean) */
-} Backward;
-
-INLINE void relu_norm_backward_block(Lines grad, int64_t rows, int64_t columns, Backward to) {
-    REAL sum_dz[BLOCK_COLUMNS] = {0}, sum_dz_x[BLOCK_COLUMNS] = {0};
-    for (int64_t i = 0; i < rows; i++) {
-        const REAL *x = to.x + i * to.x_stride, *a = to.a + i * BLOCK_COLUMNS;
-        REAL *grad_x = to.grad_x ? to.grad_x + i * to.grad_x_stride : NULL;
-#pragma omp simd
-        for (int64_t c = 0; c < columns; c++) {
-            REAL dz = relu_backward(grad.at[i][c], a[c]);
-            sum_dz[c] += dz;
-            sum_dz_x[c] += dz * (x[c] - to.mean[c]);
-            if (grad_x) grad_x[c] = (to.accumulates ? grad_x[c] : 0) + to.scale[c] * dz;
-        }
-    }
-#pragma omp simd
-    for (int64_t c = 0; c < columns; c++) {
-        to.dz[c] += sum_dz[c];
-        to.dz_x[c] += sum_dz_x[c];
-    }
-}
-
-/* A panel of grad^T a over a tile's rows, added to a thread's gradient of the weight. */
-INLINE void add_weight_gradient(const REAL *g, int64_t stride, int64_t rows, int64_t outputs, const REAL *a,
-                                int64_t columns, REAL *grad_weight, int64_t grad_weight_stride, Ahead *ahead) {
-    for (int64_t n = 0; n < outputs; n += BLOCK_ROWS) {
-        ask(ahead);
-        Block sum = multiply(rows, g + n, 1, stride, a, columns);
-        for (int i = 0; i < BLOCK_ROWS; i++)
-            for (int v = 0; v < VECTORS; v++)
-                *(Vector *)(grad_weight + (n + i) * grad_weight_stride + v * LANES) += sum.at[i][v];
-    }
-}
-
 /* A panel of grad W over a tile's rows, and through relu(norm(x)) from there; `to` is where the tile begins. */
 INLINE void pass_to_input(const REAL *g, int64_t stride, int64_t rows, int64_t outputs, const REAL *panel,
                           int64_t columns, Backward to, Ahead *ahead) {
     for (int64_t row = 0; row < rows; row += BLOCK_ROWS) {
         ask(ahead);
-        Lines grad = lines_of(multiply(outputs, g + row * stride, stride, 1, panel, columns));
+        Lines grad = multiply(rows_of(g + row * stride, stride, outputs), panel, columns);
         int64_t count = least(BLOCK_ROWS, rows - row);
         if (columns == BLOCK_COLUMNS)
-            relu_norm_backward_block(grad, count, BLOCK_COLUMNS, to);
+            relu_norm_backward_block(grad.at, count, BLOCK_COLUMNS, to);
         else
-            relu_norm_backward_block(grad, count, columns, to);
-        to.x += BLOCK_ROWS * to.x_stride, to.a += BLOCK_ROWS * BLOCK_COLUMNS;
+            relu_norm_backward_block(grad.at, count, columns, to);
+        to.x += BLOCK_ROWS * to.x_stride, to.a += BLOCK_ROWS * to.a_stride;
         if (to.grad_x) to.grad_x += BLOCK_ROWS * to.grad_x_stride;
     }
 }
@@ -426,10 +218,11 @@ WIDE void relu_norm_product_backward(const REAL *grad, int64_t grad_stride, cons
                 int64_t width = least(BLOCK_COLUMNS, columns - c);
                 normalize(tile_x, x_stride, here, width, scale + c, shift + c, a, BLOCK_COLUMNS);
                 if (grad_weight)
-                    add_weight_gradient(g, stride, here, outputs, a, width, own_weight + c, padded_columns, &ahead);
+                    add_weight_gradient(g, stride, here, outputs, a, BLOCK_COLUMNS, width, own_weight + c, padded_columns,
+                                        &ahead);
                 if (!sums) continue;
-                Backward to = {tile_x, a, x_stride, norm + c, scale + c, tile_grad, grad_x_stride, accumulates,
-                               dz + c, dz + columns + c};
+                Backward to = {tile_x, a, x_stride, BLOCK_COLUMNS, norm + c, scale + c, tile_grad, grad_x_stride,
+                               accumulates, dz + c, dz + columns + c};
                 pass_to_input(g, stride, here, outputs, panels + c * outputs, width, to, &ahead);
             }
         }

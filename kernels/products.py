@@ -26,17 +26,34 @@ class Statistics(NamedTuple):
     var: Tensor
 
 
+def wanted(mean: Tensor | None, var: Tensor | None, outputs: int) -> Statistics | None:
+    """Where an operator's caller wants statistics; None: nowhere.
+
+    Raises:
+        ValueError: unless both are given, [N] each, or neither.
+    """
+    if mean is None and var is None:
+        return None
+    if mean is None or var is None or not mean.shape == var.shape == (outputs,):
+        given = [None if vector is None else list(vector.shape) for vector in (mean, var)]
+        raise ValueError(f"statistics of {outputs} channels are a mean and a variance [{outputs}], got {given}")
+    return Statistics(mean, var)
+
+
 def library(*matrices: Tensor | None) -> ctypes.CDLL | None:
     """The compiled products, if they take these matrices: of one dtype, the values of a row side by side."""
     given = [matrix for matrix in matrices if matrix is not None]
     dtype = given[0].dtype
-    for matrix in given:
-        rows, columns = matrix.shape
-        if matrix.dtype != dtype or rows * columns == 0:
-            return None
-        if (columns > 1 and matrix.stride(1) != 1) or (rows > 1 and matrix.stride(0) < columns):
-            return None
+    if any(matrix.dtype != dtype or not rows_apart(matrix) for matrix in given):
+        return None
     return compiled.library(dtype, "products")
+
+
+def rows_apart(matrix: Tensor) -> bool:
+    """Whether there are values, those of a row side by side, and no two rows share one."""
+    rows, columns = matrix.shape
+    side_by_side = columns == 1 or matrix.stride(1) == 1
+    return rows * columns > 0 and side_by_side and (rows == 1 or matrix.stride(0) >= columns)
 
 
 def multiply(
@@ -52,10 +69,10 @@ def multiply(
     compiled_form = library(x, weight, out)
     assert compiled_form is not None
     (rows, columns), outputs = x.shape, weight.shape[0]
-    _require(x, {"weight": (weight, (outputs, columns)), "out": (out, (rows, outputs))})
-    _require(x, {"norm": (norm.table, (4, columns))})
+    require("a product", x, {"weight": (weight, (outputs, columns)), "out": (out, (rows, outputs))})
+    require("a product", x, {"norm": (norm.table, (4, columns))})
     if following is not None:
-        _require(x, {"the norm of out": (following.table, (4, outputs))})
+        require("a product", x, {"the norm of out": (following.table, (4, outputs))})
     threads = threads_for(x)
     scratch = x.new_empty(compiled_form.relu_norm_product_scratch(columns, outputs, threads))
     pivot, sums = (None, None) if statistics is None else (x.new_empty(outputs), Sums(out))
@@ -92,9 +109,10 @@ def multiply_backward(
     compiled_form = library(grad, x, weight, grad_x)
     assert compiled_form is not None
     (rows, columns), outputs = x.shape, weight.shape[0]
-    _require(x, {"grad": (grad, (rows, outputs)), "grad_x": (grad_x, (rows, columns))})
-    _require(x, {"weight": (weight, (outputs, columns)), "its gradient": (grad_weight, (outputs, columns))})
-    _require(x, {"norm": (norm.table, (4, columns))})
+    of_x, of_weight = (rows, columns), (outputs, columns)
+    require("a product", x, {"grad": (grad, (rows, outputs)), "grad_x": (grad_x, of_x)})
+    require("a product", x, {"weight": (weight, of_weight), "its gradient": (grad_weight, of_weight)})
+    require("a product", x, {"norm": (norm.table, (4, columns))})
     threads = threads_for(x)
     if sums is not None:
         sums.require(columns)
@@ -126,13 +144,17 @@ def _bytes(x: Tensor, weight: Tensor, name: str, *arguments: int) -> int:
     return values * x.element_size()
 
 
-def _require(x: Tensor, matrices: dict[str, tuple[Tensor | None, tuple[int, int]]]) -> None:
-    """The compiled form is given addresses: what is of another shape it would read and write beyond."""
+def require(what: str, x: Tensor, matrices: dict[str, tuple[Tensor | None, tuple[int, int]]]) -> None:
+    """The compiled form is given addresses: what is of another shape it would read and write beyond.
+
+    Raises:
+        ValueError: if a matrix has not the shape beside it or not x's dtype, or gaps where there may be none.
+    """
     for name, (matrix, shape) in matrices.items():
         if name in _DENSE and matrix is not None and not matrix.is_contiguous():
-            raise ValueError(f"a product takes {name} without gaps, got strides {matrix.stride()}")
+            raise ValueError(f"{what} takes {name} without gaps, got strides {matrix.stride()}")
         if matrix is not None and (matrix.shape != shape or matrix.dtype != x.dtype):
             raise ValueError(
-                f"a product of rows {list(x.shape)} of {x.dtype} takes {name} of {list(shape)} in that dtype, "
+                f"{what} of rows {list(x.shape)} of {x.dtype} takes {name} of {list(shape)} in that dtype, "
                 f"got {list(matrix.shape)} of {matrix.dtype}"
             )

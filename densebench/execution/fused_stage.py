@@ -12,9 +12,10 @@ from torch import Tensor
 
 from densebench.execution.autograd import StageComputation, Window
 from densebench.execution.batch_norm import Observed
-from densebench.execution.convolution import convolution_backward, convolve, product, product_weight_gradient
+from densebench.execution.convolution import convolve, product, product_weight_gradient
 from densebench.execution.feature_gradient import FeatureGradient
 from densebench.execution.maps import memory_format_of
+from densebench.execution.norm_convolution import NormConvolution
 from densebench.execution.pixels import Pixels, Scratch
 from densebench.execution.plan import ConvUnit, Gradients, LayerPlan, NormUnit, StagePlan
 from densebench.execution.precision import compute_dtype
@@ -98,21 +99,27 @@ class FusedStage(StageComputation):
             self._take_statistics(layer.new)
             return kept
         if inner:
-            a = self._bottleneck(layer, norm, prefix, parameters, kept if keep else None)
-        else:
-            a = self.scratch.rows("activation", prefix)
-            bn_relu(prefix, *norm, a)
-        last = layer.units[-1]
-        new = convolve(self.pixels.map(a), last.conv, last.weight(parameters))
+            prefix, norm = self._bottleneck(layer, norm, prefix, parameters, kept if keep else None)
+        self._convolve(layer, prefix, norm, parameters, kept)
+        return kept
+
+    def _convolve(self, layer: LayerPlan, x: Tensor, norm: Norm, parameters: Window, kept: list[Tensor]) -> None:
+        """norm-ReLU-3x3 of x [M, C] into the layer's channels, and their statistics."""
+        unit, new = layer.units[-1], self.features[:, layer.new]
+        weight = unit.weight(parameters)
+        if layer.drop_rate == 0 and self._through.takes(unit, weight, x, new):
+            taken = self.statistics.places(layer.new) if self.plan.shares_statistics else None
+            self._through.forward_into(x, norm, weight, new, taken)
+            return
+        made = self._through.forward(unit, x, norm, weight)
         if layer.drop_rate > 0:
-            mask = F.dropout(torch.ones_like(new, memory_format=self.format), layer.drop_rate)
-            new = new * mask  # drawn in the network's own memory format, as F.dropout(new) would be
+            mask = F.dropout(torch.ones_like(made, memory_format=self.format), layer.drop_rate)
+            made = made * mask  # drawn in the network's own memory format, as F.dropout(made) would be
             kept.append(mask)
         if self.plan.shares_statistics:
-            self.statistics.take_and_store(as_rows(new), self.features, layer.new)
+            self.statistics.take_and_store(as_rows(made), self.features, layer.new)
         else:
-            self.features[:, layer.new] = as_rows(new)
-        return kept
+            new.copy_(as_rows(made))
 
     def _infer(self, layer: LayerPlan, norm: Norm, parameters: Window) -> None:
         """A layer of which nothing is kept: the second norm and ReLU go into the product's epilogue.
@@ -131,21 +138,19 @@ class FusedStage(StageComputation):
 
     def _bottleneck(
         self, layer: LayerPlan, norm: Norm, prefix: Tensor, parameters: Window, kept: list[Tensor] | None
-    ) -> Tensor:
-        """The operand of the 3x3 convolution [M, N]: relu(norm2(y)) of y = relu(norm1(prefix)) W^T."""
+    ) -> tuple[Tensor, Norm]:
+        """y = relu(norm1(prefix)) W^T [M, N], and the second norm, which reads it."""
         first, second = layer.units
         weight = first.matrix(parameters)
-        a = self.scratch.rows("activation", prefix, weight.shape[0], self.compute)
         if kept is None or self.recompute:
             y = self.scratch.rows("bottleneck", prefix, weight.shape[0], self.compute)
         else:
-            y = torch.empty_like(a)
+            y = prefix.new_empty(prefix.shape[0], weight.shape[0], dtype=self.compute)
             kept.append(y)
         statistics = self._multiply(second, prefix, norm, weight, y)
         if kept is not None:
             kept += statistics
-        bn_relu(y, *second.reading(statistics, parameters), a)
-        return a
+        return y, second.reading(statistics, parameters)
 
     def _multiply(self, reader: ConvUnit, x: Tensor, norm: Norm, weight: Tensor, y: Tensor) -> MeanAndVar:
         """y = relu(norm(x)) W^T, and the statistics by which its reader normalizes it."""
@@ -224,10 +229,9 @@ class FusedStage(StageComputation):
         if mask is not None:
             new.mul_(as_rows(mask))
         if not inner:
-            prefix = self.features[:, : layer.start]
-            a = self.scratch.rows("activation", prefix)
-            bn_relu(prefix, *norm, a)
-            grad_a, gradients = self._convolution_backward(first, new, a, parameters, needs, True)
+            a = self._through.operand(self.features[:, : layer.start], norm)
+            weight = first.weight(parameters)
+            grad_a, gradients = self._through.backward_to_operand(first, new, a, weight, needs, True)
             return gradients | self.gradient.through_norm(first, norm, grad_a, needs, needs_prefix)
         needs_y = needs_prefix or first.trained(needs)
         grad_y, gradients = self._bottleneck_backward(layer, norm, new, parameters, kept, needs, needs_y)
@@ -256,14 +260,7 @@ class FusedStage(StageComputation):
             y = self.scratch.rows("bottleneck", self.features, weight.shape[0], self.compute)
             bn_relu_conv1x1(self.features[:, : layer.start], *norm, weight, y, None, None)
         inner = second.reading((mean, var), parameters)
-        a = self.scratch.rows("activation", y)
-        bn_relu(y, *inner, a)
-        needs_a = needs_y or any(second.affine(needs))
-        grad, gradients = self._convolution_backward(second, new, a, parameters, needs, needs_a)
-        if needs_a:
-            sums = bn_relu_backward(grad, y, *inner, second.call.by_batch)
-            gradients |= second.affine_gradients(needs, *sums)
-        return grad, gradients
+        return self._through.backward(second, new, y, inner, parameters, needs, needs_y)
 
     def enter_backward(
         self, parameters: Window, kept: list[Tensor], needs: Window, needs_x: bool
@@ -285,21 +282,11 @@ class FusedStage(StageComputation):
             grad_x = self.pixels.map(grad)
         return (grad_x if needs_x else None), head.affine_gradients(needs, *sums)
 
-    def _convolution_backward(
-        self, unit: ConvUnit, grad: Tensor, a: Tensor, parameters: Window, needs: Window, needs_a: bool
-    ) -> tuple[Tensor, Gradients]:
-        """Through the 3x3 convolution: the gradient of its operand [M, N] (if needed) and of its weight."""
-        grad_a, grad_weight = convolution_backward(
-            self.pixels.map(grad),
-            self.pixels.map(a),
-            unit.conv,
-            unit.weight(parameters),
-            needs_a,
-            unit.weight(needs),
-        )
-        return (as_rows(grad_a) if needs_a else grad), unit.weight_gradient(needs, grad_weight)
-
     # Parts of both
+
+    @property
+    def _through(self) -> NormConvolution:
+        return NormConvolution(self.pixels, self.scratch)
 
     def _pool(self, norm: Norm) -> Tensor:
         """relu(norm(features)) averaged over 2x2 pixels, [M / 4, C]."""

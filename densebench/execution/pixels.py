@@ -22,6 +22,10 @@ class Pixels:
         return self.images * self.height * self.width
 
     @property
+    def size(self) -> tuple[int, int]:
+        return self.height, self.width
+
+    @property
     def halved(self) -> Pixels:
         """After 2x2 pooling with stride 2, which leaves out an odd last row or column."""
         return Pixels(self.images, self.height // 2, self.width // 2)

@@ -33,13 +33,17 @@ class SharedStatistics:
     def empty(cls, plan: StagePlan, like: Tensor) -> SharedStatistics:
         return cls(*like.new_zeros(2, plan.channels, dtype=accumulate_dtype(like)).unbind())
 
+    def places(self, channels: slice) -> MeanAndVar:
+        """Where those of some channels belong."""
+        return self.mean[channels], self.var[channels]
+
     def take(self, features: Tensor, channels: slice) -> None:
         """Compute those of channels that have just been written into the buffer [M, C]."""
-        channel_statistics(features[:, channels], self.mean[channels], self.var[channels])
+        channel_statistics(features[:, channels], *self.places(channels))
 
     def take_and_store(self, new: Tensor, features: Tensor, channels: slice) -> None:
         """Write channels [M, k] into the buffer [M, C] and compute their statistics in the same pass."""
-        channel_statistics(new, self.mean[channels], self.var[channels], features[:, channels])
+        channel_statistics(new, *self.places(channels), features[:, channels])
 
     def of(self, unit: NormUnit, width: int, pixels: Pixels, kept: list[Tensor]) -> MeanAndVar:
         """What a reader of the first channels normalizes by; running statistics are kept for backward."""

@@ -55,6 +55,7 @@ def trace_network(
     dtype: torch.dtype | None = None,
     autocast: torch.dtype | None = None,
     memory_format: str | None = None,
+    device: str = "cpu",
 ) -> StepTrace:
     """Trace one step of a network by name, or of any module, whose parameters stay as and where they are.
 
@@ -63,6 +64,7 @@ def trace_network(
         strategy: None leaves the module's own.
         dtype: of parameters and input; None: the module's own.
         memory_format: "channels_last" or "contiguous"; None: see `default_format`.
+        device: "cpu" or "cuda", for which the step is priced.
 
     Raises:
         ValueError: for an unknown model, strategy or mode, or a shape that is none.
@@ -82,7 +84,7 @@ def trace_network(
         input = torch.empty(shape, dtype=dtype)
         input = input if layout is None else input.to(memory_format=layout)
         with _explained(model_name(model), shape):
-            return trace_step(AnyWorkload(copy, input, mode, autocast))
+            return trace_step(AnyWorkload(copy, input, mode, autocast), device)
 
 
 _CHANNELS_LAST = {4: torch.channels_last, 5: torch.channels_last_3d}

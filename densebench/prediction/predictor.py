@@ -210,8 +210,8 @@ class _Question:
         if batch not in self.traces:
             self.progress(f"tracing {model_name(self.model)} {self.strategy or ''} at batch {batch}")
             shape = (batch, *self.shape[1:])
-            found = trace_network(self.model, shape, self.strategy, self.mode, *self._precision())
-            self.traces[batch] = found.on(self.device)
+            found = trace_network(self.model, shape, self.strategy, self.mode, *self._precision(), self.device)
+            self.traces[batch] = found
         return self.traces[batch]
 
     def _precision(self) -> tuple[torch.dtype | None, torch.dtype | None, str]:

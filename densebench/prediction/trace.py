@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+import contextlib
+from dataclasses import dataclass
 from functools import cached_property
 
 import numpy as np
 from numpy.typing import NDArray
 
+from densebench.kernels import compiled
 from densebench.prediction.cuda import rounded
 from densebench.prediction.gpus import Gpu
 from densebench.prediction.hidden import hidden_on_cpu
@@ -39,10 +41,6 @@ class StepTrace:
     operations: list[Operation]
     forward_end: int
     device: str = "cpu"
-
-    def on(self, device: str) -> StepTrace:
-        """The same step on a device of another type."""
-        return self if device == self.device else replace(self, device=device)
 
     @property
     def end(self) -> int:
@@ -142,18 +140,20 @@ def trace_case(case: Case) -> StepTrace:
     """Trace one step of a case (see `densebench.results.Case`) without running it; seconds at most."""
     mode, work = fake_workload(case)
     with mode:
-        return trace_step(work).on(case.device)
+        return trace_step(work, case.device)
 
 
-def trace_step(work: Workload) -> StepTrace:
+def trace_step(work: Workload, device: str = "cpu") -> StepTrace:
     """Trace one step of a workload on fake tensors; call inside the FakeTensorMode of its tensors.
 
-    Gradients exist before the step, so that they are a constant as in any step but the first.
+    Gradients exist before the step, so that they are a constant as in any step but the first. The tensors lie on a
+    CPU whatever the device, but for CUDA nothing chooses what is compiled for a CPU only.
     """
     work.allocate_gradients()
     tensors = {**dict(work.model.named_parameters()), **dict(work.model.named_buffers())}
     owners = {storage_key(tensor): name for name, tensor in tensors.items()}
-    with StepTracker(hidden_on_cpu, owners, rule_for) as tracker:
+    elsewhere = compiled.using(None) if device == "cuda" else contextlib.nullcontext()
+    with elsewhere, StepTracker(hidden_on_cpu, owners, rule_for) as tracker:
         output = work.forward()
         forward_end = tracker.event
         if work.mode == "train":
@@ -166,4 +166,5 @@ def trace_step(work: Workload) -> StepTrace:
         tracker.allocations,
         tracker.operations,
         forward_end,
+        device,
     )

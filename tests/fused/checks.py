@@ -117,6 +117,12 @@ def plain_layers() -> None:
 
 
 @check
+def dilated() -> None:
+    """Convolutions with holes are the library's, between passes of their own."""
+    _equivalent(small(stem="imagenet", block_config=(1, 1, 2), output_stride=8), images(2, 16))
+
+
+@check
 def nan() -> None:
     x = images(channels=5)
     x[1, 2, 3, 4] = math.nan

@@ -48,7 +48,7 @@ def seeded(fault: Fault, folder: Path) -> Iterator[None]:
     """
     if fault.module.endswith(C):
         with compiled.using(_mutated_sources(fault, folder)):
-            for source in ("passes", "products"):
+            for source in compiled.SOURCES:
                 assert compiled.library(torch.float64, source) is not None, compiled.reason()
             yield
         return

@@ -15,7 +15,8 @@ from tests.fused.checks import CHECKS
 from tests.fused.seeding import C, Fault, seeded
 
 NORM, TILES, VECTORS = "execution.batch_norm", "kernels.rows", "kernels.norm"
-PASSES, PRODUCTS, ROWS = (f"kernels/{name}" for name in ("passes.c", "products.c", "rows.h"))
+PASSES, PRODUCTS, CONVOLUTIONS = (f"kernels/{name}.c" for name in ("passes", "products", "convolutions"))
+ROWS, BLOCKS = "kernels/rows.h", "kernels/blocks.h"
 FUSED, STAGE, GRADIENT = "strategies.fused", "execution.fused_stage", "execution.feature_gradient"
 PRODUCT = "FeatureGradient.through_product"
 FAULTS = [
@@ -37,7 +38,7 @@ FAULTS = [
     Fault("eps in xhat forgotten", VECTORS, "norm_gradients", "sum_dz_x * norm.inv_std",
           "sum_dz_x * norm.inv_std / (1 - 1e-5 * norm.inv_std ** 2) ** 0.5", "training", uncompiled=True),
     Fault("norm2 as if in evaluation", "kernels.bn_relu_backward", "_cpu_backward", "if by_batch else",
-          "if False else", "training"),
+          "if False else", "dilated"),
     Fault("training's backward in evaluation", GRADIENT, PRODUCT, "unit.call.by_batch", "True",
           "mixed_modes"),
     # Running statistics
@@ -78,31 +79,42 @@ FAULTS = [
     Fault("last image dropped", "kernels.bn_relu_pool", "image_tiles", "range(0, x.shape[0], step)",
           "range(0, max(1, x.shape[0] - 1), step)", "training"),
     Fault("statistics of the channels before", "execution.shared_statistics", "SharedStatistics.take_and_store",
-          "self.mean[channels], self.var[channels]", "self.mean[: new.shape[1]], self.var[: new.shape[1]]",
-          "training"),
+          "self.places(channels)", "self.places(slice(0, new.shape[1]))", "dropout"),
     Fault("overwrites the other readers, in C", PASSES, "relu_norm_backward", "accumulates ? grad_x_row[c]",
           "accumulates ? 0", "plain_layers"),
-    Fault("overwrites the other readers, in products", PRODUCTS, "relu_norm_backward_block",
+    Fault("overwrites the other readers, in products", BLOCKS, "relu_norm_backward_block",
           "to.accumulates ? grad_x[c]", "to.accumulates ? 0", "training"),
-    Fault("mean not subtracted in products", PRODUCTS, "relu_norm_backward_block", "(x[c] - to.mean[c])", "x[c]",
+    Fault("mean not subtracted in products", BLOCKS, "relu_norm_backward_block", "(x[c] - to.mean[c])", "x[c]",
           "training"),
     Fault("one thread's weight gradient left out", PRODUCTS, "add_up", "thread < omp_get_num_threads()",
           "thread < 1", "several_threads"),
     Fault("columns beyond the last block", PRODUCTS, "pack_transposed", "outputs - first", "outputs - first - 1",
           "training"),
-    Fault("statistics not about the pivot", PRODUCTS, "finish", "(double)y[c] - (double)to.pivot[c]",
+    Fault("statistics not about the pivot", BLOCKS, "finish", "(double)y[c] - (double)to.pivot[c]",
           "(double)y[c]", "training"),
-    Fault("next norm's ReLU left out", PRODUCTS, "finish", "relu(y[c] * to.scale[c] + to.shift[c])",
+    Fault("next norm's ReLU left out", BLOCKS, "finish", "relu(y[c] * to.scale[c] + to.shift[c])",
           "y[c] * to.scale[c] + to.shift[c]", "inference"),
-    Fault("gradient of the weight from the last tile alone", PRODUCTS, "add_weight_gradient", "+= sum", "= sum",
+    Fault("gradient of the weight from the last tile alone", BLOCKS, "add_weight_gradient", "+= sum", "= sum",
           "several_threads"),
     Fault("overwrites the other readers, uncompiled", "kernels.passes", "relu_norm_backward",
           "target.addcmul_(dz, norm.scale) if accumulate else", "None if accumulate else", "training",
           uncompiled=True),
     Fault("pending terms left out", PASSES, "settle", "* slope[c]", "* 0", "training"),
-    Fault("only one term in place", PASSES, "relu_norm_backward_in_place", "constant[c] + ", "", "training"),
-    Fault("stale scratch in backward", STAGE, "FusedStage._bottleneck_backward", "bn_relu(y, *inner, a)", "pass",
+    Fault("only one term in place", PASSES, "relu_norm_backward_in_place", "constant[c] + ", "", "dilated"),
+    Fault("stale scratch in backward", "execution.norm_convolution", "NormConvolution.operand",
+          "bn_relu(x, *norm, a)", "pass", "plain_layers"),
+    # The 3x3 convolution
+    Fault("no zeros beside a line", CONVOLUTIONS, "lay_out", "inside ? 1 : maps.line", "inside ? 0 : maps.line",
           "training"),
+    Fault("a line above the image", CONVOLUTIONS, "strip_at", "row > 0", "1", "training"),
+    Fault("what lies beyond the last line", CONVOLUTIONS, "lay_out", "2 * stride", "stride", "training"),
+    Fault("filter not turned around", CONVOLUTIONS, "pack_columns", "(TAPS - 1 - tap)", "tap", "training"),
+    Fault("pixels at their strip's beginning", CONVOLUTIONS, "finish_block", "strip.before + run.pixel",
+          "strip.before", "training"),
+    Fault("one thread's filter gradient left out", CONVOLUTIONS, "add_up", "thread < threads", "thread < 1",
+          "several_threads"),
+    Fault("its norm as if in evaluation", "kernels.bn_relu_conv3x3_backward", "_cpu", "if by_batch and",
+          "if False and", "training"),
     Fault("overwrites the other readers", GRADIENT, PRODUCT, "self._accumulates", "False",
           "training"),
     Fault("other readers overwritten, plain", GRADIENT, "FeatureGradient.through_norm", "self._accumulates",

@@ -13,6 +13,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from densebench.kernels import compiled
 from densebench.kernels.library import IMPLEMENTATIONS, WORKSPACE
 from densebench.measure.memory import measure_peak
+from tests.kernels.convolution_problems import CONVOLUTIONS
 from tests.kernels.problems import PROBLEMS, Problem, Shape, call
 
 SHAPES = {
@@ -45,7 +46,7 @@ def test_every_operator_is_documented() -> None:
 
 
 def test_every_operator_is_here() -> None:
-    assert {PROBLEMS[name](Shape()).operator for name in PROBLEMS} == set(IMPLEMENTATIONS)
+    assert {build(Shape()).operator for build in (PROBLEMS | CONVOLUTIONS).values()} == set(IMPLEMENTATIONS)
 
 
 @pytest.mark.parametrize("folder", [compiled.FOLDER, None], ids=["compiled", "uncompiled"])
@@ -63,11 +64,11 @@ def test_workspace_is_what_the_allocator_saw(
         declared = WORKSPACE[operator](*problem.arguments)
         results = operator(*problem.arguments)
         returned = sum(t.nbytes for t in (results or ()) if isinstance(t, Tensor))
-        peak = measure_peak(lambda: _Call(operator, problem), torch.device("cpu"), repeats=1).peak_allocated_bytes
+        peak = measure_peak(lambda: Call(operator, problem), torch.device("cpu"), repeats=1).peak_allocated_bytes
     assert peak - returned == pytest.approx(declared, rel=0.05, abs=64 * 1024)
 
 
-class _Call:
+class Call:
     """One call as a step to measure."""
 
     def __init__(self, operator: Any, problem: Problem) -> None:

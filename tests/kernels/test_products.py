@@ -248,6 +248,9 @@ def test_other_shapes_and_dtypes_are_refused() -> None:
             bn_relu_conv1x1_backward(
                 wrong, x, *vectors, 0.0, True, weight, None, False, torch.zeros(2, 6), True, True
             )
+    for places in [(torch.empty(4), None), (None, torch.empty(4)), torch.empty(2, 1, 4)]:
+        with pytest.raises(ValueError, match="are a mean and a variance"):
+            bn_relu_conv1x1(x, *vectors, 0.0, weight, torch.empty(80, 4), *places)
     with pytest.raises(ValueError, match="takes weight of"):
         bn_relu_conv1x1(x, *vectors, 0.0, torch.randn(4, 5), torch.empty(80, 4), None, None)
     with pytest.raises(ValueError, match="takes norm of"):

@@ -20,7 +20,7 @@ MIB = 2**20
 def _traces(strategy: str, traced: list[int]) -> Callable[[int], StepTrace]:
     def trace(batch: int) -> StepTrace:
         traced.append(batch)
-        return trace_network("densenet_d2l", (batch, 1, 64, 64), strategy, "train").on("cuda")
+        return trace_network("densenet_d2l", (batch, 1, 64, 64), strategy, "train", device="cuda")
 
     return trace
 

@@ -1,0 +1,246 @@
+/* Blocked products: sums in registers, the right operand in panels, and what becomes of a block on its way out.
+ *
+ * Blocking follows Goto and van de Geijn, "Anatomy of High-Performance Matrix Multiplication" (2008): a block of
+ * sums stays in registers; the right operand is packed into panels as wide as a block, and one panel stays in the
+ * caches while all the rows of a tile are multiplied by it. Panels are as deep as the product: at DenseNets' 1,000
+ * channels shallower ones gain nothing, and so every block is finished when it leaves the registers.
+ */
+#ifndef BLOCKS_H
+#define BLOCKS_H
+
+#include <string.h>
+
+#include "rows.h"
+
+#if defined(__AVX512F__)
+enum { VECTOR_BYTES = 64, BLOCK_ROWS = 8 };
+#elif defined(__AVX__)
+enum { VECTOR_BYTES = 32, BLOCK_ROWS = 4 }; /* of 16 registers, 8 for sums */
+#else
+enum { VECTOR_BYTES = 16, BLOCK_ROWS = 4 };
+#endif
+
+enum {
+    LANES = VECTOR_BYTES / sizeof(REAL),
+    VECTORS = 2,
+    BLOCK_COLUMNS = VECTORS * LANES,
+    CHAIN = 128 /* multiply-adds one after the other: rounding grows with their number */
+};
+
+#if defined(__clang__) && defined(__AVX512F__)
+#define WIDE __attribute__((min_vector_width(512))) /* or it halves vectors, and a block no longer fits */
+#else
+#define WIDE
+#endif
+
+#define INLINE static inline __attribute__((always_inline))
+#define APART WIDE __attribute__((noinline, unused))
+
+/* May be loaded from the address of any REAL. */
+typedef REAL Vector __attribute__((vector_size(VECTOR_BYTES), aligned(sizeof(REAL)), may_alias));
+
+/* Sums in registers... */
+typedef struct {
+    Vector at[BLOCK_ROWS][VECTORS];
+} Block;
+
+/* ... and in memory, where what is done to them runs along rows. */
+typedef struct {
+    REAL at[BLOCK_ROWS][BLOCK_COLUMNS];
+} Lines;
+
+INLINE int64_t least(int64_t a, int64_t b) { return a < b ? a : b; }
+
+INLINE int64_t blocks(int64_t values, int64_t block) { return (values + block - 1) / block; }
+
+INLINE int64_t padded(int64_t values, int64_t block) { return blocks(values, block) * block; }
+
+/* From one row of a tile to the next: an odd number of cache lines, or all of them would share a few sets. */
+INLINE int64_t tile_stride(int64_t columns) {
+    int64_t line = CACHE_LINE / sizeof(REAL);
+    return (blocks(columns, line) | 1) * line;
+}
+
+/* A block's left operand: at[i * row + k] in its row i, for k < depth; and the same again at each of some taps, so
+ * many values further on. */
+typedef struct {
+    const REAL *at;
+    int64_t row, depth;
+    const int64_t *shifts;
+    int64_t taps;
+} Left;
+
+static const int64_t HERE[] = {0};
+
+INLINE Left rows_of(const REAL *at, int64_t row, int64_t depth) { return (Left){at, row, depth, HERE, 1}; }
+
+/* The sum over k < depth of at[i * row + k * step] * right[k * stride + j], for as many columns j as `vectors` hold. */
+INLINE Block chain(const REAL *at, int64_t row, int64_t step, int64_t depth, const REAL *right, int64_t stride,
+                   int vectors) {
+    Block sum = {0};
+    for (int64_t k = 0; k < depth; k++) {
+        const Vector *values = (const Vector *)(right + k * stride);
+#pragma GCC unroll 8
+        for (int i = 0; i < BLOCK_ROWS; i++)
+#pragma GCC unroll 2
+            for (int v = 0; v < vectors; v++) sum.at[i][v] += at[i * row + k * step] * values[v];
+    }
+    return sum;
+}
+
+INLINE void add(Block *total, Block sum) {
+    for (int i = 0; i < BLOCK_ROWS; i++)
+        for (int v = 0; v < VECTORS; v++) total->at[i][v] += sum.at[i][v];
+}
+
+INLINE Lines multiply_vectors(Left left, const REAL *panel, int vectors) {
+    Block total = {0};
+    for (int64_t tap = 0; tap < left.taps; tap++, panel += left.depth * BLOCK_COLUMNS)
+        for (int64_t k = 0; k < left.depth; k += CHAIN)
+            add(&total, chain(left.at + left.shifts[tap] + k, left.row, 1, least(CHAIN, left.depth - k),
+                              panel + k * BLOCK_COLUMNS, BLOCK_COLUMNS, vectors));
+    Lines lines;
+    memcpy(&lines, &total, sizeof lines);
+    return lines;
+}
+
+/* A left operand's sums with a panel's values, where k goes on from tap to tap; for at least so many columns, and what
+ * is beyond them goes nowhere. On its own, or what its callers hold would take registers from the sums. */
+static APART Lines multiply(Left left, const REAL *panel, int64_t columns) {
+    return columns <= LANES ? multiply_vectors(left, panel, 1) : multiply_vectors(left, panel, VECTORS);
+}
+
+/* relu(norm(x)) of some columns; `scale` and `shift` are theirs. */
+INLINE void normalize(const REAL *x, int64_t x_stride, int64_t rows, int64_t columns, const REAL *scale,
+                      const REAL *shift, REAL *out, int64_t out_stride) {
+    for (int64_t row = 0; row < rows; row++)
+#pragma omp simd
+        for (int64_t c = 0; c < columns; c++)
+            out[row * out_stride + c] = relu(x[row * x_stride + c] * scale[c] + shift[c]);
+}
+
+/* The next tile's rows of some matrices, asked for a few at a time while blocks of this one are computed. */
+typedef struct {
+    struct {
+        const REAL *at;
+        int64_t stride, columns;
+    } of[3];
+    int64_t row, last, a_block;
+} Ahead;
+
+/* Where the next tile lies, when this one is worked through in so many blocks. */
+INLINE void look_ahead(Ahead *ahead, int64_t tile, int64_t rows, int64_t last, int64_t blocks_of_tile) {
+    ahead->row = least(last, tile + rows);
+    ahead->last = least(last, tile + 2 * rows);
+    ahead->a_block = blocks(rows, blocks_of_tile > 0 ? blocks_of_tile : 1);
+}
+
+/* Into the second cache, not the first, which is the panel's and the tile's. What cannot be read is not fetched. */
+INLINE void ask(Ahead *ahead) {
+    int64_t until = least(ahead->last, ahead->row + ahead->a_block);
+    for (; ahead->row < until; ahead->row++)
+        for (int m = 0; m < 3; m++) {
+            if (!ahead->of[m].at) continue;
+            const REAL *row = ahead->of[m].at + ahead->row * ahead->of[m].stride;
+            for (int64_t c = 0; c < ahead->of[m].columns; c += CACHE_LINE / (int64_t)sizeof(REAL))
+                __builtin_prefetch(row + c, 0, 2);
+        }
+}
+
+/* Where a block of a product goes, and what is made of it on the way; all from the block's first column on. */
+typedef struct {
+    REAL *out;
+    int64_t stride;
+    const REAL *scale, *shift; /* of the next norm; NULL: none */
+    const REAL *pivot;         /* NULL: no sums */
+    double *values, *squares;  /* a thread's sums of out - pivot and of its squares */
+} Finish;
+
+/* The same for the block at a row and column. */
+INLINE Finish part_of(Finish all, int64_t row, int64_t column) {
+    Finish part = {.out = all.out + row * all.stride + column, .stride = all.stride};
+    if (all.scale) part.scale = all.scale + column, part.shift = all.shift + column;
+    if (all.pivot)
+        part.pivot = all.pivot + column, part.values = all.values + column, part.squares = all.squares + column;
+    return part;
+}
+
+INLINE void finish(REAL (*product)[BLOCK_COLUMNS], int64_t rows, int64_t columns, Finish to) {
+    double value[BLOCK_COLUMNS] = {0}, square[BLOCK_COLUMNS] = {0};
+    for (int64_t i = 0; i < rows; i++) {
+        REAL *y = product[i];
+        if (to.scale)
+#pragma omp simd
+            for (int64_t c = 0; c < columns; c++) y[c] = relu(y[c] * to.scale[c] + to.shift[c]);
+        memcpy(to.out + i * to.stride, y, columns * sizeof(REAL));
+        if (to.pivot)
+#pragma omp simd
+            for (int64_t c = 0; c < columns; c++) {
+                double apart = (double)y[c] - (double)to.pivot[c];
+                value[c] += apart;
+                square[c] += apart * apart;
+            }
+    }
+    if (to.pivot)
+#pragma omp simd
+        for (int64_t c = 0; c < columns; c++) {
+            to.values[c] += value[c];
+            to.squares[c] += square[c];
+        }
+}
+
+/* What a channel's values are taken relative to: the mean of some, 0 where that is not finite. */
+INLINE void pivot_of(Lines some, int64_t columns, REAL *pivot) {
+    for (int64_t c = 0; c < columns; c++) {
+        REAL mean = 0;
+        for (int i = 0; i < BLOCK_ROWS; i++) mean += some.at[i][c] / BLOCK_ROWS;
+        pivot[c] = mean - mean == 0 ? mean : 0;
+    }
+}
+
+/* What the gradient of a = relu(norm(x)) meets; all from a block's first row and column on. */
+typedef struct {
+    const REAL *x, *a;
+    int64_t x_stride, a_stride;
+    const REAL *mean, *scale;
+    REAL *grad_x; /* NULL: not needed */
+    int64_t grad_x_stride;
+    int accumulates;
+    double *dz, *dz_x; /* a thread's sums of dz and of dz * (x - mean) */
+} Backward;
+
+INLINE void relu_norm_backward_block(REAL (*grad)[BLOCK_COLUMNS], int64_t rows, int64_t columns, Backward to) {
+    REAL sum_dz[BLOCK_COLUMNS] = {0}, sum_dz_x[BLOCK_COLUMNS] = {0};
+    for (int64_t i = 0; i < rows; i++) {
+        const REAL *x = to.x + i * to.x_stride, *a = to.a + i * to.a_stride;
+        REAL *grad_x = to.grad_x ? to.grad_x + i * to.grad_x_stride : NULL;
+#pragma omp simd
+        for (int64_t c = 0; c < columns; c++) {
+            REAL dz = relu_backward(grad[i][c], a[c]);
+            sum_dz[c] += dz;
+            sum_dz_x[c] += dz * (x[c] - to.mean[c]);
+            if (grad_x) grad_x[c] = (to.accumulates ? grad_x[c] : 0) + to.scale[c] * dz;
+        }
+    }
+#pragma omp simd
+    for (int64_t c = 0; c < columns; c++) {
+        to.dz[c] += sum_dz[c];
+        to.dz_x[c] += sum_dz_x[c];
+    }
+}
+
+/* grad^T a over some rows, at most CHAIN, for a panel's columns of a, added to a thread's gradient of the weight. */
+static APART void add_weight_gradient(const REAL *g, int64_t g_stride, int64_t rows, int64_t outputs, const REAL *a,
+                                      int64_t a_stride, int64_t columns, REAL *grad_weight,
+                                      int64_t grad_weight_stride, Ahead *ahead) {
+    for (int64_t n = 0; n < outputs; n += BLOCK_ROWS) {
+        ask(ahead);
+        Block sum = columns <= LANES ? chain(g + n, 1, g_stride, rows, a, a_stride, 1)
+                                     : chain(g + n, 1, g_stride, rows, a, a_stride, VECTORS);
+        for (int i = 0; i < BLOCK_ROWS; i++)
+            for (int v = 0; v < VECTORS; v++)
+                *(Vector *)(grad_weight + (n + i) * grad_weight_stride + v * LANES) += sum.at[i][v];
+    }
+}
+
+#endif

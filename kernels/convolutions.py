@@ -1,0 +1,146 @@
+"""The CPU path's 3x3 convolutions, of rows that are normalized on the way (`convolutions.c`).
+
+They serve where everything has the dtype that is computed in. Elsewhere a dense layer's convolution is the
+library's, which reads its operand from memory.
+"""
+
+from __future__ import annotations
+
+import ctypes
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from densebench.kernels import compiled
+from densebench.kernels.norm import Folded, Sums, address, store_statistics, threads_for
+from densebench.kernels.products import Statistics, require, rows_apart
+
+
+class Maps(NamedTuple):
+    """What the rows of a matrix are the pixels of."""
+
+    height: int
+    width: int
+
+
+def library(weight: Tensor, *matrices: Tensor | None) -> ctypes.CDLL | None:
+    """The compiled convolutions, if they take these: a dense weight [N, C, 3, 3], and matrices of its dtype with
+    the values of a row side by side.
+    """
+    given = [matrix for matrix in matrices if matrix is not None]
+    dense = weight.is_contiguous() or weight.is_contiguous(memory_format=torch.channels_last)
+    if weight.shape[2:] != (3, 3) or weight.numel() == 0 or not dense:
+        return None
+    if any(matrix.dtype != weight.dtype or not rows_apart(matrix) for matrix in given):
+        return None
+    return compiled.library(weight.dtype, "convolutions")
+
+
+def convolve(
+    x: Tensor, maps: Maps, norm: Folded, weight: Tensor, out: Tensor, statistics: Statistics | None
+) -> None:
+    """out [M, N] = relu(norm(x)) of x [M, C] through the weight [N, C, 3, 3], padded with zeros.
+
+    `statistics` are those of `out`. Of matrices that `library` takes.
+
+    Raises:
+        ValueError: if shapes do not belong together.
+    """
+    form = library(weight, x, out)
+    assert form is not None
+    (rows, columns), outputs = x.shape, weight.shape[0]
+    _require(x, maps, norm, weight, {"out": (out, (rows, outputs))})
+    threads = threads_for(x)
+    scratch = x.new_empty(form.relu_norm_convolution_scratch(*maps, columns, outputs, threads))
+    pivot, sums = (None, None) if statistics is None else (x.new_empty(outputs), Sums(out))
+    form.relu_norm_convolution(
+        x.data_ptr(), x.stride(0), _images(x, maps), *maps, columns, address(norm.table),
+        *_strided(weight), outputs, out.data_ptr(), out.stride(0),
+        address(pivot), *((None, 0) if sums is None else sums.given[:2]), scratch.data_ptr(), threads,
+    )  # fmt: skip
+    if statistics is not None and sums is not None and pivot is not None:
+        store_statistics(sums, pivot, rows, *statistics)
+
+
+def convolve_backward(
+    grad: Tensor,
+    x: Tensor,
+    maps: Maps,
+    norm: Folded,
+    weight: Tensor,
+    sums: Sums,
+    grad_x: Tensor | None,
+    grad_weight: Tensor | None,
+) -> None:
+    """From grad [M, N], that of relu(norm(x)) through the weight, all but what comes from the statistics being
+    functions of x. Of matrices that `library` takes.
+
+    Args:
+        sums: with `grad_x`, take the column sums of dz and dz * (x - mean), with dz the gradient of norm(x).
+        grad_x: [M, C], takes scale * dz; None: not needed.
+        grad_weight: strided as the weight is; None: not needed.
+
+    Raises:
+        ValueError: if shapes or strides do not belong together.
+    """
+    form = library(weight, x, grad, grad_x)
+    assert form is not None
+    (rows, columns), outputs = x.shape, weight.shape[0]
+    _require(x, maps, norm, weight, {"grad": (grad, (rows, outputs)), "grad_x": (grad_x, (rows, columns))})
+    if grad_weight is not None and (grad_weight.shape, grad_weight.stride()) != (weight.shape, weight.stride()):
+        raise ValueError(
+            f"the gradient of a weight {list(weight.shape)} with strides {weight.stride()} lies as it does, "
+            f"got {list(grad_weight.shape)} with strides {grad_weight.stride()}"
+        )
+    sums.require(columns)
+    threads = min(threads_for(x), sums.parts.shape[0])
+    size = form.relu_norm_convolution_backward_scratch(*maps, columns, outputs, grad_weight is not None, threads)
+    scratch = x.new_empty(size)
+    form.relu_norm_convolution_backward(
+        grad.data_ptr(), grad.stride(0), x.data_ptr(), x.stride(0), _images(x, maps), *maps, columns,
+        address(norm.table), *_strided(weight), outputs,
+        address(grad_x), 0 if grad_x is None else grad_x.stride(0), *sums.given[:2], address(grad_weight),
+        scratch.data_ptr(), threads,
+    )  # fmt: skip
+
+
+def convolve_bytes(x: Tensor, maps: Maps, weight: Tensor) -> int:
+    """Scratch of `convolve`, without statistics' sums."""
+    return _bytes(x, maps, weight, "relu_norm_convolution_scratch", threads_for(x))
+
+
+def convolve_backward_bytes(x: Tensor, maps: Maps, weight: Tensor, needs_weight: bool) -> int:
+    """Scratch of `convolve_backward`."""
+    return _bytes(x, maps, weight, "relu_norm_convolution_backward_scratch", needs_weight, threads_for(x))
+
+
+def _bytes(x: Tensor, maps: Maps, weight: Tensor, name: str, *arguments: int) -> int:
+    form = compiled.library(x.dtype, "convolutions")
+    values: int = getattr(form, name)(*maps, x.shape[1], weight.shape[0], *arguments)
+    return values * x.element_size()
+
+
+def _images(x: Tensor, maps: Maps) -> int:
+    return x.shape[0] // (maps.height * maps.width)
+
+
+def _strided(weight: Tensor) -> tuple[int, int, int, int]:
+    """Address, and strides from output to output, channel to channel, tap to tap."""
+    return weight.data_ptr(), weight.stride(0), weight.stride(1), weight.stride(3)
+
+
+def _require(
+    x: Tensor,
+    maps: Maps,
+    norm: Folded,
+    weight: Tensor,
+    matrices: dict[str, tuple[Tensor | None, tuple[int, int]]],
+) -> None:
+    if min(maps) < 1 or x.shape[0] % (maps.height * maps.width) != 0:
+        raise ValueError(f"{x.shape[0]} rows are not the pixels of whole images of {maps.height}x{maps.width}")
+    if weight.shape[1] != x.shape[1]:
+        raise ValueError(
+            f"a 3x3 convolution of {x.shape[1]} channels takes a weight of as many, got {list(weight.shape)}"
+        )
+    require("a 3x3 convolution", x, {**matrices, "norm": (norm.table, (4, x.shape[1]))})
