@@ -1,10 +1,10 @@
 """The contenders of the kernel benchmark: each makes, of operands, a call that is ready to be timed.
 
 "ours" is the operator. It is given the batch statistics of its operand, as the layer before has computed them; a
-forward product takes those of its result on the way out. The gradient that its backward leaves includes the terms
-of the statistics, except for what it defers to the next operator.
+forward product or convolution takes those of its result on the way out. The gradient that its backward leaves
+includes the terms of the statistics, except for what it defers to the next operator.
 
-"eager" is what the naive network does in its place: batch norm in training mode, ReLU, 1x1 convolution or pooling,
+"eager" is what the naive network does in its place: batch norm in training mode, ReLU, convolution or pooling,
 as modules on a dense channels-last map (the concatenation that makes this map is left out), and the backward that
 autograd makes of them; where the operator adds to a gradient buffer, so does eager. Its time includes the
 statistics of the operand, which cost ours nothing here. "compiled" is `torch.compile` of the same.
@@ -28,13 +28,14 @@ from torch import Tensor, nn
 
 import densebench.strategies.fused  # noqa: F401  (registers the operators)
 from benchmarks.kernel_cases import (
+    CONVOLUTION_BACKWARD,
+    CONVOLUTIONS,
     OF_NEW_CHANNELS,
     POOLS,
-    PRODUCT,
     PRODUCT_BACKWARD,
-    PRODUCTS,
     STEM_POOLS,
     TRANSITION_POOLS,
+    WITH_WEIGHT,
 )
 from benchmarks.kernel_operands import EPS, Operands
 from densebench.kernels import channel_statistics, deferred
@@ -98,11 +99,11 @@ def _our_settling(function: Any, operands: Operands) -> Call:
 def _our_forward(operator: str, function: Any, operands: Operands) -> Call:
     x, norm, out = operands.x, operands.norm(), torch.empty_like(operands.grad)
     touched = (x, norm.mean, norm.var, operands.gamma, operands.beta, out)
-    if operator != PRODUCT:
+    if operator not in WITH_WEIGHT:
         grids = (operands.grid(x), operands.grid(out)) if operator in POOLS else (x, out)
         return Call(lambda: function(grids[0], *norm, grids[1]), lambda: {"out": out}, touched)
     mean, var = norm.mean.new_empty(2, operands.geometry.outputs).unbind()
-    arguments = (x, *norm, operands.weight, out, mean, var, None, None)
+    arguments = (x, *_size(operator, operands), *norm, operands.weight, out, mean, var)
     results = {"out": out, "mean": mean, "var": var}
     return Call(lambda: function(*arguments), lambda: results, (*touched, operands.weight, mean, var))
 
@@ -110,13 +111,17 @@ def _our_forward(operator: str, function: Any, operands: Operands) -> Call:
 def _our_backward(operator: str, function: Any, operands: Operands) -> Call:
     x, norm, grad = operands.x, operands.norm(), operands.grad
     pending = operands.pending
-    arguments: list[Any] = [grad, x, *norm, True]
+    arguments: list[Any] = [grad, x, *_size(operator, operands), *norm, True]
     touched: tuple[Tensor, ...]
     parameters = (norm.mean, norm.var, operands.gamma, operands.beta, operands.gamma, operands.beta)
     if operator == PRODUCT_BACKWARD:
         target = operands.buffer
         arguments += [operands.weight, target, True, pending, True, True]
         touched = (grad, x, target, target, pending, pending, operands.weight, operands.weight, *parameters)
+    elif operator == CONVOLUTION_BACKWARD:
+        target, pending = torch.empty_like(x), torch.zeros_like(pending)
+        arguments += [operands.weight, target, True]
+        touched = (grad, x, target, operands.weight, operands.weight, *parameters)
     elif operator == "bn_relu_backward":
         target, pending = grad, torch.zeros_like(pending)  # in place, with nothing left pending
         touched = (grad, x, grad, *parameters)
@@ -138,6 +143,11 @@ def _our_backward(operator: str, function: Any, operands: Operands) -> Call:
         return {"grad_x": meant, **dict(zip(SUMS, found, strict=False))}
 
     return Call(run, results, touched)
+
+
+def _size(operator: str, operands: Operands) -> tuple[int, ...]:
+    """Height and width, for operators that are not told them by a map."""
+    return (operands.geometry.height, operands.geometry.width) if operator in CONVOLUTIONS else ()
 
 
 def eager(operator: str, copies: Sequence[Operands]) -> list[Call]:
@@ -219,10 +229,13 @@ def _modules(operator: str, operands: Operands) -> Any:
         norm.weight.copy_(operands.gamma)
         norm.bias.copy_(operands.beta)
     parts: list[nn.Module] = [norm, ReLU()]
-    if operator in PRODUCTS:
-        conv = nn.Conv2d(shape.columns, shape.outputs, 1, bias=False, device=x.device, dtype=x.dtype)
+    if operator in WITH_WEIGHT:
+        side = 3 if operator in CONVOLUTIONS else 1
+        conv = nn.Conv2d(
+            shape.columns, shape.outputs, side, padding=side // 2, bias=False, device=x.device, dtype=x.dtype
+        )
         with torch.no_grad():
-            conv.weight.copy_(operands.weight[:, :, None, None])
+            conv.weight.copy_(operands.weight.view(conv.weight.shape))
         parts.append(conv)
     elif operator in STEM_POOLS:
         parts.append(nn.MaxPool2d(3, stride=2, padding=1))
@@ -247,8 +260,10 @@ def _plain_backward(operator: str, operands: Operands, plain: Any, x: Tensor) ->
 
     def results() -> Results:
         grad_x, *sums = found
-        named = dict(zip(SUMS, sums, strict=False))
-        return {"grad_x": _rows(grad_x)} | {n: s.flatten(1) if s.dim() > 1 else s for n, s in named.items()}
+        named = {"grad_x": _rows(grad_x)} | dict(zip(SUMS, sums, strict=False))
+        if "grad_weight" in named:
+            named["grad_weight"] = named["grad_weight"].view_as(operands.weight)
+        return named
 
     return Call(run, results)
 

@@ -15,7 +15,10 @@ STEM_CHANNELS, STEM_SIDE = 64, 112
 
 PRODUCT, PRODUCT_BACKWARD = "bn_relu_conv1x1", "bn_relu_conv1x1_backward"
 PRODUCTS = (PRODUCT, PRODUCT_BACKWARD)  # of every layer
-OF_BOTTLENECKS = ("bn_relu", "bn_relu_backward")  # the operand of the 3x3 convolution, [M, 128]
+CONVOLUTION, CONVOLUTION_BACKWARD = "bn_relu_conv3x3", "bn_relu_conv3x3_backward"
+CONVOLUTIONS = (CONVOLUTION, CONVOLUTION_BACKWARD)  # 3x3, of every layer; on a CPU only
+WITH_WEIGHT = (*PRODUCTS, *CONVOLUTIONS)
+OF_BOTTLENECKS = ("bn_relu", "bn_relu_backward", *CONVOLUTIONS)  # what reads a bottleneck's output, [M, 128]
 OF_NEW_CHANNELS = ("channel_statistics", "settled_gradient")  # [M, 32], columns of the block's buffer
 WITH_GIVEN_STATISTICS = (*PRODUCTS, *OF_BOTTLENECKS)  # operators that are also timed against a norm given its own
 STEM_POOLS = ("bn_relu_max_pool", "bn_relu_max_pool_backward")
@@ -29,7 +32,7 @@ class Geometry:
 
     Attributes:
         images, height, width: M = images x height x width rows.
-        columns, outputs: C and, for products, N.
+        columns, outputs: C and, for products and convolutions, N.
         buffer: columns of the buffer that the operand lies in, from `first` on.
     """
 
@@ -118,10 +121,13 @@ def _products(batch: int, dtype: str, device: str, wanted: list[tuple[int, int]]
 def _others(batch: int, dtype: str, device: str) -> Iterator[Case]:
     """What depends on the block alone, once a block; the stem; the transitions."""
     for operator in (*OF_BOTTLENECKS, *OF_NEW_CHANNELS):
+        if operator in CONVOLUTIONS and device != "cpu":
+            continue
         for block, (_, _, side) in enumerate(BLOCKS, 1):
             columns = BOTTLENECK if operator in OF_BOTTLENECKS else GROWTH_RATE
             where = {"block": block, "layer": layers_of(block)[1]}
-            yield _case(operator, batch, (columns, side, side), dtype, device, where)
+            outputs = GROWTH_RATE if operator in CONVOLUTIONS else None
+            yield _case(operator, batch, (columns, side, side), dtype, device, where, outputs)
     for operator in STEM_POOLS:
         shape = (STEM_CHANNELS, STEM_SIDE, STEM_SIDE)
         yield _case(operator, batch, shape, dtype, device, {"layer": "stem"})

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-from benchmarks.kernel_cases import POOLS, PRODUCTS, Geometry, geometry
+from benchmarks.kernel_cases import CONVOLUTIONS, POOLS, WITH_WEIGHT, Geometry, geometry
 from densebench.kernels import channel_statistics
 from densebench.kernels.norm import Norm
 from densebench.kernels.rows import accumulate_dtype
@@ -23,7 +24,7 @@ class Operands:
 
     Attributes:
         x: [M, C], columns of a wider buffer.
-        gamma, beta: [C]; weight: [N, C], empty where nothing is multiplied.
+        gamma, beta: [C]; weight: [N, C] or [N, C, 3, 3], empty where nothing is multiplied.
         grad: of the result.
         buffer: [M, C], a gradient that others have added to already; pending: [2, C], terms of it to be settled.
     """
@@ -50,13 +51,14 @@ class Operands:
             return values(shape.rows, shape.buffer)[:, shape.first : shape.first + shape.columns]
 
         x = slice_of_buffer()
+        taps = (3, 3) if case.model in CONVOLUTIONS else ()
         gamma, beta, *pending = (values(shape.columns).to(accumulate_dtype(x)) for _ in range(4))
         return cls(
             shape,
             x,
             gamma=torch.where(gamma < 0, -1.0, 1.0).to(gamma.dtype) + 0.02 * gamma.tanh(),
             beta=0.3 * beta,
-            weight=values(shape.outputs, shape.columns) / shape.columns**0.5,
+            weight=values(shape.outputs, shape.columns, *taps) / (shape.columns * math.prod(taps)) ** 0.5,
             grad=values(*_result_shape(case.model, shape)),
             buffer=slice_of_buffer(),
             pending=0.1 * torch.stack(pending),
@@ -93,7 +95,7 @@ def _copied(tensor: Tensor, dtype: torch.dtype | None) -> Tensor:
 
 
 def _result_shape(operator: str, shape: Geometry) -> tuple[int, int]:
-    if operator in PRODUCTS:
+    if operator in WITH_WEIGHT:
         return shape.rows, shape.outputs
     if operator in POOLS:
         images, height, width = shape.pooled

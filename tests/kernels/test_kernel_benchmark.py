@@ -16,6 +16,7 @@ from benchmarks.kernel_calls import Call, Results, eager, given_statistics, ours
 from benchmarks.kernel_cases import (
     BLOCKS,
     COMPILED_AT,
+    CONVOLUTIONS,
     POOLS,
     PRODUCT,
     PRODUCTS,
@@ -62,6 +63,8 @@ def runner(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> KernelRunner:
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float64"])
 @pytest.mark.parametrize("operator", OPERATORS)
 def test_ours_and_eager_compute_the_same(operator: str, dtype: str) -> None:
+    if operator in CONVOLUTIONS and dtype == "bfloat16":
+        pytest.skip("fused in what is compiled: float32 and float64")
     subject = Subject(small(operator, dtype))
     for contender in ("ours", "eager"):
         results = subject.first_results(contender)
@@ -94,7 +97,7 @@ def test_given_statistics_are_those_of_the_operand() -> None:
     assert not torch.allclose(call.results()["out"], other.results()["out"])
     assert {
         g.cases[0].model
-        for g in kernel_groups("default", "cuda")
+        for g in kernel_groups("default", "cpu")
         for c in g.cases
         if c.strategy == "given_statistics"
     } == set(WITH_GIVEN_STATISTICS)
@@ -152,9 +155,10 @@ def test_every_operator_is_compiled_on_a_few_shapes_and_in_the_full_profile_on_a
         assert {case.key() for case in (*few.cases, *few.left_out)} == {case.key() for case in every.cases}
     assert not any(group.left_out for group in full)
     compiled = [case for group in default for case in group.cases if case.strategy == "compiled"]
-    assert {case.model for case in compiled} == set(OPERATORS)
+    on_cuda = set(OPERATORS) - set(CONVOLUTIONS)
+    assert {case.model for case in compiled} == (on_cuda if kind == "cuda" else set(OPERATORS))
     assert {(case.options.get("block"), case.options["layer"]) for case in compiled} == set(COMPILED_AT)
-    assert len(compiled) == 16
+    assert len(compiled) == (16 if kind == "cuda" else 20)
 
 
 def test_what_a_profile_leaves_out_is_recorded_and_run_by_a_larger_one(runner: KernelRunner) -> None:
