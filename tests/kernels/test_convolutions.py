@@ -24,6 +24,7 @@ from densebench.kernels.bn_relu_conv3x3 import at_once, bn_relu_conv3x3
 from densebench.kernels.bn_relu_conv3x3_backward import bn_relu_conv3x3_backward
 from densebench.kernels.library import WORKSPACE
 from densebench.measure.memory import measure_peak
+from densebench.prediction.networks import trace_network
 from tests.kernels.convolution_problems import CONVOLUTIONS
 from tests.kernels.problems import Problem, Shape
 from tests.kernels.test_operators import Call, dense
@@ -297,3 +298,12 @@ def test_where_the_fused_network_uses_them(
         network(images(2, 16, dtype=dtype)).float().sum().backward()
     calls = Counter({event.key.removeprefix("densebench::"): event.count for event in profile.key_averages()})
     assert [calls[name] for name in CONVOLUTIONS] == [forward, backward]
+
+
+@pytest.mark.parametrize(("kind", "forward"), [("cpu", 16), ("cuda", 0)])
+def test_predictions_know_where_they_are(kind: str, forward: int) -> None:
+    """For CUDA a step is traced on a CPU, too, but as CUDA runs it: with the operand of each convolution."""
+    trace = trace_network("densenet_d2l", (2, 1, 32, 32), "fused", "train", device=kind)
+    assert trace.device == kind
+    names = [operation.name for operation in trace.operations]
+    assert sum("bn_relu_conv3x3" in name for name in names) == forward
