@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import functools
-import shutil
 from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
@@ -26,6 +24,7 @@ from densebench.kernels.library import WORKSPACE
 from densebench.measure.memory import measure_peak
 from densebench.prediction.networks import trace_network
 from tests.kernels.convolution_problems import CONVOLUTIONS
+from tests.kernels.other_vectors import NARROWER, compiled_with
 from tests.kernels.problems import Problem, Shape
 from tests.kernels.test_operators import Call, dense
 from tests.kernels.values import GATE, VARIANTS, relative_error
@@ -100,16 +99,9 @@ def test_fuzzed_shapes(name: str, in_use: int, **drawn: Any) -> None:
     assert_solved(name, Shape(**drawn))
 
 
-@pytest.mark.parametrize("flags", ["-mno-avx512f", "-mno-avx512f -mno-avx2 -mno-avx"])
+@pytest.mark.parametrize("flags", NARROWER)
 def test_with_narrower_vectors(flags: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    """What other processors run."""
-    for file in compiled.FOLDER.glob("*.[ch]"):
-        shutil.copy(file, tmp_path)
-    monkeypatch.setenv("CC", f"gcc {flags}")
-    monkeypatch.setattr(compiled, "_built", functools.cache(compiled._built.__wrapped__))
-    with compiled.using(tmp_path):
-        if compiled.library(torch.float32, "convolutions") is None:
-            pytest.skip(f"no compiler that takes {flags}: {compiled.reason()}")
+    with compiled_with(flags, tmp_path, monkeypatch):
         for dtype in (torch.float32, torch.float64):
             for shape in SHAPES:
                 for name in CONVOLUTIONS:

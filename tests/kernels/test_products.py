@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import functools
-import shutil
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -15,6 +13,7 @@ from densebench.kernels import compiled, products
 from densebench.kernels.bn_relu_conv1x1 import bn_relu_conv1x1
 from densebench.kernels.bn_relu_conv1x1_backward import bn_relu_conv1x1_backward
 from densebench.kernels.norm import Folded, Norm, Sums
+from tests.kernels.other_vectors import NARROWER, compiled_with
 
 pytestmark = pytest.mark.skipif(
     compiled.library(torch.float32, "products") is None, reason=f"nothing is compiled here: {compiled.reason()}"
@@ -123,16 +122,9 @@ def test_as_pytorch_does(rows: int, columns: int, outputs: int, threads_in_use: 
     Drawn(rows, columns, outputs, dtype).check()
 
 
-@pytest.mark.parametrize("flags", ["-mno-avx512f", "-mno-avx512f -mno-avx2 -mno-avx"])
+@pytest.mark.parametrize("flags", NARROWER)
 def test_with_narrower_vectors(flags: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    """What other processors run."""
-    for file in compiled.FOLDER.glob("*.[ch]"):
-        shutil.copy(file, tmp_path)
-    monkeypatch.setenv("CC", f"gcc {flags}")
-    monkeypatch.setattr(compiled, "_built", functools.cache(compiled._built.__wrapped__))
-    with compiled.using(tmp_path):
-        if compiled.library(torch.float32, "products") is None:
-            pytest.skip(f"no compiler that takes {flags}: {compiled.reason()}")
+    with compiled_with(flags, tmp_path, monkeypatch):
         for dtype in (torch.float32, torch.float64):
             for shape in SHAPES:
                 Drawn(*shape, dtype).check()
