@@ -18,6 +18,7 @@ from benchmarks.kernel_cases import CONVOLUTIONS, WITH_WEIGHT
 from benchmarks.kernel_cudnn import cudnn
 from benchmarks.kernel_cudnn import missing as cudnn_missing
 from benchmarks.kernel_operands import Operands
+from densebench.kernels.convolutions import not_compiled
 from densebench.measure.ceilings import measure_ceilings
 from densebench.measure.deadline import TIMEOUT_SECONDS, deadline
 from densebench.measure.device import LOST, DeviceLostError, release_memory, was_never_tried
@@ -36,7 +37,6 @@ CONTENDERS: dict[str, Callable[[str, Sequence[Operands]], list[Call]]] = {
     "compiled": compiled,
     "cudnn": cudnn,
 }
-MISSING: dict[str, Callable[[], str | None]] = {"cudnn": cudnn_missing}
 ERROR_FACTOR = 2.0  # as densebench.measure.validation: at most twice the error of eager, or the dtype's floor
 NOT_RUN = "not run: compiled for every shape in the full profile alone (--densebench-profile full)"
 CLOCK_SECONDS = 0.2  # for the clocks and throttling under this load; energy takes longer loops
@@ -201,7 +201,7 @@ def _measure(outcomes: list[Outcome], group: str, effort: Effort) -> None:
 def _prepare(one: Outcome, subject: Subject, other: torch.Tensor | None) -> None:
     """Check a contender; if it is right, warm it up."""
     case = one.case
-    lacking = MISSING.get(case.strategy, lambda: None)()
+    lacking = _lacking(case)
     if lacking is not None:
         return one.end("unsupported", lacking)
     start = time.perf_counter()
@@ -217,6 +217,15 @@ def _prepare(one: Outcome, subject: Subject, other: torch.Tensor | None) -> None
         call.run()
     one.step = Rotation(calls, other)
     one.fields |= {"bytes_moved": subject.floor_bytes, "flops_executed": _flops(case)}
+    return None
+
+
+def _lacking(case: Case) -> str | None:
+    """Why a contender cannot be had here; None if it can."""
+    if case.strategy == "cudnn":
+        return cudnn_missing()
+    if case.strategy == "ours" and case.model in CONVOLUTIONS:
+        return not_compiled(getattr(torch, case.dtype))
     return None
 
 

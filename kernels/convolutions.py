@@ -37,6 +37,13 @@ def library(weight: Tensor, *matrices: Tensor | None) -> ctypes.CDLL | None:
     return compiled.library(weight.dtype, "convolutions")
 
 
+def not_compiled(dtype: torch.dtype) -> str | None:
+    """Why there are no compiled convolutions of a dtype here; None if there are."""
+    if compiled.library(dtype, "convolutions") is not None:
+        return None
+    return f"fused 3x3 convolutions are compiled C, and nothing is compiled here ({compiled.reason() or dtype})"
+
+
 def convolve(
     x: Tensor, maps: Maps, norm: Folded, weight: Tensor, out: Tensor, statistics: Statistics | None
 ) -> None:

@@ -26,6 +26,7 @@ from benchmarks.kernel_cases import (
 )
 from benchmarks.kernel_operands import Operands
 from benchmarks.kernel_runs import CONTENDERS, NOT_RUN, KernelRunner, Subject, exact_results, relative_errors
+from densebench.kernels import compiled
 from densebench.kernels.library import IMPLEMENTATIONS
 from densebench.measure import ceilings
 from densebench.measure.device import DeviceLostError
@@ -269,6 +270,15 @@ def test_what_is_wrong_or_fails_gets_no_time(runner: KernelRunner, monkeypatch: 
     assert "out is off by" in str(records["wrong"].reason)
     assert "nvidia-cudnn-frontend" in str(records["cudnn"].reason)
     assert len(failures(records.values())) == 4
+
+
+def test_without_a_compiler_convolutions_are_eagers_alone(runner: KernelRunner) -> None:
+    cases = [small("bn_relu_conv3x3", strategy=name) for name in ("ours", "eager")]
+    with compiled.using(None):
+        ours_, eager_ = runner.measure(group_of(*cases))
+    assert (ours_.status, ours_.time_s) == ("unsupported", None)
+    assert "nothing is compiled here (switched off)" in str(ours_.reason)
+    assert eager_.time_s is not None
 
 
 @pytest.mark.parametrize("operator", PRODUCTS)
