@@ -23,6 +23,7 @@ class Pixels:
 
     @property
     def size(self) -> tuple[int, int]:
+        """Height and width."""
         return self.height, self.width
 
     @property
