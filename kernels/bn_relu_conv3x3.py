@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
 
 from densebench.kernels import compiled
 from densebench.kernels.bn_relu import reference as bn_relu
@@ -27,12 +27,6 @@ def reference(x: Tensor, height: int, width: int, norm: Norm, weight: Tensor) ->
     """
     a = bn_relu(x, norm).to(weight.dtype).view(-1, height, width, x.shape[1]).permute(0, 3, 1, 2)
     return as_rows(F.conv2d(a, weight, padding=1))
-
-
-def at_once(conv: nn.Conv2d, weight: Tensor, *matrices: Tensor | None) -> bool:
-    """Whether these operators take a convolution with its weight [N, C, h, w] and matrices of rows."""
-    usual = conv.padding == (1, 1) and conv.dilation == (1, 1) and weight.device.type == "cpu"
-    return usual and library(weight, *matrices) is not None
 
 
 def require_compiled(weight: Tensor, *matrices: Tensor | None) -> None:

@@ -16,8 +16,9 @@ from densebench.execution.plan import ConvUnit, Flat, Gradients
 from densebench.execution.shared_statistics import MeanAndVar
 from densebench.kernels.bn_relu import bn_relu
 from densebench.kernels.bn_relu_backward import bn_relu_backward
-from densebench.kernels.bn_relu_conv3x3 import at_once, bn_relu_conv3x3
+from densebench.kernels.bn_relu_conv3x3 import bn_relu_conv3x3
 from densebench.kernels.bn_relu_conv3x3_backward import bn_relu_conv3x3_backward
+from densebench.kernels.convolutions import library
 from densebench.kernels.norm import Norm
 from densebench.kernels.rows import as_rows
 
@@ -34,8 +35,8 @@ class NormConvolution(NamedTuple):
     scratch: Scratch
 
     def takes(self, unit: ConvUnit, weight: Tensor, *rows: Tensor) -> bool:
-        """Whether `forward_into` and `backward` work in one pass."""
-        return at_once(unit.conv, weight, *rows)
+        """Whether `forward_into` and `backward` work in one pass. (A dense layer's padding is its dilation.)"""
+        return unit.conv.dilation == (1, 1) and library(weight, *rows) is not None
 
     def forward_into(
         self, x: Tensor, norm: Norm, weight: Tensor, out: Tensor, statistics: MeanAndVar | None

@@ -13,13 +13,14 @@ import torch
 import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from torch import Tensor, nn
+from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
 import densebench
 from densebench.kernels import compiled
-from densebench.kernels.bn_relu_conv3x3 import at_once, bn_relu_conv3x3
+from densebench.kernels.bn_relu_conv3x3 import bn_relu_conv3x3
 from densebench.kernels.bn_relu_conv3x3_backward import bn_relu_conv3x3_backward
+from densebench.kernels.convolutions import library
 from densebench.kernels.library import WORKSPACE
 from densebench.measure.memory import measure_peak
 from densebench.prediction.networks import trace_network
@@ -261,14 +262,15 @@ def test_what_it_does_not_take_is_refused_with_what_to_use(weight: Tensor) -> No
         bn_relu_conv3x3(x, 8, 10, *vectors, 0.0, torch.randn(4, 6, 3, 3), out, None, None)
 
 
-def test_which_convolutions_are_taken() -> None:
-    conv, rows = nn.Conv2d(6, 4, 3, padding=1), torch.empty(80, 6)
-    assert at_once(conv, conv.weight, rows)
-    assert not at_once(nn.Conv2d(6, 4, 3, padding=2, dilation=2), conv.weight, rows)
+def test_what_is_taken() -> None:
+    weight, rows = torch.empty(4, 6, 3, 3), torch.empty(80, 6)
+    assert library(weight, rows, None) is not None
+    assert library(weight.contiguous(memory_format=torch.channels_last), rows) is not None
+    assert library(weight.to("meta"), rows) is None
     for other in (rows.bfloat16(), rows.double(), rows.t(), rows[:0]):
-        assert not at_once(conv, conv.weight, other)
+        assert library(weight, other) is None
     with compiled.using(None):
-        assert not at_once(conv, conv.weight, rows)
+        assert library(weight, rows) is None
 
 
 @pytest.mark.parametrize(

@@ -27,6 +27,7 @@ from benchmarks.kernel_cases import (
 from benchmarks.kernel_operands import Operands
 from benchmarks.kernel_runs import CONTENDERS, NOT_RUN, KernelRunner, Subject, exact_results, relative_errors
 from densebench.kernels import compiled
+from densebench.kernels.convolutions import not_compiled
 from densebench.kernels.library import IMPLEMENTATIONS
 from densebench.measure import ceilings
 from densebench.measure.device import DeviceLostError
@@ -61,11 +62,16 @@ def runner(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> KernelRunner:
     return KernelRunner(RunStore(tmp_path), SHORT, progress=lambda line: None)
 
 
+def skip_what_is_not_compiled(operator: str, dtype: str = "float32") -> None:
+    reason = not_compiled(getattr(torch, dtype)) if operator in CONVOLUTIONS else None
+    if reason is not None:
+        pytest.skip(reason)
+
+
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float64"])
 @pytest.mark.parametrize("operator", OPERATORS)
 def test_ours_and_eager_compute_the_same(operator: str, dtype: str) -> None:
-    if operator in CONVOLUTIONS and dtype == "bfloat16":
-        pytest.skip("fused in what is compiled: float32 and float64")
+    skip_what_is_not_compiled(operator, dtype)
     subject = Subject(small(operator, dtype))
     for contender in ("ours", "eager"):
         results = subject.first_results(contender)
@@ -107,6 +113,7 @@ def test_given_statistics_are_those_of_the_operand() -> None:
 @pytest.mark.parametrize("operator", OPERATORS)
 def test_operands_are_not_compared_with_themselves(operator: str) -> None:
     """Copies share no memory, and calling one leaves the others as they are."""
+    skip_what_is_not_compiled(operator)
     first, second = Operands.draw(small(operator)), Operands.draw(small(operator))
     copy = first.copied()
     ours(operator, [copy])[0].run()
