@@ -180,7 +180,7 @@ def _cuda_backward(
     if not by_batch:
         _launch(grad, x, norm, grad, None, partial, shared)
         return reduce_terms(partial, norm, None, x.shape[0])
-    terms = torch.empty_like(partial[0])
+    terms = mean.new_empty(2, x.shape[1])
     _launch(grad, x, norm, None, None, partial, shared)
     sums = reduce_terms(partial, norm, terms, x.shape[0])
     _launch(grad, x, norm, grad, terms, None, shared)

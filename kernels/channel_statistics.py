@@ -127,7 +127,7 @@ def merge_partial_statistics(
     """Mean and biased variance [C] over all rows from those of the parts, [parts, 2, C].
 
     Args:
-        pivot: [C], what the parts' means are relative to; None for 0.
+        pivot: what the parts' means are relative to, [C] or the first row of [M, C]; None for 0.
     """
     parts, _, columns = partial.shape
     tile = parts_tile(parts)
@@ -150,7 +150,7 @@ def _cuda(x: Tensor, mean: Tensor, var: Tensor, out: Tensor | None = None) -> No
         (x, partial, out), (rows, columns, shared.rows, x.stride(0), 0 if out is None else out.stride(0)),
         tile=tile, BLOCK_ROWS=tile.rows, BLOCK_COLUMNS=tile.columns,
     )  # fmt: skip
-    merge_partial_statistics(partial, rows, shared, mean, var, pivot=x[0])
+    merge_partial_statistics(partial, rows, shared, mean, var, pivot=x)
 
 
 def _fake(x: Tensor, mean: Tensor, var: Tensor, out: Tensor | None = None) -> None:

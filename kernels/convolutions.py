@@ -28,13 +28,13 @@ def library(weight: Tensor, *matrices: Tensor | None) -> ctypes.CDLL | None:
     """The compiled convolutions, if they take these: on a CPU, a dense weight [N, C, 3, 3], and matrices of its
     dtype with the values of a row side by side.
     """
-    given = [matrix for matrix in matrices if matrix is not None]
+    found = compiled.library(weight.dtype, "convolutions") if weight.is_cpu else None
+    if found is None or weight.shape[2:] != (3, 3) or weight.numel() == 0:
+        return None
     dense = weight.is_contiguous() or weight.is_contiguous(memory_format=torch.channels_last)
-    if not weight.is_cpu or weight.shape[2:] != (3, 3) or weight.numel() == 0 or not dense:
-        return None
-    if any(matrix.dtype != weight.dtype or not rows_apart(matrix) for matrix in given):
-        return None
-    return compiled.library(weight.dtype, "convolutions")
+    given = [matrix for matrix in matrices if matrix is not None]
+    alike = all(matrix.dtype == weight.dtype and rows_apart(matrix) for matrix in given)
+    return found if dense and alike else None
 
 
 def not_compiled(dtype: torch.dtype) -> str | None:

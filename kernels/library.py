@@ -87,13 +87,14 @@ def _told_to_autograd(name: str, written: Sequence[int], function: Callable[...,
 
 
 def require_dense_rows(name: str, arguments: Iterable[Any]) -> None:
-    """Refuse a matrix or map whose channels do not lie side by side; kernels are told row strides only.
+    """Refuse a matrix, map or vector whose channels do not lie side by side; kernels are told row strides only.
 
     Raises:
         ValueError: with the operator's name and the strides.
     """
     for argument in arguments:
-        if not isinstance(argument, torch.Tensor) or argument.stride(-1) == 1 or argument.dim() < 2:
+        # Most are contiguous, and that is known at once: this is asked of thousands of tensors a step.
+        if not isinstance(argument, torch.Tensor) or argument.is_contiguous() or argument.stride(-1) == 1:
             continue
         if argument.shape[-1] > 1 and argument.numel() > 0:
             raise ValueError(
@@ -107,7 +108,7 @@ def _on_its_device(name: str, cuda: Callable[..., Any]) -> Callable[..., Any]:
 
     def launched(first: torch.Tensor, *arguments: Any) -> Any:
         require_dense_rows(name, (first, *arguments))
-        if first.device.index == torch.cuda.current_device():
+        if first.get_device() == torch.cuda.current_device():
             return cuda(first, *arguments)
         with torch.cuda.device(first.device):
             return cuda(first, *arguments)

@@ -67,8 +67,10 @@ class ConvUnit(NormUnit):
         return weight.flatten(1)
 
     def weight_gradient(self, needs: Flat, grad: Tensor) -> Gradients:
-        """That of the weight, if it is needed, in the parameter's shape."""
-        return {self.first + 2: grad.reshape(self.conv.weight.shape)} if self.weight(needs) else {}
+        """That of the weight, if it is needed, in the parameter's shape; given as that or as a 1x1's matrix."""
+        if not self.weight(needs):
+            return {}
+        return {self.first + 2: grad if grad.dim() == 4 else grad.view(*grad.shape, 1, 1)}
 
     def trained(self, needs: Flat) -> bool:
         """Whether any of its parameters needs a gradient."""

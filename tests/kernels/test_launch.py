@@ -55,3 +55,10 @@ def test_channels_that_lie_apart_are_refused() -> None:
     require_dense_rows("bn_relu", (torch.empty(4, 6)[:, 1:5], torch.empty(6), None, 1e-5))
     with pytest.raises(ValueError, match=r"densebench::bn_relu .* strides \(1, 4\)"):
         require_dense_rows("bn_relu", (torch.empty(6, 4).t(), 1e-5))
+
+
+def test_a_norms_values_that_lie_apart_are_refused() -> None:
+    """A parameter may be every other value of another tensor; a kernel would read the first of them all."""
+    require_dense_rows("bn_relu", (torch.empty(4, 1).expand(4, 1)[:, 0][:1], torch.empty(0)[::2]))
+    with pytest.raises(ValueError, match=r"densebench::bn_relu .* shape \[4\] with strides \(2,\)"):
+        require_dense_rows("bn_relu", (torch.empty(4, 6), torch.empty(8)[::2]))
