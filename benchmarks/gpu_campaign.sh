@@ -225,7 +225,7 @@ fi
 PROFILE=full KERNEL_PROFILE=default
 [ "$DEVICE" = cpu ] && PROFILE=tiny KERNEL_PROFILE=quick
 # A hash of all that measures, is measured or tests: what was done for another source or device is done again.
-SOURCE=$(find densebench kernels benchmarks tests \( -name '*.py' -o -name '*.c' \) -print0 | sort -z | xargs -0 cat |
+SOURCE=$(find densebench kernels benchmarks tests \( -name '*.py' -o -name '*.[ch]' \) -print0 | sort -z | xargs -0 cat |
     cksum | cut -d' ' -f1)
 SOURCE="source $SOURCE on $("$PYTHON" -c 'import sys, torch; from densebench.measure.environment import device_name
 print(device_name(torch.device(sys.argv[1])))' "$DEVICE")"

@@ -115,14 +115,17 @@ def _dirty() -> bool | None:
 
 def _source() -> str:
     """A hash of the code that measures and is measured, so that changes not committed tell, too."""
-    package = Path(__file__).resolve().parents[1]
-    folders = [package, (package / "kernels").resolve()]  # a link, which rglob does not follow
-    sources = (path for folder in folders for path in folder.rglob("*") if path.suffix in (".py", ".c"))
-    files = {path for path in sources if "report" not in path.parts}
     digest = hashlib.sha256()
-    for path in sorted(files):
+    for path in sorted(_sources()):
         digest.update(path.name.encode() + b"\0" + path.read_bytes())
     return digest.hexdigest()[:16]
+
+
+def _sources() -> set[Path]:
+    package = Path(__file__).resolve().parents[1]
+    folders = [package, (package / "kernels").resolve()]  # a link, which rglob does not follow
+    sources = (path for folder in folders for path in folder.rglob("*") if path.suffix in (".py", ".c", ".h"))
+    return {path for path in sources if "report" not in path.parts}
 
 
 def _cpu_model() -> str:

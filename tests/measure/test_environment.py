@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import json
 import os
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
 
+from densebench import kernels
 from densebench.measure import environment as environment_module
 from densebench.measure.environment import environment, identity
 from densebench.measure.nvml import DRIVER_FIELDS, Nvml, Reading, facts_while_repeating
@@ -145,6 +147,14 @@ def test_the_environment_is_complete_and_json() -> None:
         facts
     )
     assert facts["packages"]["torch"] == torch.__version__
+
+
+def test_every_language_of_the_kernels_counts_as_source() -> None:
+    """A record made with another header is another's."""
+    folder = Path(kernels.__file__).resolve().parent
+    code = {path for path in folder.iterdir() if path.is_file() and path.suffix != ".md"}
+    assert code <= environment_module._sources()
+    assert {path.suffix for path in code} == {".py", ".c", ".h"}
 
 
 def test_a_gpu_that_is_not_there_is_said() -> None:
