@@ -13,6 +13,7 @@ from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 
@@ -77,10 +78,8 @@ def call_norm(norm: nn.BatchNorm2d) -> NormCall:
         ValueError: PyTorch's own, where eps is not positive.
     """
     by_batch = norm.training or (norm.running_mean is None and norm.running_var is None)
-    if by_batch and norm.eps <= 0.0:
-        raise ValueError(f"batch_norm eps must be positive during training, but got {norm.eps}")
-    if norm.eps < 0.0:
-        raise ValueError(f"batch_norm eps must be non-negative, but got {norm.eps}")
+    if norm.eps <= 0.0:  # which of these are refused, and how, differs between PyTorch's versions
+        F.batch_norm(torch.ones(2, 1), torch.ones(1), torch.ones(1), training=by_batch, eps=norm.eps)
     used = not norm.training or norm.track_running_stats
     momentum = 0.0 if norm.momentum is None else norm.momentum
     if norm.momentum is None and norm.training and used and norm.num_batches_tracked is not None:

@@ -128,8 +128,8 @@ FAULTS = [
     Fault("dropout redrawn", STAGE, "FusedStage.layer_backward", "as_rows(mask)", "as_rows(mask).flip(0)",
           "dropout"),
     # Who gets what
-    Fault("no gradient of weights", "execution.plan", "ConvUnit.weight_gradient", "if self.weight(needs)",
-          "if False", "training"),
+    Fault("no gradient of weights", "execution.plan", "ConvUnit.weight_gradient",
+          "if not self.weight(needs)", "if True", "training"),
     Fault("trained norms get none", "execution.plan", "NormUnit.affine_gradients", "if needed", "if not needed",
           "frozen"),
     Fault("epilogue left out", "kernels.bn_relu_conv1x1", "_by_tiles", "if following is not None", "if False",
