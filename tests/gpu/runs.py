@@ -206,6 +206,17 @@ def captured(training: Training) -> Callable[[], None]:
     return graph.replay
 
 
+def as_graphs(network: nn.Module, x: Tensor) -> nn.Module:
+    """Forward and backward as a CUDA graph each, as PyTorch makes them; on the CPU the network itself."""
+    if not x.is_cuda:
+        return network
+    before = {name: value.clone() for name, value in network.state_dict().items()}
+    sample = x.detach().clone(memory_format=torch.preserve_format).requires_grad_()
+    graphed: nn.Module = torch.cuda.make_graphed_callables(network, (sample,))
+    network.load_state_dict(before)  # in place: warming up has moved the running statistics
+    return graphed
+
+
 # Lack of memory
 
 
