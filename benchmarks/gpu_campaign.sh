@@ -3,26 +3,30 @@
 #
 #   benchmarks/gpu_campaign.sh [--device cpu|cuda] OUT [STAGE...]
 #
-# Stages, in this order if none is named: ceilings, correctness, kernels, networks, sanitizer.
+# Stages, in this order if none is named: ceilings, networks, correctness, kernels, compiled, sanitizer.
 # A stage that fails or is cut short does not stop the next. Run it again with the same OUT: what is finished for
 # this source is skipped, everything else goes on where it was. Records are in OUT/STAGE/cases.jsonl after every
-# case, one line a stage is added to OUT/summary.txt, and everything worth keeping is in OUT/evidence.tar.gz:
-# unpacked into an empty OUT it lets another machine with the same GPU go on.
+# case, one line a stage is added to OUT/summary.txt, and everything worth keeping is in EVIDENCE: unpacked into an
+# empty OUT it lets another machine with the same GPU go on.
 # Without a GPU the same is done in small, as a rehearsal.
 #
 # PYTHON=python3   the interpreter        LIMIT=540   seconds a stage may take
 # WORKERS          processes for the tests: all cores but four, 2 to 12 of them
+# TOTAL            seconds that all stages may take together: no limit
+# EVIDENCE         a file, kept up to date as long as the script runs: OUT/evidence.tar.gz
 set -u
 
 PYTHON=${PYTHON:-python3}
 LIMIT=${LIMIT:-540}
+TOTAL=${TOTAL:-}
 # The tests wait for compilers, which take a core each; more than a dozen contexts crowd the GPU's memory.
 cores=$(($(nproc 2>/dev/null || echo 4) - 4))
 WORKERS=${WORKERS:-$((cores < 2 ? 2 : cores > 12 ? 12 : cores))}
-STAGES=(ceilings correctness kernels networks sanitizer)
+# Networks before what takes longest: each of their cases is checked against naive before it is measured.
+STAGES=(ceilings networks correctness kernels compiled sanitizer)
 
 usage() {
-    sed -n '2,14s/^# \{0,1\}//p' "$0"
+    sed -n '2,16s/^# \{0,1\}//p' "$0"
     exit 2
 }
 
@@ -31,7 +35,7 @@ MEASURED="(test_step or test_memory) and not test_predicted"
 
 # What the networks stage measures, by priority: name | pytest's selection. The last takes all that is left.
 CUDA_SELECTIONS=(
-    "core 64|test_step and train and densenet121 and bfloat16 and 64x224x224 and not graph and not compiled"
+    "core 64|test_step and train and densenet121 and bfloat16 and 64x224x224 and not compiled"
     "CUDA graphs|test_step and graph"
     "core 256|test_step and train and densenet121 and bfloat16 and 256x224x224"
     "inference|test_step and infer and 64x224x224"
@@ -90,16 +94,24 @@ archive() {
     mapfile -t files < <(cd "$OUT" && find . -type f \( -name '*.jsonl' -o -name '*.json' -o -name '*.xml' \
         -o -name '*.done' -o -name summary.txt -o \( -name '*.log' -size -1024k \) \) | sort)
     [ ${#files[@]} -gt 0 ] || return 0
-    tar -czf "$OUT/evidence.part" -C "$OUT" "${files[@]}" && mv "$OUT/evidence.part" "$OUT/evidence.tar.gz"
+    tar -czf "$EVIDENCE.part" -C "$OUT" "${files[@]}" && mv "$EVIDENCE.part" "$EVIDENCE"
 }
 
 note() {
     echo "  $*"
 }
 
-measure() {  # NAME and what pytest is to select; records go to the stage's folder
-    run "$1" "$PYTHON" -m pytest "${@:2}" --benchmark-only -p no:cacheprovider -q \
-        --densebench-profile "$PROFILE" --densebench-device "$DEVICE" --densebench-out "$FOLDER" --densebench-resume
+# Records go to the stage's folder. A case that makes the device unusable ends the process; another goes on without it.
+# What hangs has not all of the stage's time.
+measure() {  # NAME and what pytest is to select
+    local attempt log="$FOLDER/${1// /-}.log"
+    for attempt in 1 2 3; do
+        CAP=$((2 * LIMIT / 3)) run "$1" "$PYTHON" -m pytest "${@:2}" --benchmark-only -p no:cacheprovider -q \
+            --densebench-profile "$PROFILE" --densebench-device "$DEVICE" --densebench-out "$FOLDER" \
+            --densebench-resume
+        ! done_before "$1" && grep -qs "nothing more can run on it" "$log" || break
+        mv "$log" "${log%.log}.$attempt.log"
+    done
 }
 
 stage_ceilings() {
@@ -137,14 +149,20 @@ correctness() {  # NAME
 }
 
 test_files() {
-    run "$1" "$PYTHON" -m pytest "${@:2}" "${marks[@]}" -q -p no:cacheprovider --junitxml "$FOLDER/${1// /-}.xml"
+    run "$1" "$PYTHON" -m pytest "${@:2}" "${marks[@]}" -q -p no:cacheprovider --junitxml "$FOLDER/${1// /-}.xml" \
+        -o faulthandler_timeout=240 -o faulthandler_exit_on_timeout=true  # a kernel that hangs cannot be interrupted
 }
 
-# Every operator on every shape, of which few are compiled; then, group by group, those that were not.
+# Every operator on every shape, of which few are compiled.
 stage_kernels() {
     PROFILE=$KERNEL_PROFILE measure kernels benchmarks/test_kernels.py
-    [ "$DEVICE" = cuda ] && measure "all compiled" benchmarks/test_kernels.py -k compiled
-    return 0
+}
+
+# Group by group, those that were not.
+stage_compiled() {
+    FOLDER="$OUT/kernels"
+    mkdir -p "$FOLDER"
+    if [ "$DEVICE" = cuda ]; then measure "all compiled" benchmarks/test_kernels.py -k compiled; else SKIPPED=1; fi
 }
 
 stage_networks() {
@@ -179,12 +197,14 @@ perform() {
     local began=$SECONDS verdict=ok
     FOLDER="$OUT/$1" FAILED='' STOPPED='' SKIPPED=''
     DEADLINE=$((SECONDS + LIMIT))
+    [ -n "$TOTAL" ] && [ "$DEADLINE" -gt "$TOTAL" ] && DEADLINE=$TOTAL
     mkdir -p "$FOLDER"
     echo "$1"
     case $1 in
         ceilings) stage_ceilings ;;
         correctness) stage_correctness ;;
         kernels) stage_kernels ;;
+        compiled) stage_compiled ;;
         networks) stage_networks ;;
         sanitizer) stage_sanitizer ;;
     esac
@@ -205,6 +225,7 @@ case ${1:-} in '' | -*) usage ;; esac
 case $DEVICE in '' | cpu | cuda) ;; *) usage ;; esac
 mkdir -p "$1" || exit 2
 OUT=$(cd "$1" && pwd) || exit 2
+EVIDENCE=$(realpath -m "${EVIDENCE:-$OUT/evidence.tar.gz}") || exit 2
 shift
 [ $# -gt 0 ] || set -- "${STAGES[@]}"
 for stage in "$@"; do

@@ -39,7 +39,7 @@ def environment(device_type: str) -> dict[str, Any]:
         "cores": psutil.cpu_count(logical=False),
         "threads": torch.get_num_threads(),
         "memory_bytes": psutil.virtual_memory().total,
-        "packages": {name: version for name in _PACKAGES if (version := _version(name))},
+        "packages": _packages(),
         "torch_git": torch.version.git_version,
         "cuda": torch.version.cuda,
         "flags": _flags(),
@@ -67,7 +67,7 @@ def environment(device_type: str) -> dict[str, Any]:
 
 _MACHINE = ("device", "threads", "flags", "allocator", "cpu_kernels")
 _CODE = ("source", "python", "packages", "torch_git", "cuda")
-_GPU = ("uuid", "driver", "cudnn")
+_GPU = ("driver", "cudnn")  # not which board of a model: what is timed in turns, and so compared, is on one
 
 
 def identity(facts: Mapping[str, Any]) -> str:
@@ -105,6 +105,11 @@ def _flags() -> dict[str, Any]:
         "matmul_precision": torch.get_float32_matmul_precision(),
         "deterministic_algorithms": torch.are_deterministic_algorithms_enabled(),
     }
+
+
+def _packages() -> dict[str, str]:
+    versions = {name: version for name in _PACKAGES if (version := _version(name))}
+    return versions | {"torch": torch.__version__}  # with what it was built for, which a wheel may not name
 
 
 def _dirty() -> bool | None:

@@ -70,11 +70,21 @@ class Outcome:
         return Record(self.case, self.status, self.reason, environment=facts, **self.fields)
 
 
+_WORDS_FOR_NO_MEMORY = (
+    "DefaultCPUAllocator: can't allocate memory",
+    # PyTorch tries cuDNN's algorithms in turn, passes over those whose workspace does not fit, and says this when
+    # none is left.
+    "unable to find an engine to execute this computation",
+    "CUDNN_STATUS_ALLOC_FAILED",
+    "CUBLAS_STATUS_ALLOC_FAILED",
+)
+
+
 def is_out_of_memory(error: Exception) -> bool:
     """Whether an error is a lack of memory, on the device or on the host (which PyTorch says in words alone)."""
     if isinstance(error, torch.OutOfMemoryError | MemoryError):
         return True
-    return isinstance(error, RuntimeError) and "DefaultCPUAllocator: can't allocate memory" in str(error)
+    return isinstance(error, RuntimeError) and any(words in str(error) for words in _WORDS_FOR_NO_MEMORY)
 
 
 def first_line(error: BaseException) -> str:

@@ -213,7 +213,7 @@ class Runner:
         return facts
 
     def _trace(self, case: Case) -> StepTrace:
-        same = dataclasses.replace(case, kind="step", source="measured", device="cpu", cuda_graph=False)
+        same = dataclasses.replace(case, kind="step", source="measured", cuda_graph=False)
         if same.key() not in self._traces:
             self._traces[same.key()] = trace_case(same)
         return self._traces[same.key()]

@@ -74,7 +74,7 @@ class Reference:
             work.upstream = self.upstream.to(getattr(torch, case.autocast or case.dtype))
         if case.mode == "train":
             work.input.requires_grad_()
-        with _first_algorithms():
+        with first_algorithms():
             output = work.step()
         self.upstream = work.upstream if self.upstream is None else self.upstream
         network = plain(work.model)
@@ -91,7 +91,7 @@ class Reference:
 
 
 @contextlib.contextmanager
-def _first_algorithms() -> Iterator[None]:
+def first_algorithms() -> Iterator[None]:
     """Within the block cuDNN takes the algorithm that it would, and tries none (see `device.tune`).
 
     Trying all on a few images in two precisions takes longer than the check. So a timed step may run algorithms

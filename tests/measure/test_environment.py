@@ -169,6 +169,8 @@ def test_identity_survives_json_and_tells_machines_and_code_apart() -> None:
     for name, value in {"source": "x", "threads": 99, "python": "2.7", "device": "x"}.items():
         assert identity({**facts, name: value}) != identity(facts), name
     assert identity({**facts, "gpu": {"driver": "1"}}) != identity({**facts, "gpu": {"driver": "2"}})
+    boards = [{**facts, "gpu": {"driver": "1", "uuid": uuid}} for uuid in "ab"]  # each call may be lent another
+    assert identity(boards[0]) == identity(boards[1])
     assert identity({**facts, "argv": ["other"], "dirty": True, "commit": "x"}) == identity(facts)
     assert identity({}) == identity({})
 

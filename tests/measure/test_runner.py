@@ -407,6 +407,17 @@ def test_a_graph_on_a_cpu_is_unsupported_with_a_reason(runner: Callable[..., Run
     )
 
 
+def test_the_peak_that_is_predicted_is_that_of_the_device(runner: Callable[..., Runner]) -> None:
+    """On a CPU operators allocate inside, by thread, and convolutions of our own need no operand."""
+    case = dataclasses.replace(small_case(), strategy="fused")
+    here, there = (runner()._trace(dataclasses.replace(case, device=device)) for device in ("cpu", "cuda"))
+    assert (here.device, there.device) == ("cpu", "cuda")
+    assert here.series["workspace"].any()
+    assert not there.series["workspace"].any()
+    graph = dataclasses.replace(case, device="cuda", cuda_graph=True)
+    assert runner()._trace(graph).peak_bytes == there.peak_bytes
+
+
 def test_a_gpu_that_is_not_there_is_unsupported(runner: Callable[..., Runner]) -> None:
     if torch.cuda.is_available():
         pytest.skip("there is one")
@@ -445,6 +456,7 @@ def test_words_for_a_lack_of_memory() -> None:
         "[enforce fail at alloc_cpu.cpp:127] . DefaultCPUAllocator: can't allocate memory: you tried to allocate"
     )
     assert is_out_of_memory(RuntimeError(host))
+    assert is_out_of_memory(RuntimeError("GET was unable to find an engine to execute this computation"))
     assert is_out_of_memory(MemoryError())
     assert is_out_of_memory(torch.OutOfMemoryError("x"))
     assert not is_out_of_memory(RuntimeError("shape mismatch"))
