@@ -97,7 +97,7 @@ def _kernel(
     rows, columns, width, rows_a_program,
     grad_stride, x_stride, grad_x_stride, pending_stride,
     eps: tl.constexpr, WRITES: tl.constexpr, ACCUMULATES: tl.constexpr, SETTLES: tl.constexpr, SUMS: tl.constexpr,
-    BLOCK_ROWS: tl.constexpr, BLOCK_COLUMNS: tl.constexpr,
+    BLOCK_ROWS: tl.constexpr, BLOCK_COLUMNS: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
     """A range of rows: grad_x (+)= scale * dz - pending terms; partial sums of dz and dz * xhat [parts, 2, C]."""
     part = tl.program_id(0)
@@ -114,7 +114,7 @@ def _kernel(
     sum_dz_x = tl.zeros((BLOCK_ROWS, BLOCK_COLUMNS), mean.dtype)
     first = part * rows_a_program
     last = tl.minimum(first + rows_a_program, rows)
-    for start in range(first, last, BLOCK_ROWS):
+    for start in tl.range(first, last, BLOCK_ROWS, num_stages=STAGES):
         row = start + tl.arange(0, BLOCK_ROWS)
         mask = (row < last)[:, None]
         wide = row.to(tl.int64)[:, None]
@@ -141,7 +141,7 @@ def _kernel(
 
 def _tile(columns: int) -> Tile:
     """16 values a thread: of each, two to three operands and two sums are held at a time."""
-    return elementwise_tile(columns, values=16)
+    return elementwise_tile(columns, values=16, stages=3)
 
 
 def _launch(
@@ -161,7 +161,7 @@ def _launch(
         ),
         tile=tile, eps=norm.eps, WRITES=grad_x is not None, ACCUMULATES=accumulates,
         SETTLES=pending is not None, SUMS=partial is not None,
-        BLOCK_ROWS=tile.rows, BLOCK_COLUMNS=tile.columns,
+        BLOCK_ROWS=tile.rows, BLOCK_COLUMNS=tile.columns, STAGES=tile.stages,
     )  # fmt: skip
 
 

@@ -112,7 +112,7 @@ def _kernel(
     rows, columns, width, outputs, weight_width, rows_a_program,
     grad_stride, x_stride, weight_stride, grad_x_stride, pending_stride,
     eps: tl.constexpr, PRECISION: tl.constexpr, ACCUMULATES: tl.constexpr, SETTLES: tl.constexpr,
-    BLOCK_ROWS: tl.constexpr, BLOCK_COLUMNS: tl.constexpr, BLOCK_OUTPUTS: tl.constexpr,
+    BLOCK_ROWS: tl.constexpr, BLOCK_COLUMNS: tl.constexpr, BLOCK_OUTPUTS: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
     """A range of rows of a few channels, tile by tile.
 
@@ -143,7 +143,8 @@ def _kernel(
     grad_weight = tl.zeros((BLOCK_OUTPUTS, BLOCK_COLUMNS), dtype)
     first = part * rows_a_program
     last = tl.minimum(first + rows_a_program, rows)
-    for start in range(first, last, BLOCK_ROWS):
+    # Said of the loop, not of the launch alone: else only what products read would be loaded ahead, not `before`.
+    for start in tl.range(first, last, BLOCK_ROWS, num_stages=STAGES):
         row = start + tl.arange(0, BLOCK_ROWS)
         mask = (row < last)[:, None]
         wide = row.to(tl.int64)[:, None]
@@ -161,7 +162,7 @@ def _kernel(
                 tl.trans(grad), operand(a.to(grad.dtype), PRECISION), grad_weight,
                 input_precision=PRECISION, out_dtype=dtype,
             )  # fmt: skip
-        if ACCUMULATES:  # a product before it is needed
+        if ACCUMULATES:
             grad_x = grad_x_pointer + wide * grad_x_stride + column[None, :]
             before = tl.load(grad_x, mask=mask & loaded, other=0.0)
         if partial_pointer is not None:
@@ -194,19 +195,21 @@ def _tile(x: Tensor, outputs: int) -> Tile:
 
     64 rows x 64 channels where 128 outputs' sums then still fit into the registers of eight warps: on Hopper,
     whose tensor cores read their operands from shared memory. There is one program a multiprocessor then, and
-    nobody else to work while it waits: the next two tiles are on their way. Without tensor cores the operands
-    of a product are in registers, too: small ones.
+    nobody else to work while it waits: the next tiles are on their way. (With two stages a tile is asked for when
+    the one before is done; AMD's shared memory holds no more.) Without tensor cores the operands of a product are
+    in registers, too: small ones.
     """
+    device = device_of(x)
     if x.element_size() == 8:
         return Tile(16, 16, power_of_two(outputs, 16, 64), warps=4, stages=1)
     if x.element_size() == 4:
         if matmul_precision(x.dtype) == "ieee":
-            return Tile(16, 16, power_of_two(outputs, 16, 64), warps=8, stages=2)
-        return Tile(32, 32, power_of_two(outputs, 16, 128), warps=8, stages=2)
+            return Tile(16, 16, power_of_two(outputs, 16, 64), warps=8, stages=3)
+        return Tile(32, 32, power_of_two(outputs, 16, 128), warps=8, stages=3)
     block = power_of_two(outputs, 16, 256)
-    if device_of(x).is_hopper and block <= 128:
-        return Tile(64, 64, block, warps=8, stages=3)
-    return Tile(64, 32, block, warps=8, stages=2)
+    if device.is_hopper and block <= 128:
+        return Tile(64, 64, block, warps=8, stages=4)
+    return Tile(64, 32, block, warps=8, stages=2 if device.is_amd else 3)
 
 
 def _shared(x: Tensor, tile: Tile) -> Share:
@@ -231,7 +234,7 @@ def _pass(
         ),
         tile=tile, eps=norm.eps, PRECISION=matmul_precision(weight.dtype), ACCUMULATES=accumulates,
         SETTLES=pending is not None,
-        BLOCK_ROWS=tile.rows, BLOCK_COLUMNS=tile.columns, BLOCK_OUTPUTS=tile.outputs,
+        BLOCK_ROWS=tile.rows, BLOCK_COLUMNS=tile.columns, BLOCK_OUTPUTS=tile.outputs, STAGES=tile.stages,
     )  # fmt: skip
 
 

@@ -225,7 +225,7 @@ def _cuda_max_backward(
     if not by_batch:
         _launch(grad, x, norm, chosen, grad_x, None, partial, shared)
         return reduce_terms(partial, norm, None, pixels)
-    terms = torch.empty_like(partial[0])
+    terms = mean.new_empty(2, columns)
     _launch(grad, x, norm, chosen, None, None, partial, shared)
     sums = reduce_terms(partial, norm, terms, pixels)
     _launch(grad, x, norm, chosen, grad_x, terms, None, shared)

@@ -58,7 +58,7 @@ def _partial_statistics_kernel(
     x_pointer, partial_pointer, out_pointer,
     rows, columns, rows_a_program,
     x_stride, out_stride,
-    BLOCK_ROWS: tl.constexpr, BLOCK_COLUMNS: tl.constexpr,
+    BLOCK_ROWS: tl.constexpr, BLOCK_COLUMNS: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
     """Mean and sum of squared differences over a range of rows: partial [parts, 2, C]; with `out`, a copy of them.
 
@@ -75,7 +75,7 @@ def _partial_statistics_kernel(
     count = tl.zeros((1,), dtype)
     mean = tl.zeros((BLOCK_COLUMNS,), dtype)
     squares = tl.zeros((BLOCK_COLUMNS,), dtype)
-    for start in range(first, last, BLOCK_ROWS):
+    for start in tl.range(first, last, BLOCK_ROWS, num_stages=STAGES):
         row = start + tl.arange(0, BLOCK_ROWS)
         mask = (row < last)[:, None]
         wide = row.to(tl.int64)[:, None]
@@ -140,7 +140,7 @@ def merge_partial_statistics(
 
 def _cuda(x: Tensor, mean: Tensor, var: Tensor, out: Tensor | None = None) -> None:
     rows, columns = x.shape
-    tile = Tile(64, power_of_two(columns, 16, 64), warps=4, stages=3)
+    tile = Tile(64, power_of_two(columns, 16, 64), warps=4, stages=2)
     column_tiles = cdiv(columns, tile.columns)
     # Enough programs to fill the device four times over; more would only lengthen the merge.
     shared = share(rows, tile.rows, cdiv(4 * device_of(x).multiprocessors, column_tiles))
@@ -148,7 +148,7 @@ def _cuda(x: Tensor, mean: Tensor, var: Tensor, out: Tensor | None = None) -> No
     launch(
         _partial_statistics_kernel, (shared.parts, column_tiles),
         (x, partial, out), (rows, columns, shared.rows, x.stride(0), 0 if out is None else out.stride(0)),
-        tile=tile, BLOCK_ROWS=tile.rows, BLOCK_COLUMNS=tile.columns,
+        tile=tile, BLOCK_ROWS=tile.rows, BLOCK_COLUMNS=tile.columns, STAGES=tile.stages,
     )  # fmt: skip
     merge_partial_statistics(partial, rows, shared, mean, var, pivot=x)
 

@@ -42,7 +42,7 @@ TARGETS = {
     "sm_90": Target(("cuda", 90, 32), H100, 232_448),
     "sm_100": Target(("cuda", 100, 32), Device(148, (10, 0)), 232_448),  # B200
     "sm_120": Target(("cuda", 120, 32), Device(170, (12, 0)), 101_376),  # RTX 50
-    "gfx942": Target(("hip", "gfx942", 64), Device(304, (9, 4)), 65_536),  # MI300X
+    "gfx942": Target(("hip", "gfx942", 64), Device(304, (9, 4), is_amd=True), 65_536),  # MI300X
 }
 GROWTH_RATES = (12, 32, 48)
 DTYPES = (torch.bfloat16, torch.float16, torch.float32, torch.float64)

@@ -18,10 +18,11 @@ class Device(NamedTuple):
 
     multiprocessors: int
     capability: tuple[int, int]
+    is_amd: bool = False
 
     @property
     def is_hopper(self) -> bool:
-        return self.capability == (9, 0)  # AMD calls its MI300 9.4
+        return self.capability == (9, 0) and not self.is_amd  # of AMD's, MI200 is 9.0 and MI300 9.4
 
 
 H100 = Device(132, (9, 0))
@@ -64,10 +65,10 @@ class Share(NamedTuple):
 
 
 @_known
-def elementwise_tile(columns: int, values: int = 32) -> Tile:
+def elementwise_tile(columns: int, values: int = 32, stages: int = 1) -> Tile:
     """So many values a thread; 32 are four 16-byte loads of 2-byte values in flight from each operand."""
     block = power_of_two(columns, 16, 64)
-    return Tile(128 * values // block, block, warps=4, stages=2)
+    return Tile(128 * values // block, block, warps=4, stages=stages)
 
 
 def launch(
@@ -176,7 +177,8 @@ def device_of(x: Tensor) -> Device:
 @functools.cache
 def _cuda_device(index: int) -> Device:
     properties = torch.cuda.get_device_properties(index)
-    return Device(properties.multi_processor_count, (properties.major, properties.minor))
+    capability = (properties.major, properties.minor)
+    return Device(properties.multi_processor_count, capability, is_amd=torch.version.hip is not None)
 
 
 def loadable(x: Tensor) -> int:
@@ -186,7 +188,7 @@ def loadable(x: Tensor) -> int:
     whose row stride is such a multiple may be loaded whole, and masked in registers.
     """
     columns, stride = x.shape[1], x.stride(0)
-    if columns % 16 == 0 or stride % 16 != 0 or x.storage_offset() % stride != 0:
+    if columns % 16 == 0 or stride % 16 != 0 or stride < columns or x.storage_offset() % stride != 0:
         return columns
     rows_end = (x.storage_offset() + x.shape[0] * stride) * x.element_size()
     return cdiv(columns, 16) * 16 if rows_end <= x.untyped_storage().nbytes() else columns

@@ -161,8 +161,10 @@ FAULTS = [
           "triton_pools"),
     Fault("triton: window one pixel off", "kernels.bn_relu_pool_backward", "_gradient_of_largest",
           "row - 2 * window_row + 1", "row - 2 * window_row", "triton_pools"),
-    Fault("triton: NaN swallowed", "kernels.bn_relu", "_kernel", "a = relu((x.to(mean.dtype)",
-          "a = tl.maximum(0.0, (x.to(mean.dtype)", "triton_nan"),
+    Fault("triton: NaN swallowed", "kernels.bn_relu", "_kernel",
+          "a = relu((x.to(mean.dtype) - mean[None, :]) * scale[None, :] + shift[None, :])",
+          "z = (x.to(mean.dtype) - mean[None, :]) * scale[None, :] + shift[None, :]; a = tl.where(z > 0, z, 0.0)",
+          "triton_nan"),
 ]  # fmt: skip
 
 
