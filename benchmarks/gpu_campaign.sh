@@ -230,7 +230,7 @@ case ${1:-} in '' | -*) usage ;; esac
 case $DEVICE in '' | cpu | cuda) ;; *) usage ;; esac
 mkdir -p "$1" || exit 2
 OUT=$(cd "$1" && pwd) || exit 2
-EVIDENCE=$(realpath -m "${EVIDENCE:-$OUT/evidence.tar.gz}") || exit 2
+EVIDENCE=$(realpath -m "${EVIDENCE:-$OUT/evidence.tar.gz}") && mkdir -p "$(dirname "$EVIDENCE")" || exit 2
 shift
 [ $# -gt 0 ] || set -- "${STAGES[@]}"
 for stage in "$@"; do

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from densebench.kernels import bn_relu_conv1x1_backward
-from densebench.kernels.launch import H100, Device, cdiv, compiling_for, parts_tile, share
+from densebench.kernels.launch import H100, Device, cdiv, compiling_for, loadable, parts_tile, share
 from densebench.kernels.library import require_dense_rows
 from densebench.kernels.rows import as_rows
 
@@ -55,6 +55,18 @@ def test_channels_that_lie_apart_are_refused() -> None:
     require_dense_rows("bn_relu", (torch.empty(4, 6)[:, 1:5], torch.empty(6), None, 1e-5))
     with pytest.raises(ValueError, match=r"densebench::bn_relu .* strides \(1, 4\)"):
         require_dense_rows("bn_relu", (torch.empty(6, 4).t(), 1e-5))
+
+
+def test_what_may_be_loaded_of_a_row() -> None:
+    """More than its columns where a wider buffer holds more; rows that share values, or are all one, do not."""
+    assert loadable(torch.empty(4, 32)[:, :20]) == 32
+    assert loadable(torch.empty(1, 20).expand(4, 20)) == 20
+
+
+def test_an_amd_gpu_is_no_hopper() -> None:
+    """MI200 says 9.0, too, and takes no limit of registers."""
+    assert H100.is_hopper
+    assert not Device(104, (9, 0), is_amd=True).is_hopper
 
 
 def test_a_norms_values_that_lie_apart_are_refused() -> None:
