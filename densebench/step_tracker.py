@@ -161,7 +161,7 @@ def _tensors(values: Any) -> list[Tensor]:
 
 
 # What these leave in their results is not written by them, and what these write they do not read first.
-_ALLOCATE = ("empty", "empty_like", "empty_strided", "new_empty", "new_empty_strided")
+ALLOCATE = ("empty", "empty_like", "empty_strided", "new_empty", "new_empty_strided")
 _OVERWRITE = ("copy_", "zero_", "fill_", "bernoulli_", "normal_", "uniform_", "_foreach_copy_")
 
 
@@ -171,7 +171,7 @@ def bytes_moved(func: Any, args: Any, kwargs: Any, out: Any, before: Mapping[int
     Args:
         before: the storages of its arguments; a result that lies in one of them and is not written is a view.
     """
-    name, written = _written_arguments(func)
+    name, written = written_arguments(func)
     reads = writes = 0
     for place, value in (*enumerate(args), *kwargs.items()):
         size = sum(map(_bytes, _tensors((value,))))
@@ -182,13 +182,13 @@ def bytes_moved(func: Any, args: Any, kwargs: Any, out: Any, before: Mapping[int
             reads += size
     if not written:
         writes = sum(_bytes(tensor) for tensor in _tensors((out,)) if storage_key(tensor) not in before)
-        if writes == 0 or name in _ALLOCATE:
+        if writes == 0 or name in ALLOCATE:
             return 0
     return reads + writes
 
 
 @functools.cache
-def _written_arguments(func: Any) -> tuple[str, frozenset[int | str]]:
+def written_arguments(func: Any) -> tuple[str, frozenset[int | str]]:
     """The operator's name, and the places (or keywords) of what it writes into."""
     arguments = func._schema.arguments
     written = {p for p, a in enumerate(arguments) if a.alias_info is not None and a.alias_info.is_write}

@@ -269,6 +269,7 @@ def _cuda_backward(
         _pass(grad[:, chosen], x, norm, weight[chosen], grad_x, settled, sums, weights, shared, tile, accumulates)
         if weights is not None:
             torch.sum(weights, 0, out=grad_weight[chosen])
+            del weights  # megabytes, before the next are made
     if partial is None:
         return torch.zeros_like(mean), torch.zeros_like(mean), grad_weight
     joined = partial.flatten(0, 1)

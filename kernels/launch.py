@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import contextlib
 import functools
-from collections.abc import Callable, Iterator
+import threading
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -106,22 +107,30 @@ def launch(
     )
     found = _compiled.get(key)
     if found is None:
-        _compile(key, kernel, grid, (*tensors, *numbers), tile, constants)
+        found = _compile(key, kernel, grid, (*tensors, *numbers), tile, constants)
     else:
-        active = triton.runtime.driver.active
-        stream = active.get_current_stream(active.get_current_device())
-        found.start(*found.programs, stream, *found.function, *addresses, *numbers, *found.constants)
+        found.launch(current_stream(), addresses, numbers)
+    watcher = getattr(_watching, "watcher", None)
+    if watcher is not None:
+        watcher(found, tensors, numbers)
 
 
-class _Found(NamedTuple):
-    """What a launcher takes beside the stream and what a call brings.
+def current_stream() -> int:
+    """The stream that kernels are started on."""
+    active = triton.runtime.driver.active
+    stream: int = active.get_current_stream(active.get_current_device())
+    return stream
+
+
+class Found(NamedTuple):
+    """A compiled kernel: what a launcher takes beside the stream and what a call brings.
 
     Attributes:
         start: the launcher of a compiled kernel.
         programs: along three axes.
         function: the compiled kernel's, and its metadata; then what nobody is there for: a profiler's, two hooks.
         constants: in the order of the kernel's parameters.
-        owners: of the function; alive, so that no other kernel gets this one's id.
+        owners: the kernel, and what owns the function; alive, so that no other kernel gets this one's id.
     """
 
     start: Callable[..., None]
@@ -130,8 +139,32 @@ class _Found(NamedTuple):
     constants: tuple[Any, ...]
     owners: tuple[Any, ...]
 
+    @property
+    def name(self) -> str:
+        """Of the kernel, with its file."""
+        kernel = self.owners[0]
+        return f"{kernel.__module__.rsplit('.', 1)[-1]}.{kernel.__name__}"
 
-_compiled: dict[tuple[Any, ...], _Found] = {}
+    def launch(self, stream: int, addresses: Sequence[int | None], numbers: tuple[int, ...]) -> None:
+        """Start it; nothing is checked."""
+        self.start(*self.programs, stream, *self.function, *addresses, *numbers, *self.constants)
+
+
+Watcher = Callable[[Found | None, tuple[Tensor | None, ...], tuple[int, ...]], None]
+_watching = threading.local()
+
+
+@contextlib.contextmanager
+def watched(watcher: Watcher) -> Iterator[None]:
+    """Tell `watcher(found, tensors, numbers)` of this thread's launches; found is None if nothing was compiled."""
+    before, _watching.watcher = getattr(_watching, "watcher", None), watcher
+    try:
+        yield
+    finally:
+        _watching.watcher = before
+
+
+_compiled: dict[tuple[Any, ...], Found] = {}
 _MOST_COMPILED = 2**15  # each size of input takes some 400 of them, and a training run may see any number of sizes
 
 
@@ -142,17 +175,18 @@ def _compile(
     arguments: tuple[Any, ...],
     tile: Tile,
     constants: dict[str, Any],
-) -> None:
+) -> Found | None:
     """Launch through Triton, which compiles what it has not compiled yet; remember what it launched."""
     limit = {} if tile.registers is None else {"maxnreg": tile.registers}
     compiled = kernel[grid](*arguments, **constants, num_warps=tile.warps, num_stages=tile.stages, **limit)
     if compiled is None:  # interpreted, or only recorded
-        return
+        return None
     if len(_compiled) >= _MOST_COMPILED:
         _compiled.clear()
     values = tuple(constants[name] for name in kernel.arg_names[len(arguments) :])
     function = (compiled.function, compiled.packed_metadata, None, None, None)
-    _compiled[key] = _Found(compiled.run, (*grid, 1, 1)[:3], function, values, (kernel, compiled))
+    _compiled[key] = found = Found(compiled.run, (*grid, 1, 1)[:3], function, values, (kernel, compiled))
+    return found
 
 
 @_known

@@ -67,6 +67,13 @@ def operator(
     return packet.default
 
 
+def launched(function: Any, *arguments: Any) -> Any:
+    """What a registered operator does on a GPU, past the dispatcher: its launches can be watched one by one."""
+    cuda = IMPLEMENTATIONS[function._opname].cuda
+    assert cuda is not None
+    return _on_its_device(function._opname, cuda)(*arguments)
+
+
 def _told_to_autograd(name: str, written: Sequence[int], function: Callable[..., Any]) -> Callable[..., Any]:
     """C and Triton write through addresses: autograd is told, and notices saved tensors that they overwrite.
 

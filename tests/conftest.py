@@ -52,12 +52,15 @@ def lack(config: pytest.Config, reason: str) -> None:
 
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
-    """`strategy`: all that are held against naive. `every_strategy`: with naive, where the truth is another."""
+    """`strategy`: all that are held against naive. `every_strategy`: with naive, where the truth is another.
+
+    A file's own STRATEGIES are the only ones in it.
+    """
+    names = getattr(metafunc.module, "STRATEGIES", list_strategies())
     if "strategy" in metafunc.fixturenames:
-        others = [name for name in list_strategies() if name != "naive"]
-        metafunc.parametrize("strategy", others, indirect=True)
+        metafunc.parametrize("strategy", [name for name in names if name != "naive"], indirect=True)
     if "every_strategy" in metafunc.fixturenames:
-        metafunc.parametrize("every_strategy", list_strategies(), indirect=True)
+        metafunc.parametrize("every_strategy", names, indirect=True)
     if "device" in metafunc.fixturenames:
         gpu = torch.cuda.is_available() or metafunc.config.getoption("--require-gpu")
         devices = ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)] if gpu else ["cpu"]

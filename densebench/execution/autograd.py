@@ -10,15 +10,17 @@ they would grow with the square of the depth, as the parameters do.
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterator, Sequence
+from collections.abc import Hashable, Iterator, Sequence
 from itertools import islice
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
 from densebench.execution.plan import Gradients, LayerPlan, StagePlan
+from densebench.execution.recording import Tensors
+from densebench.execution.replay import Pass, Plain, Track, described, replayable, tracks_of
 
 LAYERS_A_NODE = 8
 
@@ -27,11 +29,16 @@ class Window:
     """A part of the flat list of parameters (or of what stands for each), indexed as in the whole list."""
 
     def __init__(self, values: Sequence[Any], start: int) -> None:
-        self.values = values
+        self.values = list(values)
         self.start = start
 
     def __getitem__(self, index: int) -> Any:
         return self.values[index - self.start]
+
+    def forget(self, start: int, stop: int) -> None:
+        """Those from `start` to before `stop` are not asked for again: a weight in another dtype is a copy."""
+        for index in range(start - self.start, stop - self.start):
+            self.values[index] = None
 
 
 class StageComputation(ABC):
@@ -46,16 +53,22 @@ class StageComputation(ABC):
     Attributes:
         plan: what each norm does in this run, and where parameters stand.
         compute: the dtype that convolutions compute in; their weights are given in it.
+        block: the block that it is of.
     """
 
-    def __init__(self, plan: StagePlan, compute: torch.dtype) -> None:
+    def __init__(self, plan: StagePlan, compute: torch.dtype, block: nn.Module) -> None:
         self.plan = plan
         self.compute = compute
+        self.block = block
 
     def release(self) -> None:
         """Let go of the buffers: nothing more of this backward will come."""
         for name in ("features", "gradient", "statistics", "scratch"):
             self.__dict__.pop(name, None)
+
+    def signature(self) -> Hashable:
+        """All that decides what this computes on tensors of given geometries; None: it is not to be recorded."""
+        return None
 
     @abstractmethod
     def enter(self, x: Tensor, parameters: Window, keep: bool) -> list[Tensor]:
@@ -68,6 +81,10 @@ class StageComputation(ABC):
     @abstractmethod
     def leave(self, parameters: Window) -> tuple[Tensor, list[Tensor]]:
         """The stage's output, and what backward needs; the computation lets go of its buffers."""
+
+    @abstractmethod
+    def commit(self) -> None:
+        """Move running statistics: the whole stage has succeeded."""
 
     @abstractmethod
     def leave_backward(
@@ -92,12 +109,14 @@ def compute(computation: StageComputation, x: Tensor) -> Tensor:
     """Run a computation on x, [N, C, H, W]; the result is differentiable once, where autograd records."""
     values = [x]  # popping hands on the only reference: without gradients `enter` may free x
     del x
-    for part in _parts(computation.plan):
+    if not torch.is_grad_enabled():
+        forward = _Forward(computation, keep=False)
+        forward.run(values)
+        return forward.output.pop()
+    forward = _Forward(computation, keep=True)
+    for part in forward.parts:
         parameters = computation.plan.parameters[part.parameters]
-        if torch.is_grad_enabled():
-            values.append(_Node.apply(computation, part, values.pop(), *parameters))
-        else:
-            values.append(part.forward(computation, values.pop(), parameters, False)[0])
+        values.append(_Node.apply(forward, part, values.pop(), *parameters))
     return values.pop()
 
 
@@ -110,20 +129,19 @@ class _Part:
         self.first = first
         self.last = last
 
-    def forward(
-        self, computation: StageComputation, value: Tensor, parameters: Sequence[Tensor | None], keep: bool
-    ) -> tuple[Tensor, list[Tensor], list[int]]:
-        """The token or output, what backward needs, and how many of that belong to each step of the part."""
+    def forward(self, computation: StageComputation, values: Tensors, keep: bool) -> list[list[Tensor]]:
+        """What the backward of each step needs; x is taken out of the values, and the output put there."""
+        parameters = computation.plan.parameters[self.parameters]
         window = Window(_for_convolutions(parameters, computation.compute), self.parameters.start)
-        with torch.autocast(value.device.type, enabled=False):
-            token, values = value.new_empty(0), [value]
-            del value
-            kept = [computation.enter(values.pop(), window, keep)] if self.first else []
-            kept += [computation.layer(layer, window, keep) for layer in self.layers]
-            if self.last:
-                token, last = computation.leave(window)
-                kept.append(last)
-        return token, [tensor for step in kept for tensor in step], [len(step) for step in kept]
+        kept = [computation.enter(values.pop(), window, keep)] if self.first else []
+        for layer in self.layers:
+            kept.append(computation.layer(layer, window, keep))
+            window.forget(layer.parameters.start, layer.parameters.stop)
+        if self.last:
+            output, last = computation.leave(window)
+            values.append(output)
+            kept.append(last)
+        return kept
 
     def backward(
         self,
@@ -139,17 +157,18 @@ class _Part:
         window, wanted = Window(_for_convolutions(parameters, computation.compute), start), Window(needs, start)
         gradients: Gradients = {}
         token: Tensor | None = grad.new_empty(0)
-        with torch.autocast(grad.device.type, enabled=False):
-            if self.last:
-                gradients |= computation.leave_backward(grad, window, kept.pop(), wanted)
-            for layer in reversed(self.layers):
-                needs_prefix = needs_value or any(needs[: layer.parameters.start - start])
-                if not needs_prefix and not any(needs[: layer.parameters.stop - start]):
-                    break
-                gradients |= computation.layer_backward(layer, window, kept.pop(), wanted, needs_prefix)
-            if self.first:
-                token, more = computation.enter_backward(window, kept[0], wanted, needs_value)
-                gradients |= more
+        if self.last:
+            gradients |= computation.leave_backward(grad, window, kept.pop(), wanted)
+            window.forget(self.layers[-1].parameters.stop, self.parameters.stop)
+        for layer in reversed(self.layers):
+            needs_prefix = needs_value or any(needs[: layer.parameters.start - start])
+            if not needs_prefix and not any(needs[: layer.parameters.stop - start]):
+                break
+            gradients |= computation.layer_backward(layer, window, kept.pop(), wanted, needs_prefix)
+            window.forget(layer.parameters.start, layer.parameters.stop)
+        if self.first:
+            token, more = computation.enter_backward(window, kept[0], wanted, needs_value)
+            gradients |= more
         return token, _as_parameters(gradients, Window(parameters, start))
 
 
@@ -186,15 +205,77 @@ def _parts(plan: StagePlan) -> Iterator[_Part]:
         start = stop
 
 
+class _Forward:
+    """A computation's forward, what it leaves for the nodes of backward, and where that has come to.
+
+    Attributes:
+        parts: the nodes'.
+        kept: of the parts whose nodes are still to be made, what each step of each needs.
+        output: until the last node is made.
+        track: on which forward runs, and backward after it; None where nothing is recorded.
+        going_back: the backward that is under way.
+    """
+
+    def __init__(self, computation: StageComputation, keep: bool) -> None:
+        self.computation, self.keep = computation, keep
+        self.parts = list(_parts(computation.plan))
+        self.kept: list[list[list[Tensor]]] = []
+        self.output: list[Tensor] = []
+        self.track: Track | None = None
+        self.going_back: Pass = Plain()
+
+    def run(self, values: list[Tensor]) -> None:
+        """Compute; takes x out of the values."""
+        plan = self.computation.plan
+        inputs: Tensors = [values.pop(), *plan.parameters, *plan.buffers]
+        self.track = self._track(inputs)
+        passing = Plain() if self.track is None else self.track.start()
+        tensors, counts = passing.advance(self._compute, inputs)
+        passing.finish()
+        ahead = iter(tensors)
+        self.output = [next(ahead)]
+        self.kept = [[list(islice(ahead, count)) for count in part] for part in counts]
+
+    def _track(self, inputs: Tensors) -> Track | None:
+        signature = self.computation.signature()
+        if signature is None or not replayable(inputs[0]):
+            return None
+        key = (signature, self.keep, torch.backends.cudnn.enabled, *map(described, inputs))
+        return tracks_of(self.computation.block).of(key)
+
+    def _compute(self, inputs: Tensors) -> tuple[Tensors, list[list[int]]]:
+        """The output and what is kept, one after the other; and of how many tensors each step of each part."""
+        values = inputs[:1]
+        inputs.clear()
+        with torch.autocast(values[0].device.type, enabled=False):
+            kept = [part.forward(self.computation, values, self.keep) for part in self.parts]
+            self.computation.commit()
+        counts = [[len(step) for step in part] for part in kept]
+        return [values.pop(), *(tensor for part in kept for step in part for tensor in step)], counts
+
+    def go_back(self, grad: Tensor) -> None:
+        """Start a backward; the last part's node is the first to run."""
+        if self.track is None or not replayable(grad):
+            self.going_back = Plain()
+        else:
+            self.going_back = self.track.following.of(described(grad)).start()
+
+    def release(self) -> None:
+        """Nothing more of this backward will come."""
+        self.computation.release()
+        self.going_back = Plain()
+
+
 class _Node(torch.autograd.Function):
     @staticmethod
-    def forward(
-        ctx: Any, computation: StageComputation, part: _Part, value: Tensor, *parameters: Tensor | None
-    ) -> Tensor:
-        output, kept, counts = part.forward(computation, value, parameters, keep=True)
-        ctx.computation, ctx.part, ctx.counts = computation, part, counts
-        ctx.save_for_backward(*parameters, *kept)
-        return output
+    def forward(ctx: Any, forward: _Forward, part: _Part, value: Tensor, *parameters: Tensor | None) -> Tensor:
+        if part.first:
+            forward.run([value])
+        kept = forward.kept.pop(0)
+        ctx.run, ctx.part, ctx.counts = forward, part, [len(step) for step in kept]
+        ctx.all_needs = ctx.needs_input_grad
+        ctx.save_for_backward(*parameters, *(tensor for step in kept for tensor in step))
+        return forward.output.pop() if part.last else value.new_empty(0)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
@@ -207,17 +288,31 @@ class _Node(torch.autograd.Function):
 
 @once_differentiable
 def _backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-    count = len(ctx.needs_input_grad) - 3
-    saved = iter(ctx.saved_tensors)
-    parameters = list(islice(saved, count))
-    kept = [list(islice(saved, number)) for number in ctx.counts]
-    _, _, needs_value, *needs = ctx.needs_input_grad
+    run, part = ctx.run, ctx.part
+    needs_value, *needs = ctx.needs_input_grad[2:]
+    saved = ctx.saved_tensors
+
+    def function(inputs: Tensors) -> tuple[Tensors, None]:
+        grad, *rest = inputs
+        inputs.clear()
+        ahead = iter(rest)
+        parameters = list(islice(ahead, len(needs)))
+        kept = [list(islice(ahead, count)) for count in ctx.counts]
+        with torch.autocast(grad.device.type, enabled=False):
+            token, gradients = part.backward(run.computation, grad, parameters, kept, needs, needs_value)
+        return [token, *(gradients.get(part.parameters.start + at) for at in range(len(needs)))], None
+
     try:
-        token, gradients = ctx.part.backward(ctx.computation, grad, parameters, kept, needs, needs_value)
+        if part.last:
+            run.go_back(grad)
+        if ctx.needs_input_grad != ctx.all_needs:
+            run.going_back = run.going_back.partial()
+        gradients, _ = run.going_back.advance(function, [grad, *saved])
+        if part.first:
+            run.going_back.finish()
     except BaseException:
-        ctx.computation.release()
+        run.release()
         raise
-    if not needs_value:  # the parts before this one will not run
-        ctx.computation.release()
-    start = ctx.part.parameters.start
-    return None, None, token, *(gradients.get(start + index) for index in range(count))
+    if part.first or not needs_value:  # the parts before this one will not run
+        run.release()
+    return None, None, *gradients

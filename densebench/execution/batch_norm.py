@@ -9,7 +9,7 @@ trace, and what backward recomputes never moves them again.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Hashable, Sequence
 from typing import NamedTuple
 
 import torch
@@ -41,6 +41,13 @@ class NormCall(NamedTuple):
     @property
     def moves_running_statistics(self) -> bool:
         return self.by_batch and self.running_mean is not None
+
+    @property
+    def signature(self) -> Hashable:
+        """All that it says beside the statistics."""
+        norm = self.norm
+        counts = norm.training and norm.track_running_stats
+        return self.by_batch, self.momentum, norm.eps, counts
 
     def copied(self) -> NormCall:
         """The same call on copies of the running statistics, which PyTorch's own kernels may move."""

@@ -6,12 +6,14 @@ statistics, its gradient - is in `shared_statistics` and `feature_gradient`.
 
 from __future__ import annotations
 
+from collections.abc import Hashable
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from densebench.execution.autograd import StageComputation, Window
-from densebench.execution.batch_norm import Observed
+from densebench.execution.batch_norm import Observed, commit_observed
 from densebench.execution.convolution import convolve, product, product_weight_gradient
 from densebench.execution.feature_gradient import FeatureGradient
 from densebench.execution.maps import memory_format_of
@@ -25,6 +27,7 @@ from densebench.kernels.bn_relu_backward import bn_relu_backward
 from densebench.kernels.bn_relu_conv1x1 import bn_relu_conv1x1
 from densebench.kernels.bn_relu_pool import bn_relu_avg_pool, bn_relu_max_pool
 from densebench.kernels.bn_relu_pool_backward import bn_relu_max_pool_backward
+from densebench.kernels.launch import matmul_precision
 from densebench.kernels.norm import Norm
 from densebench.kernels.rows import as_rows
 from densebench.models.layers import Transition
@@ -44,7 +47,7 @@ class FusedStage(StageComputation):
     """
 
     def __init__(self, stage: Stage, x: Tensor, recompute: bool) -> None:
-        super().__init__(StagePlan(stage, whole=True), compute_dtype(x))
+        super().__init__(StagePlan(stage, whole=True), compute_dtype(x), stage.block)
         self.recompute = recompute
         self.format = memory_format_of(x)
         self.stem_pool = stage.head is not None and stage.head.pool is not None
@@ -53,7 +56,12 @@ class FusedStage(StageComputation):
         if self.stem_pool:
             height, width = (height + 1) // 2, (width + 1) // 2
         self.pixels = Pixels(images, height, width)
-        self.observed: list[Observed] = []
+        self.observed: list[Observed]
+
+    def signature(self) -> Hashable:
+        precision = matmul_precision(self.compute)
+        pools = (self.stem_pool, self.transition_pool)
+        return (self.recompute, self.compute, precision, self.format, pools, self.pixels, self.plan.signature)
 
     # Forward
 
@@ -185,6 +193,10 @@ class FusedStage(StageComputation):
         output = pixels.map(rows)
         return (output if tail is None else output.contiguous(memory_format=self.format)), kept
 
+    def commit(self) -> None:
+        commit_observed(self.plan.calls, self.observed)
+        del self.observed
+
     # Backward
 
     def leave_backward(
@@ -235,6 +247,7 @@ class FusedStage(StageComputation):
             return gradients | self.gradient.through_norm(first, norm, grad_a, needs, needs_prefix)
         needs_y = needs_prefix or first.trained(needs)
         grad_y, gradients = self._bottleneck_backward(layer, norm, new, parameters, kept, needs, needs_y)
+        del new, mask
         if not needs_y:
             return gradients
         weight = first.matrix(parameters)

@@ -63,6 +63,7 @@ class NormConvolution(NamedTuple):
         weight = unit.weight(parameters)
         if not self.takes(unit, weight, grad, x):
             grad_x, gradients = self.backward_to_operand(unit, grad, self.operand(x, norm), weight, needs, needs_a)
+            self.scratch.free("activation")  # of the size of x; what follows has workspaces of its own
             sums = bn_relu_backward(grad_x, x, *norm, unit.call.by_batch) if needs_a else ()
         else:
             grad_x = self.scratch.rows("gradient", x) if needs_a else grad

@@ -77,3 +77,7 @@ class Scratch:
             held = like.new_empty(size, dtype=dtype)
         self._flat[name] = held
         return held[:size].view(like.shape[0], columns)
+
+    def free(self, name: str) -> None:
+        """Give a piece back before it is needed again, where others need memory more."""
+        self._flat.pop(name, None)

@@ -6,7 +6,7 @@ its place in it.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Hashable, Iterator
 from dataclasses import dataclass
 from typing import Any, Protocol, cast
 
@@ -134,6 +134,23 @@ class StagePlan:
         """Whether any norm that reads the block's channels normalizes by the batch."""
         readers = [layer.units[0].call for layer in self.layers] + ([self.tail.call] if self.tail else [])
         return any(call.by_batch for call in readers)
+
+    @property
+    def buffers(self) -> list[Tensor | None]:
+        """All that the norms read or move: running statistics and counters."""
+        return [buffer for call in self.calls for buffer in (*call.running, call.norm.num_batches_tracked)]
+
+    @property
+    def signature(self) -> Hashable:
+        """All that it says beside parameters and buffers."""
+        convolutions = tuple((unit.conv.padding, unit.conv.dilation) for unit in self._conv_units())
+        layers = tuple((layer.start, layer.width, layer.drop_rate, len(layer.units)) for layer in self.layers)
+        kinds = (type(self.head), type(self.tail))
+        return tuple(call.signature for call in self.calls), layers, convolutions, kinds
+
+    def _conv_units(self) -> Iterator[ConvUnit]:
+        for layer in self.layers:
+            yield from layer.units
 
     def _tail(self, tail: Transition | FinalNorm) -> NormUnit:
         norm = cast("nn.BatchNorm2d", tail.norm)

@@ -17,7 +17,6 @@ import torch
 from torch import Tensor
 
 from densebench.execution.autograd import compute
-from densebench.execution.batch_norm import commit_observed
 from densebench.execution.fused_stage import FusedStage
 from densebench.execution.structure import irregularity
 from densebench.kernels import language
@@ -76,9 +75,7 @@ def fused(stage: Stage, x: Tensor, recompute: Recompute = "nothing") -> Tensor:
         raise UnsupportedError(f"strategy 'fused' {lack}; use 'shared_buffer' there")
     computation, inputs = FusedStage(stage, x, recompute == "bottleneck"), [x]
     del x  # `compute` gets the only reference, and may free the input of a stage without gradients
-    output = compute(computation, inputs.pop())
-    commit_observed(computation.plan.calls, computation.observed)
-    return output
+    return compute(computation, inputs.pop())
 
 
 @strategy(

@@ -36,18 +36,15 @@ aten = torch.ops.aten
 def shared_buffer(stage: Stage, x: Tensor) -> Tensor:
     """Keep the feature buffer and each bottleneck output; refill all that is normalized in backward."""
     x = stage.run_head(x)
-    computation = _SharedBuffer(StagePlan(stage, copied=True), x)
-    x = compute(computation, x)
-    commit_copies(computation.plan.calls)
-    del computation
+    x = compute(_SharedBuffer(stage, x), x)
     return stage.run_tail(x)
 
 
 class _SharedBuffer(StageComputation):
     """The block over a feature buffer [N, C, H, W], a gradient buffer of its shape, and a scratch."""
 
-    def __init__(self, plan: StagePlan, x: Tensor) -> None:
-        super().__init__(plan, compute_dtype(x))
+    def __init__(self, stage: Stage, x: Tensor) -> None:
+        super().__init__(StagePlan(stage, copied=True), compute_dtype(x), stage.block)
         self.maps = MapShape.of(x)
 
     def enter(self, x: Tensor, parameters: Window, keep: bool) -> list[Tensor]:
@@ -77,6 +74,9 @@ class _SharedBuffer(StageComputation):
         features = self.features
         del self.features, self.scratch
         return features, [features]
+
+    def commit(self) -> None:
+        commit_copies(self.plan.calls)
 
     def leave_backward(
         self, grad_output: Tensor, parameters: Window, kept: list[Tensor], needs: Window

@@ -46,8 +46,7 @@ FAULTS = [
           "(running, unbiased, 1 - momentum)", "several_steps"),
     Fault("biased running variance", NORM, "commit_observed", "one.values / (one.values - 1)", "1.0", "training"),
     Fault("counted twice", NORM, "_count_batch", "(counters, 1)", "(counters, 2)", "training"),
-    Fault("moved twice", FUSED, "fused", "commit_observed(computation.plan.calls, computation.observed)",
-          "commit_observed(computation.plan.calls, computation.observed * 2)", "training"),
+    Fault("moved twice", STAGE, "FusedStage.commit", "self.observed)", "self.observed * 2)", "training"),
     Fault("cumulative average one behind", NORM, "call_norm", "num_batches_tracked + 1", "num_batches_tracked + 2",
           "cumulative_average"),
     # The norm itself

@@ -6,51 +6,13 @@ a GPU; the rest of the code is the same.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from typing import Any
-
 import pytest
 import torch
 
 import densebench
-from densebench.execution import feature_gradient, fused_stage, norm_convolution, pixels, shared_statistics
-from densebench.kernels import compiled
-from densebench.kernels.library import IMPLEMENTATIONS, require_dense_rows
 from tests.networks import images, small
 
-
-@pytest.fixture(autouse=True)
-def as_on_a_gpu(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    if torch.cuda.is_available():
-        pytest.skip("a GPU runs them for real (tests/gpu)")
-    launched = {name: one.cuda for name, one in IMPLEMENTATIONS.items() if one.cuda is not None}
-    replaced = set()
-    for module in (fused_stage, norm_convolution, shared_statistics, feature_gradient):
-        for name in launched.keys() & vars(module).keys():
-            monkeypatch.setattr(module, name, _launched(name, launched[name]))
-            replaced.add(name)
-    assert replaced == launched.keys(), "an operator is called from elsewhere"
-    padded = pixels.Pixels.buffer
-
-    def buffer(self: pixels.Pixels, channels: int, like: torch.Tensor) -> object:
-        wide = padded(self, -(-channels // 16) * 16, like)
-        return wide.fill_(float("nan"))[:, :channels]
-
-    monkeypatch.setattr(pixels.Pixels, "buffer", buffer)
-    with compiled.using(None):  # nor are convolutions those of a CPU
-        yield
-
-
-def _launched(name: str, launcher: Callable[..., Any]) -> Callable[..., Any]:
-    """With the check that comes before a launch on a GPU."""
-
-    def launched(*arguments: Any) -> Any:
-        require_dense_rows(name, arguments)
-        return launcher(*arguments)
-
-    return launched
-
-
+pytestmark = pytest.mark.usefixtures("as_on_a_gpu")
 NETWORKS = {
     "bottleneck": ({}, 8),
     "imagenet stem": ({"stem": "imagenet", "block_config": (2, 1), "growth_rate": 5}, 20),

@@ -1,0 +1,245 @@
+"""A recording written out as Python and compiled: one function a segment, one line a step.
+
+What a line needs is a constant in it or a local variable, so that playing a step costs little more than what it
+calls: for slot 5, `t5` is the tensor and `a5` its address. A variable is deleted after its last use, its memory
+with it. Slots that more than one segment uses are handed on in a dictionary.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from densebench.execution.recording import (
+    ALIGNMENT,
+    Allocate,
+    Call,
+    Segment,
+    Start,
+    Step,
+    Tensors,
+    View,
+)
+from densebench.kernels.launch import current_stream
+
+_LITERALS = (bool, int, str, type(None))
+Slots = dict[int, Tensor]
+
+
+class Recording:
+    """Segments, ready to be played.
+
+    Attributes:
+        sources: of the functions, for people.
+    """
+
+    def __init__(self, segments: Sequence[Segment]) -> None:
+        uses = _uses(segments)
+        given = {taken.slot for segment in segments for taken in segment.inputs if taken}
+        self.sources: list[str] = []
+        self.functions: list[Callable[[Tensors, Slots], Tensors]] = []
+        for number, segment in enumerate(segments):
+            writer = _Writer(number, uses, given)
+            source = "\n".join(writer.function(segment))
+            exec(compile(source, f"<segment {number}>", "exec"), writer.names)
+            self.sources.append(source)
+            self.functions.append(writer.names["play"])
+
+
+class Playback:
+    """One run of a recording, segment after segment."""
+
+    def __init__(self, recording: Recording) -> None:
+        self._ahead = iter(recording.functions)
+        self._slots: Slots = {}
+
+    def advance(self, inputs: Tensors) -> Tensors:
+        """Play the next segment; takes the inputs out of their list, so that none lives longer than it is needed.
+
+        Raises:
+            RuntimeError: if an input is not aligned as the recorded one was, or an operator lays out its result in
+                another way than it did.
+        """
+        return next(self._ahead)(inputs, self._slots)
+
+
+class _Use(NamedTuple):
+    """Of a slot.
+
+    Attributes:
+        filled: the segment in which.
+        last: the segment in which it is used last, at its `step`; one behind its last step for outputs.
+        addressed: whether a kernel takes its address.
+    """
+
+    filled: int
+    last: int
+    step: int
+    addressed: bool
+
+
+def _uses(segments: Sequence[Segment]) -> dict[int, _Use]:
+    """Of all slots that are used at all."""
+    given = {taken.slot: at for at, segment in enumerate(segments) for taken in segment.inputs if taken}
+    uses: dict[int, _Use] = {}
+    for number, segment in enumerate(segments):
+        used = [(set(step.used()), isinstance(step, Start)) for step in segment.steps]
+        for at, (slots, addressed) in enumerate([*used, (set(segment.results()), False)]):
+            for slot in slots:
+                before = uses.get(slot, _Use(given.get(slot, number), number, at, False))
+                uses[slot] = _Use(before.filled, number, at, addressed or before.addressed)
+    return uses
+
+
+class _Writer:
+    """Writes the function of one segment.
+
+    Attributes:
+        names: the globals of the function.
+    """
+
+    def __init__(self, number: int, uses: Mapping[int, _Use], given: set[int]) -> None:
+        self.number, self.uses, self.given = number, uses, given
+        self.names: dict[str, Any] = {
+            "torch": torch,
+            "current_stream": current_stream,
+            "misaligned": _misaligned,
+            "moved": _moved,
+        }
+        self._named: dict[int, str] = {}
+
+    def function(self, segment: Segment) -> Iterator[str]:
+        yield "def play(inputs, slots):"
+        for line in self._lines(segment):
+            yield f"    {line}"
+
+    def _lines(self, segment: Segment) -> Iterator[str]:
+        yield from self._opening(segment)
+        ends: dict[int, list[str]] = {}
+        for slot, use in self.uses.items():
+            if use.last == self.number:
+                ends.setdefault(use.step, []).append(f"t{slot}")
+        for at, step in enumerate(segment.steps):
+            yield from self._step(step)
+            if at in ends:
+                yield f"del {', '.join(ends[at])}"
+        for slot, use in self.uses.items():
+            if use.filled == self.number < use.last:
+                yield f"slots[{slot}] = t{slot}"
+        yield f"return [{', '.join(map(self._argument, segment.outputs))}]"
+
+    def _opening(self, segment: Segment) -> Iterator[str]:
+        """Inputs, checked; what earlier segments have left; what makes memory of each dtype."""
+        taken = [one if one is not None and one.slot in self.uses else None for one in segment.inputs]
+        yield f"[{', '.join('_' if one is None else f't{one.slot}' for one in taken)}] = inputs"
+        yield "inputs.clear()"
+        yield "_ = None"
+        wanted = [one for one in taken if one is not None]
+        for one in wanted:
+            yield from self._addressed(one.slot)
+        addressed = [one for one in wanted if self.uses[one.slot].addressed]
+        if aligned := [f"a{one.slot}" for one in addressed if one.alignment == 0]:
+            yield f"if ({' | '.join(aligned)}) % {ALIGNMENT}: misaligned()"
+        for one in addressed:
+            if one.alignment:
+                yield f"if a{one.slot} % {ALIGNMENT} != {one.alignment}: misaligned()"
+        for slot, use in self.uses.items():
+            if use.filled < self.number <= use.last:
+                take = "pop" if use.last == self.number else "get"
+                yield f"t{slot} = slots.{take}({slot})"
+                yield from self._addressed(slot)
+        if any(isinstance(step, Start) for step in segment.steps):
+            yield "stream = current_stream()"
+        for kind in {(step.dtype, step.device): None for step in segment.steps if isinstance(step, Allocate)}:
+            dtype, device = map(self._value, kind)
+            yield f"{self._maker(*kind)} = torch.empty(0, dtype={dtype}, device={device}).new_empty"
+
+    def _step(self, step: Step) -> Iterator[str]:
+        if isinstance(step, Start):
+            return self._start(step)
+        return self._allocate(step) if isinstance(step, Allocate) else self._call(step)
+
+    def _allocate(self, step: Allocate) -> Iterator[str]:
+        slot, (size, stride) = step.slot, step.geometry
+        if stride == _dense(size):
+            yield f"t{slot} = {self._maker(step.dtype, step.device)}({size})"
+        else:
+            kind = f"dtype={self._value(step.dtype)}, device={self._value(step.device)}"
+            yield f"t{slot} = torch.empty_strided({size}, {stride}, {kind})"
+        yield from self._addressed(slot)
+
+    def _addressed(self, slot: int) -> Iterator[str]:
+        """Its address, if a kernel takes it."""
+        if self.uses[slot].addressed:
+            yield f"a{slot} = t{slot}.data_ptr()"
+
+    def _start(self, step: Start) -> Iterator[str]:
+        found = step.found
+        addresses = ["None" if at is None else f"a{at[0]} + {at[1]}" for at in step.pointers]
+        before = [*map(repr, found.programs), "stream", *map(self._value, found.function)]
+        after = map(self._value, (*step.numbers, *found.constants))
+        yield f"{self._value(found.start, found.name)}({', '.join([*before, *addresses, *after])})"
+
+    def _call(self, step: Call) -> Iterator[str]:
+        arguments = [self._argument(argument) for argument in step.arguments]
+        arguments += [f"{name}={self._argument(argument)}" for name, argument in step.keywords.items()]
+        operator = self._value(step.operator, str(step.operator))
+        call = f"{operator}({', '.join(arguments)})"
+        if not any(step.made):
+            yield call
+            return
+        targets = ["_" if place is None else f"t{place[0]}" for place in step.made]
+        yield f"{targets[0]} = {call}" if step.alone else f"[{', '.join(targets)}] = {call}"
+        for slot, geometry in (place for place in step.made if place is not None):
+            yield f"if t{slot}.stride() != {geometry.stride}: moved({operator})"
+            yield from self._addressed(slot)
+
+    def _argument(self, argument: Any) -> str:
+        if isinstance(argument, View):
+            return self._view(argument)
+        if isinstance(argument, list):
+            return f"[{', '.join(map(self._argument, argument))}]"
+        return self._value(argument)
+
+    def _view(self, view: View) -> str:
+        tensor = f"t{view.slot}"
+        if view.whole:
+            return tensor
+        first = f"{tensor}.storage_offset() + {view.offset}" if view.slot in self.given else view.offset
+        return f"{tensor}.as_strided({view.geometry.size}, {view.geometry.stride}, {first})"
+
+    def _maker(self, dtype: torch.dtype, device: torch.device) -> str:
+        return f"new_{str(dtype).removeprefix('torch.')}_{device.type}"
+
+    def _value(self, value: Any, name: str = "constant") -> str:
+        """An expression of it: itself, or a global variable."""
+        if type(value) in _LITERALS:
+            return repr(value)
+        if isinstance(value, (torch.dtype, torch.layout, torch.memory_format)):
+            return str(value)
+        name = re.sub(r"\W", "_", str(value) if isinstance(value, torch.device) else name)
+        if not isinstance(value, torch.device):
+            name = self._named.setdefault(id(value), f"{name}_{len(self._named)}")
+        self.names[name] = value  # and so alive: none else gets its id
+        return name
+
+
+def _dense(size: tuple[int, ...]) -> tuple[int, ...]:
+    """Strides of a contiguous tensor, as PyTorch gives them."""
+    strides, step = [], 1
+    for extent in reversed(size):
+        strides.append(step)
+        step *= max(1, extent)
+    return tuple(reversed(strides))
+
+
+def _misaligned() -> None:
+    raise RuntimeError("a tensor that was kept for backward has come back at another alignment")
+
+
+def _moved(operator: Any) -> None:
+    raise RuntimeError(f"{operator} lays out its result in another way than it did")

@@ -1,0 +1,198 @@
+"""How a recording is made: by running what is to be recorded, once, and watching."""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import weakref
+from collections.abc import Callable, Iterator
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from densebench.execution.recording import (
+    ALIGNMENT,
+    Allocate,
+    Call,
+    Geometry,
+    Input,
+    Segment,
+    Start,
+    Step,
+    Tensors,
+    View,
+)
+from densebench.kernels.launch import Found, watched
+from densebench.kernels.library import launched
+from densebench.step_tracker import ALLOCATE, storage_key, written_arguments
+
+Function = Callable[[Tensors], tuple[Tensors, Any]]
+
+
+class UnrecordableError(Exception):
+    """Something cannot be played back; the message says what."""
+
+
+class _Place(NamedTuple):
+    """Memory of a slot: the first address, bytes from there, and what stands in the slot."""
+
+    slot: int
+    address: int
+    nbytes: int
+    geometry: Geometry
+    dtype: torch.dtype
+
+    def holds(self, address: int) -> bool:
+        return self.address <= address < self.address + max(1, self.nbytes)
+
+
+class Recorder(TorchDispatchMode):
+    """Records what runs in `segment`, while it runs.
+
+    Attributes:
+        segments: all so far.
+        refusal: why they cannot be played back; None as long as all that was met can.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.refusal: str | None = None
+        self.segments: list[Segment] = []
+        self._steps: list[Step] = []
+        self._slots = 0
+        self._places: dict[int, list[_Place]] = {}  # by storage, as long as it lives
+        self._references: dict[int, weakref.ref[Any]] = {}
+
+    def segment(self, function: Function, inputs: Tensors) -> tuple[Tensors, Any]:
+        """Run a function of tensors and return what it returns: tensors, and anything that holds none.
+
+        All memory that it touches is among the inputs, or was made in this recorder's segments.
+        """
+        self._steps = []
+        taken: tuple[Input | None, ...] = ()
+        with self._refusing():
+            taken = self._inputs(inputs)
+        with self, watched(self._started):
+            outputs, structure = function(inputs)
+        with self._refusing():
+            views = tuple(None if tensor is None else self._view(tensor) for tensor in outputs)
+            self.segments.append(Segment(taken, tuple(self._steps), views))
+        return outputs, structure
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func.namespace == "densebench" and args[0].is_cuda:  # recorded is what it allocates and starts
+            with self:
+                return launched(func, *args)
+        result = func(*args, **(kwargs or {}))
+        with self._refusing():
+            self._called(func, args, kwargs or {}, result)
+        return result
+
+    @contextlib.contextmanager
+    def _refusing(self) -> Iterator[None]:
+        """What cannot be recorded is done all the same."""
+        try:
+            yield
+        except UnrecordableError as reason:
+            self.refusal = self.refusal or str(reason)
+
+    def _called(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any], result: Any) -> None:
+        results = list(result) if isinstance(result, (list, tuple)) else [] if result is None else [result]
+        if not all(made is None or isinstance(made, Tensor) for made in results):
+            if not _holds_tensors((args, tuple(kwargs.values()))):
+                return  # of dtypes, say
+            raise UnrecordableError(f"{func} returns what is no tensor")
+        name, written = written_arguments(func)
+        new = [made is not None and self._place(made) is None for made in results]
+        if not any(new) and not written:
+            return  # views
+        if name in ALLOCATE:
+            self._steps.append(Allocate(self._add(result), Geometry.of(result), result.dtype, result.device))
+            return
+        arguments, keywords = self._noted(args), {key: self._noted(value) for key, value in kwargs.items()}
+        places = zip(results, new, strict=True)
+        made = tuple((self._add(one), Geometry.of(one)) if is_new else None for one, is_new in places)
+        self._steps.append(Call(func, arguments, keywords, made, alone=isinstance(result, Tensor)))
+
+    def _started(self, found: Found | None, tensors: tuple[Tensor | None, ...], numbers: tuple[int, ...]) -> None:
+        with self._refusing():
+            if found is None:
+                raise UnrecordableError("a kernel that was not compiled")
+            self._steps.append(Start(found, tuple(map(self._pointer, tensors)), numbers))
+
+    def _noted(self, value: Any) -> Any:
+        """An argument, with views in place of tensors."""
+        if isinstance(value, Tensor):
+            return self._view(value)
+        return type(value)(map(self._noted, value)) if type(value) in (list, tuple) else value
+
+    def _pointer(self, tensor: Tensor | None) -> tuple[int, int] | None:
+        if tensor is None:
+            return None
+        place = self._known(tensor)
+        return place.slot, tensor.data_ptr() - place.address
+
+    def _view(self, tensor: Tensor) -> View:
+        place = self._known(tensor)
+        if tensor.dtype != place.dtype:
+            raise UnrecordableError(f"memory of {place.dtype} read as {tensor.dtype}")
+        geometry = Geometry.of(tensor)
+        offset = (tensor.data_ptr() - place.address) // tensor.element_size()
+        return View(place.slot, geometry, offset, whole=offset == 0 and geometry == place.geometry)
+
+    def _known(self, tensor: Tensor) -> _Place:
+        place = self._place(tensor)
+        if place is None:
+            raise UnrecordableError(f"a tensor of shape {list(tensor.shape)} that was neither given nor made here")
+        return place
+
+    def _place(self, tensor: Tensor) -> _Place | None:
+        places = self._places.get(storage_key(tensor), ())
+        address = tensor.data_ptr()
+        return next((place for place in places if place.holds(address)), None)
+
+    def _inputs(self, tensors: Tensors) -> tuple[Input | None, ...]:
+        """A slot for each of a segment's inputs, also where its memory has one.
+
+        Not where two share memory: from a step's addresses it could not be told which of them is meant.
+        """
+        first = self._slots
+        taken: list[Input | None] = []
+        for tensor in tensors:
+            if tensor is None:
+                taken.append(None)
+                continue
+            place = self._place(tensor)
+            if place is not None and place.slot >= first and tensor.numel() > 0:
+                raise UnrecordableError("two inputs that share memory")
+            taken.append(Input(self._add(tensor), tensor.data_ptr() % ALIGNMENT))
+        return tuple(taken)
+
+    def _add(self, tensor: Tensor) -> int:
+        """A new slot for what was made or given."""
+        slot, key = self._slots, storage_key(tensor)
+        self._slots += 1
+        if key not in self._references:
+            self._references[key] = weakref.ref(tensor.untyped_storage(), functools.partial(self._gone, key))
+        place = _Place(slot, tensor.data_ptr(), _span(tensor), Geometry.of(tensor), tensor.dtype)
+        self._places.setdefault(key, []).insert(0, place)
+        return slot
+
+    def _gone(self, key: int, _: Any) -> None:
+        del self._places[key], self._references[key]
+
+
+def _holds_tensors(values: Any) -> bool:
+    if isinstance(values, (list, tuple)):
+        return any(map(_holds_tensors, values))
+    return isinstance(values, Tensor)
+
+
+def _span(tensor: Tensor) -> int:
+    """Bytes from a tensor's first value to behind its last."""
+    if tensor.numel() == 0:
+        return 0
+    last = sum((size - 1) * stride for size, stride in zip(tensor.shape, tensor.stride(), strict=True))
+    return (last + 1) * tensor.element_size()

@@ -1,0 +1,396 @@
+"""When stages are recorded and played back, and that the steps are the same bits as without.
+
+In the interpreter launches are played back, as on a GPU; on the CPU path, in the other tests here, operators are:
+the rest is the same code.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+import gc
+import weakref
+from collections.abc import Callable, Iterator
+from typing import Any
+from unittest import mock
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.func import functional_call
+from torch.utils.flop_counter import FlopCounterMode
+
+import densebench
+from densebench.execution import autograd, replay
+from densebench.kernels.launch import watched
+from densebench.models.layers import DenseBlock
+from densebench.step_tracker import StepTracker
+from tests.comparison import Quantities, everything, upstream
+from tests.fused.test_triton_networks import NETWORKS
+from tests.networks import images, lone_block, norms, small
+from tests.replays import Counts, replay_everywhere
+
+STEPS = 4  # as it is, recorded, played back twice
+Step = Callable[[nn.Module, Tensor], Quantities]
+
+
+@pytest.fixture
+def counts(monkeypatch: pytest.MonkeyPatch) -> Counts:
+    """Runs of forwards and backwards, with replays on the CPU path."""
+    return replay_everywhere(monkeypatch)
+
+
+def tracks(network: nn.Module) -> Iterator[replay.Track]:
+    """Of all stages' forwards and backwards."""
+    for block in network.modules():
+        if isinstance(block, DenseBlock):
+            for forward in replay.tracks_of(block).values():
+                yield forward
+                yield from forward.following.values()
+
+
+def train(network: nn.Module, x: Tensor) -> Quantities:
+    """A step of SGD: output, gradients and buffers."""
+    torch.manual_seed(0)  # for dropout
+    network.zero_grad()
+    x = x.detach().clone(memory_format=torch.preserve_format).requires_grad_()
+    output = network(x)
+    output.backward(upstream(output))
+    found = everything(network, output=output, input=x.grad)
+    with torch.no_grad():
+        for parameter in network.parameters():
+            if parameter.grad is not None:
+                parameter -= 0.05 * parameter.grad
+    return found
+
+
+def infer(network: nn.Module, x: Tensor) -> Quantities:
+    with torch.no_grad():
+        return everything(network, output=network(x))
+
+
+def assert_same_bits(actual: Quantities, expected: Quantities, what: str = "") -> None:
+    assert actual.keys() == expected.keys()
+    for name, value in expected.items():
+        other = actual[name]
+        assert (other is None) == (value is None), f"{name} {what}"
+        assert value is None or other is None or torch.equal(other, value), f"{name} differs {what}"
+
+
+@contextlib.contextmanager
+def launches_of(step: int) -> Iterator[None]:
+    """In the block kernels are launched in the first step, in the second the recorder is told of it, then none."""
+    launches: list[object] = []
+    with watched(lambda *launch: launches.append(launch)):
+        yield
+    assert bool(launches) == (step == 0)
+
+
+class Pair:
+    """A network whose steps are replayed, and its copy whose steps are not; after each, the same bits."""
+
+    def __init__(self, network: nn.Module, strategy: str = "fused") -> None:
+        self.replayed = densebench.set_strategy(network, strategy)
+        self.plain = copy.deepcopy(self.replayed)
+
+    def step(self, step: Step, *inputs: Any) -> None:
+        found = step(self.replayed, *inputs)
+        with mock.patch.object(autograd, "replayable", return_value=False):
+            assert_same_bits(found, step(self.plain, *inputs))
+
+    def both(self, change: Callable[[nn.Module], object]) -> None:
+        change(self.replayed)
+        change(self.plain)
+
+
+@pytest.mark.usefixtures("replayed")
+@pytest.mark.parametrize("variant", ["fused", "fused_recompute"])
+@pytest.mark.parametrize("name", NETWORKS)
+def test_launches_are_played_back(name: str, variant: str) -> None:
+    """From the third step on nothing is decided: not one launch is made anew."""
+    options, size = NETWORKS[name]
+    pair = Pair(small(**options), variant)
+    for number in range(STEPS):
+        with launches_of(number):
+            found = train(pair.replayed, images(2, size, seed=number))
+        with mock.patch.object(autograd, "replayable", return_value=False):
+            assert_same_bits(found, train(pair.plain, images(2, size, seed=number)), f"in step {number + 1}")
+    assert [track.refusal for track in tracks(pair.replayed)] == [None] * 2 * len(pair.replayed.features.stages())
+
+
+@pytest.mark.usefixtures("replayed")
+def test_inference_is_played_back() -> None:
+    pair = Pair(small(stem="imagenet", block_config=(2, 1), growth_rate=5).eval())
+    for number in range(STEPS):
+        with launches_of(number):
+            found = infer(pair.replayed, images(2, 20, seed=number))
+        with mock.patch.object(autograd, "replayable", return_value=False):
+            assert_same_bits(found, infer(pair.plain, images(2, 20, seed=number)))
+
+
+def test_first_as_it_is_then_recorded_then_played_back(counts: Counts) -> None:
+    network = small("fused", block_config=(2,))
+    seen = []
+    for _ in range(4):
+        train(network, images())
+        seen.append(dict(counts))
+        counts.clear()
+    assert seen == [{"plain": 2}, {"recorded": 2}, {"played": 2}, {"played": 2}]
+
+
+def test_strategies_that_say_nothing_of_it_are_never_recorded(counts: Counts) -> None:
+    network = small("shared_buffer")
+    for _ in range(3):
+        train(network, images())
+    assert not counts
+
+
+def test_switched_off(counts: Counts, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.undo()
+    monkeypatch.setenv("DENSEBENCH_REPLAY", "0")
+    x = mock.Mock(spec=Tensor, is_cuda=True)
+    x.__class__ = Tensor
+    assert not replay.replayable(x)
+
+
+def test_sizes_in_turn(counts: Counts) -> None:
+    """A smaller last batch, and another side; both are known when they come again."""
+    pair = Pair(small())
+    for _ in range(3):
+        for batch, size in ((4, 8), (2, 8), (4, 6)):
+            pair.step(train, images(batch, size))
+    assert counts["played"] == 3 * 2 * 2
+
+
+def test_training_and_evaluation_in_turn(counts: Counts) -> None:
+    pair = Pair(small())
+    for _ in range(3):
+        pair.both(nn.Module.train)
+        pair.step(train, images(seed=1))
+        pair.both(nn.Module.eval)
+        pair.step(train, images(seed=2))
+        pair.step(infer, images(seed=3))
+    assert counts["played"] == 2 * (2 + 2 + 1)
+
+
+def test_what_changes_between_steps_is_seen(counts: Counts) -> None:
+    """Modes, options, frozen parameters, dtypes, layouts, and memory that is another's."""
+    pair = Pair(small(drop_rate=0.2))
+
+    def of_norms(change: Callable[[nn.BatchNorm2d], object]) -> Callable[[nn.Module], object]:
+        return lambda network: change(norms(network)[2])
+
+    def moved(network: nn.Module) -> None:
+        for parameter in network.parameters():
+            wider = torch.cat((parameter.data.new_zeros(3), parameter.data.flatten()))
+            parameter.data = wider[3:].view_as(parameter)
+
+    changes: list[Callable[[nn.Module], object]] = [
+        of_norms(lambda norm: setattr(norm, "eps", 0.1)),
+        of_norms(lambda norm: setattr(norm, "momentum", 0.5)),
+        of_norms(lambda norm: setattr(norm, "track_running_stats", False)),
+        of_norms(lambda norm: norm.weight.requires_grad_(False)),
+        lambda network: network.features.denseblock1.requires_grad_(False),
+        lambda network: setattr(network.features.denseblock2.denselayer1, "drop_rate", 0.5),
+        lambda network: network.to(memory_format=torch.channels_last),
+        moved,
+        of_norms(lambda norm: norm.eval()),
+    ]
+    for change in changes:
+        for number in range(3):
+            pair.step(train, images(seed=number))
+        before = counts["played"]
+        pair.both(change)
+        pair.step(train, images())
+        assert counts["played"] < before + 4, "all stages were played back, though one had changed"
+
+
+def test_cumulative_averages(counts: Counts) -> None:
+    """Their momentum is another in every step, so no step is like one before."""
+    network = small()
+    for norm in norms(network):
+        norm.momentum = None
+    pair = Pair(network)
+    for number in range(5):
+        pair.step(train, images(seed=number))
+    assert set(counts) == {"plain"}
+
+
+def test_two_forwards_then_two_backwards(counts: Counts) -> None:
+    def step(network: nn.Module, first: Tensor, second: Tensor) -> Quantities:
+        network.zero_grad()
+        outputs = [network(first), network(second)]
+        for output in outputs if first.sum() > second.sum() else reversed(outputs):
+            output.backward(upstream(output))
+        return everything(network)
+
+    pair = Pair(small())
+    for number in range(4):
+        pair.step(step, images(seed=number), images(seed=number + 10))
+    assert counts["played"] > 0
+
+
+def test_backward_twice(counts: Counts) -> None:
+    def step(network: nn.Module, x: Tensor) -> Quantities:
+        network.zero_grad()
+        output = network(x)
+        output.backward(upstream(output), retain_graph=True)
+        output.backward(upstream(output, seed=3))
+        return everything(network)
+
+    pair = Pair(small())
+    for number in range(3):
+        pair.step(step, images(seed=number))
+    assert counts["played"] > 0
+
+
+@pytest.mark.parametrize("which", ["first", "middle", "last"])
+def test_a_part_of_the_gradients(counts: Counts, which: str) -> None:
+    """`torch.autograd.grad` for a few parameters, before and after all of them were asked for."""
+    network = small(block_config=(autograd.LAYERS_A_NODE * 2 + 2, 1))
+    chosen = {"first": 0, "middle": 70, "last": -3}[which]
+
+    def step(network: nn.Module, x: Tensor) -> Quantities:
+        output = network(x)
+        wanted = list(network.parameters())[chosen]
+        (found,) = torch.autograd.grad(output, [wanted], upstream(output))
+        return everything(network, found=found)
+
+    pair = Pair(network)
+    for number in range(3):
+        pair.step(step, images(seed=number))
+    for number in range(3):
+        pair.step(train, images(seed=number))
+    played = counts["played"]
+    pair.step(step, images())
+    assert counts["played"] > played
+
+
+def test_gradients_that_lie_in_another_way(counts: Counts) -> None:
+    """Of a sum, of a slice, of the output itself."""
+
+    def step(network: nn.Module, x: Tensor, chosen: Callable[[Tensor], Tensor]) -> Quantities:
+        network.zero_grad()
+        output = network(x)
+        loss = chosen(output)
+        loss.backward(upstream(loss))
+        return everything(network)
+
+    pair = Pair(lone_block())
+    ways: list[Callable[[Tensor], Tensor]] = [Tensor.sum, lambda y: y[..., 1:], lambda y: y, lambda y: y.mT]
+    for number in range(3):
+        for way in ways:
+            pair.step(step, images(2, 4, 5, seed=number), way)
+    assert counts["played"] > 0
+
+
+def test_other_parameters_for_a_call(counts: Counts) -> None:
+    """`functional_call` puts tensors in the parameters' places that are no leaves."""
+
+    def step(network: nn.Module, x: Tensor) -> Quantities:
+        network.zero_grad()
+        others = {name: 2 * value for name, value in network.named_parameters()}
+        output = functional_call(network, others, (x,))
+        output.backward(upstream(output))
+        return everything(network)
+
+    pair = Pair(small())
+    for number in range(3):
+        pair.step(step, images(seed=number))
+    assert counts["played"] > 0
+
+
+def test_saved_tensors_that_were_elsewhere(counts: Counts) -> None:
+    def step(network: nn.Module, x: Tensor) -> Quantities:
+        with torch.autograd.graph.saved_tensors_hooks(lambda t: t.clone(), lambda t: t.clone()):
+            return train(network, x)
+
+    pair = Pair(small())
+    for number in range(3):
+        pair.step(step, images(seed=number))
+    assert counts["played"] > 0
+
+
+@pytest.mark.parametrize("way", ["forward", "backward"])
+def test_a_step_that_fails_while_played_back(counts: Counts, way: str) -> None:
+    """It leaves no trace but the buffers that a whole forward has moved, and the next step is right."""
+    pair = Pair(small(block_config=(3,)))
+    for number in range(3):
+        pair.step(train, images(seed=number))
+    before = everything(pair.replayed)
+    forward, backward = tracks(pair.replayed)
+    (play,) = (forward if way == "forward" else backward).recording.functions  # type: ignore[union-attr]
+    names = play.__globals__
+    last = [name for name in names if "bn_relu_conv1x1" in name][-1]
+    with mock.patch.dict(names, {last: mock.Mock(side_effect=torch.OutOfMemoryError("announced"))}):
+        output = pair.replayed(images(seed=3)) if way == "backward" else None
+        with pytest.raises(torch.OutOfMemoryError):
+            pair.replayed(images(seed=3)) if output is None else output.backward(upstream(output))
+    if output is None:
+        assert_same_bits(everything(pair.replayed), before)
+    else:
+        pair.plain(images(seed=3))
+    pair.step(train, images(seed=4))
+
+
+def test_operators_that_someone_counts_are_called(counts: Counts) -> None:
+    """A mode that watches operators would miss those that are played back."""
+    network, found = small("fused"), []
+    for _ in range(4):
+        with FlopCounterMode(display=False) as counter:
+            train(network, images())
+        found.append(counter.get_total_flops())
+    assert len(set(found)) == 1
+    assert found[0] > 0
+    assert not counts
+
+
+def test_a_copy_knows_nothing_and_nothing_outlives_its_network(counts: Counts) -> None:
+    network = small("fused")
+    for _ in range(3):
+        train(network, images())
+    assert list(tracks(network))
+    assert not list(tracks(copy.deepcopy(network)))
+    known = [weakref.ref(track) for track in tracks(network)]
+    del network
+    gc.collect()
+    assert all(reference() is None for reference in known)
+
+
+def test_only_the_latest_keys_are_kept(counts: Counts, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(replay, "MOST", 2)
+    network = small("fused", block_config=(1,))
+    for batch in (2, 3, 4):
+        train(network, images(batch))
+    (block,) = (module for module in network.modules() if isinstance(module, DenseBlock))
+    assert len(replay.tracks_of(block)) == 2
+    counts.clear()
+    train(network, images(4))
+    train(network, images(2))  # the first to have gone
+    assert counts == {"recorded": 2, "plain": 2}
+
+
+@pytest.mark.parametrize("variant", ["fused", "fused_recompute"])
+def test_no_more_memory_than_without(counts: Counts, variant: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Nor so much less that a prediction, which is of a step as it is, would be wrong."""
+    network = small(variant, stem="imagenet", block_config=(4, 3), growth_rate=8)
+    x = images(4, 64)
+    for _ in range(3):
+        train(network, x)
+
+    def peak() -> int:
+        with StepTracker() as tracker:
+            train(network, x)
+        births = dict.fromkeys(range(tracker.event + 2), 0)
+        for allocation in tracker.allocations:
+            births[allocation.born] += allocation.nbytes
+            births[(tracker.event if allocation.died is None else allocation.died) + 1] -= allocation.nbytes
+        live = peak = 0
+        for event in sorted(births):
+            live += births[event]
+            peak = max(peak, live)
+        return peak
+
+    as_it_is = peak()
+    monkeypatch.setattr(autograd, "replayable", lambda x: True)
+    assert 0.95 * as_it_is < peak() <= as_it_is

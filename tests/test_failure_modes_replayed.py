@@ -1,0 +1,46 @@
+"""Every failure mode once more, recorded and played back: what a GPU does from the third step on.
+
+On a CPU operators are played back, not launches. Here recordings are made at once and shared by all networks: the
+key under which one is found has to say everything that it depends on.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+from torch import nn
+
+from densebench.execution import autograd, replay
+from tests import comparison
+from tests.replays import replay_everywhere
+from tests.test_equivalence import *  # noqa: F403
+from tests.test_failure_modes_autograd import *  # noqa: F403
+from tests.test_failure_modes_framework import *  # noqa: F403
+from tests.test_failure_modes_numerics import *  # noqa: F403
+from tests.test_failure_modes_processes import *  # noqa: F403
+from tests.test_failure_modes_shapes import *  # noqa: F403
+from tests.test_failure_modes_state import *  # noqa: F403
+
+STRATEGIES = ["naive", "fused", "fused_recompute"]
+_shared = replay.Tracks()
+_play = comparison.play
+
+
+@pytest.fixture(autouse=True)
+def played_back(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Scenarios that are compared run twice, so that the second time is played back."""
+    monkeypatch.setattr(replay, "FIRST_RECORDED", 1)
+    monkeypatch.setattr(replay, "MOST", 2**20)
+    monkeypatch.setattr(autograd, "tracks_of", lambda module: _shared)
+    counts = replay_everywhere(monkeypatch)
+
+    def twice(scenario: comparison.Scenario, network: nn.Module, strategy: str) -> Any:
+        found = _play(scenario, network, strategy)
+        if strategy != "naive":
+            found = _play(scenario, network, strategy)
+            failed = any("Error" in name for name in found)
+            assert counts["played"] or failed or not counts["recorded"], "recorded, and not played back"
+        return found
+
+    monkeypatch.setattr(comparison, "play", twice)
