@@ -273,7 +273,6 @@ class _Node(torch.autograd.Function):
             forward.run([value])
         kept = forward.kept.pop(0)
         ctx.run, ctx.part, ctx.counts = forward, part, [len(step) for step in kept]
-        ctx.all_needs = ctx.needs_input_grad
         ctx.save_for_backward(*parameters, *(tensor for step in kept for tensor in step))
         return forward.output.pop() if part.last else value.new_empty(0)
 
@@ -305,8 +304,6 @@ def _backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
     try:
         if part.last:
             run.go_back(grad)
-        if ctx.needs_input_grad != ctx.all_needs:
-            run.going_back = run.going_back.partial()
         gradients, _ = run.going_back.advance(function, [grad, *saved])
         if part.first:
             run.going_back.finish()

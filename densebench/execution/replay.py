@@ -30,9 +30,6 @@ class Pass(Protocol):
     def advance(self, function: Function, inputs: Tensors) -> tuple[Tensors, Any]:
         """What the function returns of the inputs, which may be taken out of their list."""
 
-    def partial(self) -> Pass:
-        """How to go on where not everything is needed that a segment computes."""
-
     def finish(self) -> None:
         """All segments have run."""
 
@@ -42,9 +39,6 @@ class Plain:
 
     def advance(self, function: Function, inputs: Tensors) -> tuple[Tensors, Any]:
         return function(inputs)
-
-    def partial(self) -> Pass:
-        return self
 
     def finish(self) -> None:
         pass
@@ -98,9 +92,6 @@ class _Recorded:
         self.structures.append(structure)
         return outputs, structure
 
-    def partial(self) -> Pass:
-        return Plain()
-
     def finish(self) -> None:
         self.track.refusal = self.recorder.refusal
         if self.track.refusal is None:
@@ -114,9 +105,6 @@ class _Played:
 
     def advance(self, function: Function, inputs: Tensors) -> tuple[Tensors, Any]:
         return self.playback.advance(inputs), next(self.structures)
-
-    def partial(self) -> Pass:
-        return self  # it computes all the same
 
     def finish(self) -> None:
         pass

@@ -163,14 +163,23 @@ def test_sizes_in_turn(counts: Counts) -> None:
 
 
 def test_training_and_evaluation_in_turn(counts: Counts) -> None:
+
+    def with_gradients(network: nn.Module, x: Tensor) -> Quantities:
+        """In evaluation, of parameters alone: but for that something is kept, it runs as without."""
+        network.zero_grad()
+        output = network(x)
+        output.backward(upstream(output))
+        return everything(network, output=output)
+
     pair = Pair(small())
     for _ in range(3):
         pair.both(nn.Module.train)
         pair.step(train, images(seed=1))
         pair.both(nn.Module.eval)
-        pair.step(train, images(seed=2))
+        pair.step(infer, images(seed=2))
         pair.step(infer, images(seed=3))
-    assert counts["played"] == 2 * (2 + 2 + 1)
+        pair.step(with_gradients, images(seed=4))
+    assert counts["played"] == 2 * (2 + 2 + 4)
 
 
 def test_what_changes_between_steps_is_seen(counts: Counts) -> None:
@@ -194,6 +203,7 @@ def test_what_changes_between_steps_is_seen(counts: Counts) -> None:
         lambda network: setattr(network.features.denseblock2.denselayer1, "drop_rate", 0.5),
         lambda network: network.to(memory_format=torch.channels_last),
         moved,
+        lambda network: delattr(network.features.transition1, "pool"),
         of_norms(lambda norm: norm.eval()),
     ]
     for change in changes:
@@ -256,11 +266,17 @@ def test_a_part_of_the_gradients(counts: Counts, which: str) -> None:
         (found,) = torch.autograd.grad(output, [wanted], upstream(output))
         return everything(network, found=found)
 
+    def whole(network: nn.Module, x: Tensor) -> Quantities:
+        network.zero_grad()
+        output = network(x)
+        output.backward(upstream(output))
+        return everything(network)
+
     pair = Pair(network)
     for number in range(3):
         pair.step(step, images(seed=number))
     for number in range(3):
-        pair.step(train, images(seed=number))
+        pair.step(whole, images(seed=number))
     played = counts["played"]
     pair.step(step, images())
     assert counts["played"] > played
