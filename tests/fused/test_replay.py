@@ -163,23 +163,31 @@ def test_sizes_in_turn(counts: Counts) -> None:
 
 
 def test_training_and_evaluation_in_turn(counts: Counts) -> None:
-
-    def with_gradients(network: nn.Module, x: Tensor) -> Quantities:
-        """In evaluation, of parameters alone: but for that something is kept, it runs as without."""
-        network.zero_grad()
-        output = network(x)
-        output.backward(upstream(output))
-        return everything(network, output=output)
-
     pair = Pair(small())
     for _ in range(3):
         pair.both(nn.Module.train)
         pair.step(train, images(seed=1))
         pair.both(nn.Module.eval)
-        pair.step(infer, images(seed=2))
+        pair.step(train, images(seed=2))
         pair.step(infer, images(seed=3))
-        pair.step(with_gradients, images(seed=4))
-    assert counts["played"] == 2 * (2 + 2 + 4)
+    assert counts["played"] == 2 * (2 + 2 + 1)
+
+
+def test_with_and_without_gradients(counts: Counts) -> None:
+    """Of parameters alone: all that differs is whether something is kept."""
+
+    def step(network: nn.Module, x: Tensor) -> Quantities:
+        network.zero_grad()
+        output = network(x)
+        output.backward(upstream(output))
+        return everything(network, output=output)
+
+    pair = Pair(lone_block().eval())
+    for _ in range(3):
+        pair.step(infer, images(2, 4, 5, seed=1))
+        pair.step(infer, images(2, 4, 5, seed=2))
+        pair.step(step, images(2, 4, 5, seed=3))
+    assert counts["played"] == 2 + 4
 
 
 def test_what_changes_between_steps_is_seen(counts: Counts) -> None:
