@@ -15,13 +15,15 @@ import shlex
 import shutil
 import subprocess
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Callable, Hashable, Iterator
 from pathlib import Path
-from typing import Any, NamedTuple
+from types import SimpleNamespace
+from typing import Any, NamedTuple, cast
 
 import torch
 
 from densebench.cache_folder import cache_folder
+from densebench.kernels.started import Started, watcher
 
 FOLDER = Path(__file__).parent  # of the sources
 SWITCH = "DENSEBENCH_COMPILED"  # "0" in the environment: do without
@@ -84,10 +86,23 @@ _SIGNATURES: dict[str, dict[str, tuple[Any, ...]]] = {
 SOURCES = tuple(_SIGNATURES)
 
 
-class Build(NamedTuple):
-    """The library and the compiler that made it, or why there is none."""
+class Loop:
+    """A compiled function; in the places of addresses it takes tensors, which it does not look at."""
 
-    library: ctypes.CDLL | None
+    def __init__(self, name: str, function: Callable[..., None]) -> None:
+        self.name, self.function = name, function
+
+    def __call__(self, *arguments: Any) -> None:
+        self.function(*[a.data_ptr() if isinstance(a, torch.Tensor) else a for a in arguments])
+        tell = watcher()
+        if tell is not None:
+            tell(Started(self.function, self.name, arguments))
+
+
+class Build(NamedTuple):
+    """The functions of a library by name, and the compiler that made it, or why there is none."""
+
+    library: SimpleNamespace | None
     compiler: str = ""
     reason: str = ""
 
@@ -96,9 +111,14 @@ _folder = FOLDER
 _enabled = os.environ.get(SWITCH, "1") != "0"
 
 
-def library(dtype: torch.dtype, source: str = "passes") -> ctypes.CDLL | None:
+def library(dtype: torch.dtype, source: str = "passes") -> SimpleNamespace | None:
     """A source's functions on values of a dtype, compiled at the first call; None where there are none."""
     return _build(dtype, source).library
+
+
+def settings() -> Hashable:
+    """Whether, and from where: what `library` depends on besides its arguments."""
+    return _enabled, _folder
 
 
 def description() -> str:
@@ -145,14 +165,23 @@ def _built(folder: Path, source: str, real: str) -> Build:
         version = _output(*compiler, "--version").splitlines()[0]
         command = (*compiler, *_FLAGS, _CONTRACTION[source], f"-DREAL={real}")
         loaded = ctypes.CDLL(str(_library_file(folder / f"{source}.c", command, version)))
-        for name, signature in _SIGNATURES[source].items():
-            function = getattr(loaded, name)
-            function.argtypes, function.restype = signature, _SIZE if name.endswith("_scratch") else None
+        functions = {name: _typed(loaded, name, signature) for name, signature in _SIGNATURES[source].items()}
     except subprocess.CalledProcessError as error:
         return Build(None, reason=f"{compiler[0]} failed: {_first_error(error.stderr)}")
     except Exception as error:  # whatever it is, a network must not fail for want of a faster loop
         return Build(None, reason=f"{compiler[0]} failed: {type(error).__name__}")
-    return Build(loaded, version)
+    return Build(SimpleNamespace(**functions), version)
+
+
+def _typed(loaded: ctypes.CDLL, name: str, signature: tuple[Any, ...]) -> Callable[..., Any]:
+    """A loop, or a function that says how much scratch one needs."""
+    function = getattr(loaded, name)
+    function.argtypes = signature
+    if name.endswith("_scratch"):
+        function.restype = _SIZE
+        return cast("Callable[..., Any]", function)
+    function.restype = None
+    return Loop(name, function)
 
 
 def _library_file(source: Path, command: tuple[str, ...], version: str) -> Path:

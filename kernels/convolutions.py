@@ -6,14 +6,14 @@ library's, which reads its operand from memory.
 
 from __future__ import annotations
 
-import ctypes
+from types import SimpleNamespace
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from densebench.kernels import compiled
-from densebench.kernels.norm import Folded, Sums, address, store_statistics, threads_for
+from densebench.kernels.norm import Folded, Sums, store_statistics, threads_for
 from densebench.kernels.products import Statistics, require, rows_apart
 
 
@@ -24,7 +24,7 @@ class Maps(NamedTuple):
     width: int
 
 
-def library(weight: Tensor, *matrices: Tensor | None) -> ctypes.CDLL | None:
+def library(weight: Tensor, *matrices: Tensor | None) -> SimpleNamespace | None:
     """The compiled convolutions, if they take these: on a CPU, a dense weight [N, C, 3, 3], and matrices of its
     dtype with the values of a row side by side.
     """
@@ -62,9 +62,9 @@ def convolve(
     scratch = x.new_empty(form.relu_norm_convolution_scratch(*maps, columns, outputs, threads))
     pivot, sums = (None, None) if statistics is None else (x.new_empty(outputs), Sums(out))
     form.relu_norm_convolution(
-        x.data_ptr(), x.stride(0), _images(x, maps), *maps, columns, address(norm.table),
-        *_strided(weight), outputs, out.data_ptr(), out.stride(0),
-        address(pivot), *((None, 0) if sums is None else sums.given[:2]), scratch.data_ptr(), threads,
+        x, x.stride(0), _images(x, maps), *maps, columns, norm.table,
+        *_strided(weight), outputs, out, out.stride(0),
+        pivot, *((None, 0) if sums is None else sums.given[:2]), scratch, threads,
     )  # fmt: skip
     if statistics is not None and sums is not None and pivot is not None:
         store_statistics(sums, pivot, rows, *statistics)
@@ -105,10 +105,10 @@ def convolve_backward(
     size = form.relu_norm_convolution_backward_scratch(*maps, columns, outputs, grad_weight is not None, threads)
     scratch = x.new_empty(size)
     form.relu_norm_convolution_backward(
-        grad.data_ptr(), grad.stride(0), x.data_ptr(), x.stride(0), _images(x, maps), *maps, columns,
-        address(norm.table), *_strided(weight), outputs,
-        address(grad_x), 0 if grad_x is None else grad_x.stride(0), *sums.given[:2], address(grad_weight),
-        scratch.data_ptr(), threads,
+        grad, grad.stride(0), x, x.stride(0), _images(x, maps), *maps, columns,
+        norm.table, *_strided(weight), outputs,
+        grad_x, 0 if grad_x is None else grad_x.stride(0), *sums.given[:2], grad_weight,
+        scratch, threads,
     )  # fmt: skip
 
 
@@ -132,9 +132,9 @@ def _images(x: Tensor, maps: Maps) -> int:
     return x.shape[0] // (maps.height * maps.width)
 
 
-def _strided(weight: Tensor) -> tuple[int, int, int, int]:
-    """Address, and strides from output to output, channel to channel, tap to tap."""
-    return weight.data_ptr(), weight.stride(0), weight.stride(1), weight.stride(3)
+def _strided(weight: Tensor) -> tuple[Tensor, int, int, int]:
+    """With strides from output to output, channel to channel, tap to tap."""
+    return weight, weight.stride(0), weight.stride(1), weight.stride(3)
 
 
 def _require(

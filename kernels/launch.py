@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import functools
-import threading
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple
 
@@ -12,6 +11,7 @@ import torch
 from torch import Tensor
 
 from densebench.kernels.language import triton
+from densebench.kernels.started import STREAM, Started, watcher
 
 
 class Device(NamedTuple):
@@ -110,9 +110,9 @@ def launch(
         found = _compile(key, kernel, grid, (*tensors, *numbers), tile, constants)
     else:
         found.launch(current_stream(), addresses, numbers)
-    watcher = getattr(_watching, "watcher", None)
-    if watcher is not None:
-        watcher(found, tensors, numbers)
+    tell = watcher()
+    if tell is not None:
+        tell(None if found is None else found.started(tensors, numbers))
 
 
 def current_stream() -> int:
@@ -149,19 +149,10 @@ class Found(NamedTuple):
         """Start it; nothing is checked."""
         self.start(*self.programs, stream, *self.function, *addresses, *numbers, *self.constants)
 
-
-Watcher = Callable[[Found | None, tuple[Tensor | None, ...], tuple[int, ...]], None]
-_watching = threading.local()
-
-
-@contextlib.contextmanager
-def watched(watcher: Watcher) -> Iterator[None]:
-    """Tell `watcher(found, tensors, numbers)` of this thread's launches; found is None if nothing was compiled."""
-    before, _watching.watcher = getattr(_watching, "watcher", None), watcher
-    try:
-        yield
-    finally:
-        _watching.watcher = before
+    def started(self, tensors: tuple[Tensor | None, ...], numbers: tuple[int, ...]) -> Started:
+        """What `launch` does."""
+        arguments = (*self.programs, STREAM, *self.function, *tensors, *numbers, *self.constants)
+        return Started(self.start, self.name, arguments)
 
 
 _compiled: dict[tuple[Any, ...], Found] = {}

@@ -67,11 +67,13 @@ def operator(
     return packet.default
 
 
-def launched(function: Any, *arguments: Any) -> Any:
-    """What a registered operator does on a GPU, past the dispatcher: its launches can be watched one by one."""
-    cuda = IMPLEMENTATIONS[function._opname].cuda
+def implementation(function: Any, x: torch.Tensor) -> Callable[..., Any]:
+    """What is behind a registered operator for tensors such as x: past the dispatcher its steps can be watched."""
+    cpu, cuda = IMPLEMENTATIONS[function._opname]
+    if not x.is_cuda:
+        return cpu
     assert cuda is not None
-    return _on_its_device(function._opname, cuda)(*arguments)
+    return _on_its_device(function._opname, cuda)
 
 
 def _told_to_autograd(name: str, written: Sequence[int], function: Callable[..., Any]) -> Callable[..., Any]:

@@ -64,7 +64,7 @@ class Norm(NamedTuple):
         library = compiled.library(mean.dtype)
         if library is None or not _alike(mean, *others):
             return Folded(_fold(self, table))
-        library.fold(*map(address, (mean, *others)), self.eps, mean.shape[0], table.data_ptr())
+        library.fold(mean, *others, self.eps, mean.shape[0], table)
         return Folded(table)
 
     def affine(self) -> tuple[Tensor | None, Tensor | None]:
@@ -106,9 +106,9 @@ class Sums:
             raise ValueError(f"sums of {self.columns} columns do not belong to vectors of {columns}")
 
     @property
-    def given(self) -> tuple[int, int, int]:
-        """As compiled loops take them: address, stride from thread to thread, threads."""
-        return self.parts.data_ptr(), self.parts.shape[1], self.parts.shape[0]
+    def given(self) -> tuple[Tensor, int, int]:
+        """As compiled loops take them: with the stride from thread to thread, and how many threads."""
+        return self.parts, self.parts.shape[1], self.parts.shape[0]
 
 
 def sum_bytes(x: Tensor) -> int:
@@ -138,7 +138,7 @@ def pivot_of(x: Tensor, dtype: torch.dtype) -> Tensor:
     if library is None:
         return x[::step].to(dtype).mean(0).nan_to_num_(0, 0, 0)
     pivot = x.new_empty(x.shape[1])
-    library.pivot(x.data_ptr(), x.stride(0), *x.shape, step, pivot.data_ptr())
+    library.pivot(x, x.stride(0), *x.shape, step, pivot)
     return pivot
 
 
@@ -151,7 +151,7 @@ def store_statistics(sums: Sums, pivot: Tensor, rows: int, mean: Tensor, var: Te
         var.copy_(squares.sub_(difference.square_()).clamp_min_(0))
     else:
         sums.require(pivot.shape[0])
-        library.statistics(*sums.given, rows, *pivot.shape, *map(address, (pivot, mean, var)))
+        library.statistics(*sums.given, rows, *pivot.shape, pivot, mean, var)
 
 
 class NormGradients(NamedTuple):
@@ -183,7 +183,7 @@ def norm_gradients(sums: Sums, norm: Folded, rows: int) -> NormGradients:
         torch.stack((beta, gamma * norm.inv_std), out=terms).mul_(norm.scale / rows)
     else:
         sums.require(columns)
-        library.norm_gradients(*sums.given, rows, columns, *map(address, (norm.table, gamma, beta, terms)))
+        library.norm_gradients(*sums.given, rows, columns, norm.table, gamma, beta, terms)
     return NormGradients(gamma, beta, terms)
 
 
@@ -194,8 +194,3 @@ def _alike(*vectors: Tensor | None) -> bool:
     given = [vector for vector in vectors if vector is not None]
     same = all(vector.dtype == first.dtype and vector.shape == first.shape for vector in given)
     return same and all(vector.is_cpu and vector.is_contiguous() for vector in given)
-
-
-def address(vectors: Tensor | None) -> int | None:
-    """For compiled loops; good as long as the caller keeps the vectors. Never of a temporary."""
-    return None if vectors is None else vectors.data_ptr()

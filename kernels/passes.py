@@ -8,14 +8,14 @@ PyTorch's operators round those of a tile to float32 first.
 
 from __future__ import annotations
 
-import ctypes
 from collections.abc import Iterator
+from types import SimpleNamespace
 
 import torch
 from torch import Tensor
 
 from densebench.kernels import compiled
-from densebench.kernels.norm import Folded, Sums, address, sum_bytes
+from densebench.kernels.norm import Folded, Sums, sum_bytes
 from densebench.kernels.rows import accumulate_dtype, as_map, row_slices
 
 FEW_VALUES = 2**14  # so many a thread does in 3 us; to wake a second one takes as long
@@ -47,7 +47,7 @@ def relu_norm(x: Tensor, norm: Folded, out: Tensor) -> None:
         torch.addcmul(norm.shift, x, norm.scale, out=target).relu_()
     else:
         table = _dense(x, norm.table)
-        library.relu_norm(*_matrix(x), *x.shape, address(table), *_matrix(target), _threads(x))
+        library.relu_norm(*_matrix(x), *x.shape, table, *_matrix(target), _threads(x))
     if target is not out:
         out.copy_(target)
 
@@ -65,7 +65,7 @@ def add_column_sums(x: Tensor, pivot: Tensor, sums: Sums, out: Tensor | None = N
         stored = None
     else:
         pivot = _dense(wide, pivot)
-        arguments = (*_matrix(wide), *x.shape, address(pivot), *sums.given[:2], *_matrix(stored))
+        arguments = (*_matrix(wide), *x.shape, pivot, *sums.given[:2], *_matrix(stored))
         library.column_sums(*arguments, _threads(x, sums))
     if out is not None and stored is None:
         out.copy_(x)
@@ -91,7 +91,7 @@ def relu_norm_backward(
             target.addcmul_(dz, norm.scale) if accumulate else torch.mul(dz, norm.scale, out=target)
     else:
         table = _dense(x, norm.table)
-        arguments = (*_matrix(grad), *_matrix(x), *x.shape, address(table), *sums.given[:2], *_matrix(target))
+        arguments = (*_matrix(grad), *_matrix(x), *x.shape, table, *sums.given[:2], *_matrix(target))
         library.relu_norm_backward(*arguments, accumulate, _threads(x, sums))
     if grad_x is not None and target is not None and target is not grad_x:
         grad_x.copy_(target)
@@ -109,7 +109,7 @@ def relu_norm_backward_in_place(grad: Tensor, x: Tensor, norm: Folded, terms: Te
             target -= torch.addcmul(terms[0], torch.sub(values, norm.mean, out=dz), terms[1], out=dz)
     else:
         table, terms = _dense(x, norm.table), None if terms is None else _dense(x, terms)
-        arguments = (*_matrix(target), *_matrix(x), *x.shape, address(table), address(terms))
+        arguments = (*_matrix(target), *_matrix(x), *x.shape, table, terms)
         library.relu_norm_backward_in_place(*arguments, _threads(x))
     if target is not grad:
         grad.copy_(target)
@@ -127,7 +127,7 @@ def settle(grad: Tensor, x: Tensor, mean: Tensor, pending: Tensor, out: Tensor) 
         torch.sub(wide, torch.addcmul(pending[0], terms, pending[1], out=terms), out=target)
     else:
         mean, terms = _dense(x, mean), _dense(x, pending)
-        arguments = (*_matrix(wide), *_matrix(x), *x.shape, address(mean), address(terms), *_matrix(target))
+        arguments = (*_matrix(wide), *_matrix(x), *x.shape, mean, terms, *_matrix(target))
         library.settle(*arguments, _threads(x))
     if target is not out:
         out.copy_(target)
@@ -175,7 +175,7 @@ def _require_one_shape(matrices: list[Tensor]) -> None:
             raise ValueError(f"a pass over rows takes matrices of one shape, got {shape} and {matrix.shape}")
 
 
-def _library(*read: Tensor, written: Tensor | None) -> ctypes.CDLL | None:
+def _library(*read: Tensor, written: Tensor | None) -> SimpleNamespace | None:
     """The compiled form, if it takes these matrices: the values of a row side by side, written rows apart.
 
     Raises:
@@ -205,9 +205,9 @@ def _dense(x: Tensor, vectors: Tensor) -> Tensor:
     return vectors.contiguous()
 
 
-def _matrix(x: Tensor | None) -> tuple[int | None, int]:
-    """Address and row stride."""
-    return (None, 0) if x is None else (x.data_ptr(), x.stride(0))
+def _matrix(x: Tensor | None) -> tuple[Tensor | None, int]:
+    """With its row stride."""
+    return (None, 0) if x is None else (x, x.stride(0))
 
 
 def _threads(x: Tensor, sums: Sums | None = None) -> int:

@@ -6,13 +6,13 @@ tile by tile, with PyTorch's products and the passes of `passes`.
 
 from __future__ import annotations
 
-import ctypes
+from types import SimpleNamespace
 from typing import NamedTuple
 
 from torch import Tensor
 
 from densebench.kernels import compiled
-from densebench.kernels.norm import Folded, Sums, address, store_statistics, threads_for
+from densebench.kernels.norm import Folded, Sums, store_statistics, threads_for
 
 # Forward, with fewer rows, packing the weight takes longer than is saved; backward gains with any number.
 FEW_ROWS = 64
@@ -40,7 +40,7 @@ def wanted(mean: Tensor | None, var: Tensor | None, outputs: int) -> Statistics 
     return Statistics(mean, var)
 
 
-def library(*matrices: Tensor | None) -> ctypes.CDLL | None:
+def library(*matrices: Tensor | None) -> SimpleNamespace | None:
     """The compiled products, if they take these matrices: of one dtype, the values of a row side by side."""
     given = [matrix for matrix in matrices if matrix is not None]
     dtype = given[0].dtype
@@ -77,10 +77,10 @@ def multiply(
     scratch = x.new_empty(compiled_form.relu_norm_product_scratch(columns, outputs, threads))
     pivot, sums = (None, None) if statistics is None else (x.new_empty(outputs), Sums(out))
     compiled_form.relu_norm_product(
-        x.data_ptr(), x.stride(0), rows, columns, address(norm.table),
-        weight.data_ptr(), weight.stride(0), outputs,
-        None if following is None else address(following.table), out.data_ptr(), out.stride(0),
-        address(pivot), *((None, 0) if sums is None else sums.given[:2]), scratch.data_ptr(), threads,
+        x, x.stride(0), rows, columns, norm.table,
+        weight, weight.stride(0), outputs,
+        None if following is None else following.table, out, out.stride(0),
+        pivot, *((None, 0) if sums is None else sums.given[:2]), scratch, threads,
     )  # fmt: skip
     if statistics is not None and sums is not None and pivot is not None:
         store_statistics(sums, pivot, rows, *statistics)
@@ -122,10 +122,10 @@ def multiply_backward(
     size = compiled_form.relu_norm_product_backward_scratch(columns, outputs, grad_weight is not None, threads)
     scratch = x.new_empty(size)
     compiled_form.relu_norm_product_backward(
-        grad.data_ptr(), grad.stride(0), x.data_ptr(), x.stride(0), rows, columns,
-        address(norm.table), weight.data_ptr(), weight.stride(0), outputs,
-        address(grad_x), 0 if grad_x is None else grad_x.stride(0), accumulate,
-        *((None, 0) if sums is None else sums.given[:2]), address(grad_weight), scratch.data_ptr(), threads,
+        grad, grad.stride(0), x, x.stride(0), rows, columns,
+        norm.table, weight, weight.stride(0), outputs,
+        grad_x, 0 if grad_x is None else grad_x.stride(0), accumulate,
+        *((None, 0) if sums is None else sums.given[:2]), grad_weight, scratch, threads,
     )  # fmt: skip
 
 

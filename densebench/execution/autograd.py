@@ -238,7 +238,7 @@ class _Forward:
 
     def _track(self, inputs: Tensors) -> Track | None:
         signature = self.computation.signature()
-        if signature is None or not replayable(inputs[0]):
+        if signature is None or not replayable(inputs[0], self.computation.compute):
             return None
         key = (signature, self.keep, torch.backends.cudnn.enabled, *map(described, inputs))
         return tracks_of(self.computation.block).of(key)
@@ -255,7 +255,7 @@ class _Forward:
 
     def go_back(self, grad: Tensor) -> None:
         """Start a backward; the last part's node is the first to run."""
-        if self.track is None or not replayable(grad):
+        if self.track is None or not replayable(grad, self.computation.compute):
             self.going_back = Plain()
         else:
             self.going_back = self.track.following.of(described(grad)).start()

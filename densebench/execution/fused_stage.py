@@ -22,6 +22,7 @@ from densebench.execution.pixels import Pixels, Scratch
 from densebench.execution.plan import ConvUnit, Gradients, LayerPlan, NormUnit, StagePlan
 from densebench.execution.precision import compute_dtype
 from densebench.execution.shared_statistics import MeanAndVar, SharedStatistics
+from densebench.kernels import compiled
 from densebench.kernels.bn_relu import bn_relu
 from densebench.kernels.bn_relu_backward import bn_relu_backward
 from densebench.kernels.bn_relu_conv1x1 import bn_relu_conv1x1
@@ -59,9 +60,9 @@ class FusedStage(StageComputation):
         self.observed: list[Observed]
 
     def signature(self) -> Hashable:
-        precision = matmul_precision(self.compute)
+        kernels = (matmul_precision(self.compute), torch.get_num_threads(), compiled.settings())
         pools = (self.stem_pool, self.transition_pool)
-        return (self.recompute, self.compute, precision, self.format, pools, self.pixels, self.plan.signature)
+        return (self.recompute, self.compute, kernels, self.format, pools, self.pixels, self.plan.signature)
 
     # Forward
 

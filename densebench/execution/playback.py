@@ -18,6 +18,7 @@ from densebench.execution.recording import (
     ALIGNMENT,
     Allocate,
     Call,
+    Pointer,
     Segment,
     Start,
     Step,
@@ -25,6 +26,7 @@ from densebench.execution.recording import (
     View,
 )
 from densebench.kernels.launch import current_stream
+from densebench.kernels.started import STREAM
 
 _LITERALS = (bool, int, str, type(None))
 Slots = dict[int, Tensor]
@@ -152,7 +154,7 @@ class _Writer:
                 take = "pop" if use.last == self.number else "get"
                 yield f"t{slot} = slots.{take}({slot})"
                 yield from self._addressed(slot)
-        if any(isinstance(step, Start) for step in segment.steps):
+        if any(STREAM in step.arguments for step in segment.steps if isinstance(step, Start)):
             yield "stream = current_stream()"
         for kind in {(step.dtype, step.device): None for step in segment.steps if isinstance(step, Allocate)}:
             dtype, device = map(self._value, kind)
@@ -178,11 +180,7 @@ class _Writer:
             yield f"a{slot} = t{slot}.data_ptr()"
 
     def _start(self, step: Start) -> Iterator[str]:
-        found = step.found
-        addresses = ["None" if at is None else f"a{at[0]} + {at[1]}" for at in step.pointers]
-        before = [*map(repr, found.programs), "stream", *map(self._value, found.function)]
-        after = map(self._value, (*step.numbers, *found.constants))
-        yield f"{self._value(found.start, found.name)}({', '.join([*before, *addresses, *after])})"
+        yield f"{self._value(step.function, step.name)}({', '.join(map(self._argument, step.arguments))})"
 
     def _call(self, step: Call) -> Iterator[str]:
         arguments = [self._argument(argument) for argument in step.arguments]
@@ -201,6 +199,10 @@ class _Writer:
     def _argument(self, argument: Any) -> str:
         if isinstance(argument, View):
             return self._view(argument)
+        if isinstance(argument, Pointer):
+            return f"a{argument.slot} + {argument.offset}"
+        if argument is STREAM:
+            return "stream"
         if isinstance(argument, list):
             return f"[{', '.join(map(self._argument, argument))}]"
         return self._value(argument)

@@ -18,14 +18,15 @@ from densebench.execution.recording import (
     Call,
     Geometry,
     Input,
+    Pointer,
     Segment,
     Start,
     Step,
     Tensors,
     View,
 )
-from densebench.kernels.launch import Found, watched
-from densebench.kernels.library import launched
+from densebench.kernels.library import implementation
+from densebench.kernels.started import Started, watched
 from densebench.step_tracker import ALLOCATE, storage_key, written_arguments
 
 Function = Callable[[Tensors], tuple[Tensors, Any]]
@@ -65,6 +66,11 @@ class Recorder(TorchDispatchMode):
         self._places: dict[int, list[_Place]] = {}  # by storage, as long as it lives
         self._references: dict[int, weakref.ref[Any]] = {}
 
+    @classmethod
+    def _should_skip_dynamo(cls) -> bool:
+        """To keep the compiler out of here PyTorch would import it, which takes a second; it never comes here."""
+        return False
+
     def segment(self, function: Function, inputs: Tensors) -> tuple[Tensors, Any]:
         """Run a function of tensors and return what it returns: tensors, and anything that holds none.
 
@@ -82,9 +88,9 @@ class Recorder(TorchDispatchMode):
         return outputs, structure
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        if func.namespace == "densebench" and args[0].is_cuda:  # recorded is what it allocates and starts
+        if func.namespace == "densebench":  # recorded is what it allocates and starts
             with self:
-                return launched(func, *args)
+                return implementation(func, args[0])(*args)
         result = func(*args, **(kwargs or {}))
         with self._refusing():
             self._called(func, args, kwargs or {}, result)
@@ -116,11 +122,11 @@ class Recorder(TorchDispatchMode):
         made = tuple((self._add(one), Geometry.of(one)) if is_new else None for one, is_new in places)
         self._steps.append(Call(func, arguments, keywords, made, alone=isinstance(result, Tensor)))
 
-    def _started(self, found: Found | None, tensors: tuple[Tensor | None, ...], numbers: tuple[int, ...]) -> None:
+    def _started(self, started: Started | None) -> None:
         with self._refusing():
-            if found is None:
+            if started is None:
                 raise UnrecordableError("a kernel that was not compiled")
-            self._steps.append(Start(found, tuple(map(self._pointer, tensors)), numbers))
+            self._steps.append(Start(*started[:2], tuple(map(self._pointed_at, started.arguments))))
 
     def _noted(self, value: Any) -> Any:
         """An argument, with views in place of tensors."""
@@ -128,11 +134,12 @@ class Recorder(TorchDispatchMode):
             return self._view(value)
         return type(value)(map(self._noted, value)) if type(value) in (list, tuple) else value
 
-    def _pointer(self, tensor: Tensor | None) -> tuple[int, int] | None:
-        if tensor is None:
-            return None
-        place = self._known(tensor)
-        return place.slot, tensor.data_ptr() - place.address
+    def _pointed_at(self, value: Any) -> Any:
+        """An argument of what is started, with a pointer in place of a tensor."""
+        if not isinstance(value, Tensor):
+            return value
+        place = self._known(value)
+        return Pointer(place.slot, value.data_ptr() - place.address)
 
     def _view(self, tensor: Tensor) -> View:
         place = self._known(tensor)

@@ -17,8 +17,6 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from densebench.kernels.launch import Found
-
 Tensors = list[Any]  # each a tensor or None
 ALIGNMENT = 16  # bytes; what a kernel is compiled for depends on its addresses modulo this
 
@@ -55,15 +53,22 @@ class Allocate(NamedTuple):
         yield self.slot
 
 
-class Start(NamedTuple):
-    """A kernel; for each of its pointers a slot and how many bytes from there."""
+class Pointer(NamedTuple):
+    """An address: so many bytes from where a slot's memory begins."""
 
-    found: Found
-    pointers: tuple[tuple[int, int] | None, ...]
-    numbers: tuple[int, ...]
+    slot: int
+    offset: int
+
+
+class Start(NamedTuple):
+    """A kernel or a compiled loop (see `densebench.kernels.started`), with pointers in place of tensors."""
+
+    function: Callable[..., object]
+    name: str
+    arguments: tuple[Any, ...]
 
     def used(self) -> Iterator[int]:
-        return (at[0] for at in self.pointers if at is not None)
+        return (argument.slot for argument in self.arguments if type(argument) is Pointer)
 
 
 class Call(NamedTuple):

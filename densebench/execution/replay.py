@@ -1,4 +1,4 @@
-"""When work is recorded and when it is played back: what comes again with the same key, on a GPU.
+"""When work is recorded and when it is played back: what comes again with the same key.
 
 The first time it runs as it is (and kernels are compiled), the second time it is recorded, from then on played
 back; sizes that come once cost nothing. What is kept are lists of kernels and numbers, no memory, and they go with
@@ -18,7 +18,9 @@ from torch import Tensor, nn
 from densebench.execution.playback import Playback, Recording
 from densebench.execution.recorder import Function, Recorder
 from densebench.execution.recording import ALIGNMENT, Tensors
+from densebench.kernels import compiled
 
+SWITCH = "DENSEBENCH_REPLAY"  # "0" in the environment: do without
 FIRST_RECORDED = 2  # of a track's runs; the first compiles kernels, and of many a size there is no second
 ATTEMPTS = 3  # to record; a run that fails, or is not run to its end, leaves nothing
 MOST = 32  # tracks of a module: its training step and its evaluation, at a few sizes
@@ -121,15 +123,16 @@ def tracks_of(module: nn.Module) -> Tracks:
     return found
 
 
-def replayable(x: Tensor) -> bool:
-    """Whether work on x is to be recorded: on the current GPU, and nobody watches who would miss operators."""
-    return (
-        x.is_cuda
-        and type(x) is Tensor
-        and torch._C._len_torch_dispatch_stack() == 0
-        and x.get_device() == torch.cuda.current_device()
-        and os.environ.get("DENSEBENCH_REPLAY", "1") != "0"
-    )
+def replayable(x: Tensor, dtype: torch.dtype) -> bool:
+    """Whether work on x that computes in a dtype is to be recorded: nobody watches who would miss operators.
+
+    On the current GPU, and on a CPU where loops are compiled; what PyTorch's operators do tile by tile gains little.
+    """
+    if type(x) is not Tensor or torch._C._len_torch_dispatch_stack() > 0 or os.environ.get(SWITCH, "1") == "0":
+        return False
+    if x.is_cuda:
+        return x.get_device() == torch.cuda.current_device()
+    return x.is_cpu and compiled.library(dtype) is not None
 
 
 def described(tensor: Tensor | None) -> Hashable:

@@ -61,7 +61,7 @@ def _launched(name: str, launcher: Callable[..., Any]) -> Callable[..., Any]:
 @pytest.fixture
 def replayed(as_on_a_gpu: None, monkeypatch: pytest.MonkeyPatch) -> None:
     """Work on a CPU is recorded, too; an interpreted kernel is found as a compiled one is, and takes addresses."""
-    monkeypatch.setattr(autograd, "replayable", lambda x: torch._C._len_torch_dispatch_stack() == 0)
+    monkeypatch.setattr(autograd, "replayable", lambda x, dtype: torch._C._len_torch_dispatch_stack() == 0)
     monkeypatch.setattr(starting, "_compiled", {})
     monkeypatch.setattr(starting, "_compile", _interpreted)
     for module in (starting, playback):
