@@ -126,7 +126,7 @@ def tracks_of(module: nn.Module) -> Tracks:
 def replayable(x: Tensor, dtype: torch.dtype) -> bool:
     """Whether work on x that computes in a dtype is to be recorded: nobody watches who would miss operators.
 
-    On the current GPU, and on a CPU where loops are compiled: PyTorch's operators, tile by tile, gain little by it.
+    On the current GPU, or a CPU where loops are compiled: PyTorch's operators, tile by tile, gain little by it.
     """
     if type(x) is not Tensor or torch._C._len_torch_dispatch_stack() > 0 or os.environ.get(SWITCH, "1") == "0":
         return False
