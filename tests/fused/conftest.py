@@ -27,9 +27,16 @@ from densebench.kernels.library import IMPLEMENTATIONS, require_dense_rows
 
 @pytest.fixture
 def as_on_a_gpu(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    """The strategy calls the launchers instead of the CPU path; its buffers have the padded rows of a GPU's."""
+    """What a GPU runs, in the interpreter."""
     if torch.cuda.is_available():
         pytest.skip("a GPU runs them for real (tests/gpu)")
+    call_launchers(monkeypatch)
+    with compiled.using(None):  # nor are convolutions those of a CPU
+        yield
+
+
+def call_launchers(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The strategy calls the launchers instead of the CPU path; its buffers have the padded rows of a GPU's."""
     launched = {name: one.cuda for name, one in IMPLEMENTATIONS.items() if one.cuda is not None}
     replaced = set()
     for module in (fused_stage, norm_convolution, shared_statistics, feature_gradient):
@@ -44,8 +51,6 @@ def as_on_a_gpu(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
         return wide.fill_(float("nan"))[:, :channels]
 
     monkeypatch.setattr(pixels.Pixels, "buffer", buffer)
-    with compiled.using(None):  # nor are convolutions those of a CPU
-        yield
 
 
 def _launched(name: str, launcher: Callable[..., Any]) -> Callable[..., Any]:
