@@ -1,4 +1,4 @@
-"""Steps that are played back, on the device: the bits of those that are not, in no more memory and less host time."""
+"""Steps that are played back, on the device: the same bits as without, in no more memory and less host time."""
 
 from __future__ import annotations
 
