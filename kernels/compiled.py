@@ -96,7 +96,7 @@ class Loop:
         self.function(*[a.data_ptr() if isinstance(a, torch.Tensor) else a for a in arguments])
         tell = watcher()
         if tell is not None:
-            tell(Started(self.function, self.name, arguments))
+            tell(Started(self.function, self.name, arguments, self))
 
 
 class Build(NamedTuple):

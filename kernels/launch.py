@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import copy
 import functools
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple
@@ -152,7 +153,24 @@ class Found(NamedTuple):
     def started(self, tensors: tuple[Tensor | None, ...], numbers: tuple[int, ...]) -> Started:
         """What `launch` does."""
         arguments = (*self.programs, STREAM, *self.function, *tensors, *numbers, *self.constants)
-        return Started(self.start, self.name, arguments)
+        start, arguments = _without_scratch(self.start, arguments)
+        return Started(start, self.name, arguments, self.owners)
+
+
+def _without_scratch(start: Any, arguments: tuple[Any, ...]) -> tuple[Callable[..., None], tuple[Any, ...]]:
+    """The function in C behind Triton's launcher and what it is handed, where a kernel needs no scratch memory.
+
+    Looking for scratch that is not needed takes the launcher a microsecond. It is asked once what it hands on:
+    that differs between versions of Triton.
+    """
+    sizes = [getattr(start, name, 1) for name in ("global_scratch_size", "profile_scratch_size")]
+    if any(sizes) or getattr(start, "gsan_enabled", False) or not hasattr(start, "launch"):
+        return start, arguments
+    handed: list[tuple[Any, ...]] = []
+    asked = copy.copy(start)
+    asked.launch = lambda *given: handed.append(given)
+    asked(*arguments)
+    return start.launch, handed[0]
 
 
 _compiled: dict[tuple[Any, ...], Found] = {}

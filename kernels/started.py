@@ -14,14 +14,15 @@ class Started(NamedTuple):
     """A function that takes addresses and numbers, and with what it was called.
 
     Attributes:
-        function: good as long as the process lives.
+        function: good as long as its owner lives.
         name: for people.
-        arguments: tensors in the places of their addresses.
+        arguments: tensors in the places of their addresses, also within tuples.
     """
 
     function: Callable[..., object]
     name: str
     arguments: tuple[Any, ...]
+    owner: Any
 
 
 Watcher = Callable[[Started | None], None]

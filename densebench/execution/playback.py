@@ -154,7 +154,7 @@ class _Writer:
                 take = "pop" if use.last == self.number else "get"
                 yield f"t{slot} = slots.{take}({slot})"
                 yield from self._addressed(slot)
-        if any(STREAM in step.arguments for step in segment.steps if isinstance(step, Start)):
+        if any(STREAM in step.started.arguments for step in segment.steps if isinstance(step, Start)):
             yield "stream = current_stream()"
         for kind in {(step.dtype, step.device): None for step in segment.steps if isinstance(step, Allocate)}:
             dtype, device = map(self._value, kind)
@@ -180,7 +180,9 @@ class _Writer:
             yield f"a{slot} = t{slot}.data_ptr()"
 
     def _start(self, step: Start) -> Iterator[str]:
-        yield f"{self._value(step.function, step.name)}({', '.join(map(self._argument, step.arguments))})"
+        function, name, arguments, owner = step.started
+        self.names[f"owner_{id(owner)}"] = owner  # alive as long as the recording
+        yield f"{self._value(function, name)}({', '.join(map(self._argument, arguments))})"
 
     def _call(self, step: Call) -> Iterator[str]:
         arguments = [self._argument(argument) for argument in step.arguments]
@@ -205,6 +207,8 @@ class _Writer:
             return "stream"
         if isinstance(argument, list):
             return f"[{', '.join(map(self._argument, argument))}]"
+        if type(argument) is tuple and any(type(one) is Pointer for one in argument):
+            return f"({', '.join(map(self._argument, argument))},)"
         return self._value(argument)
 
     def _view(self, view: View) -> str:

@@ -126,7 +126,7 @@ class Recorder(TorchDispatchMode):
         with self._refusing():
             if started is None:
                 raise UnrecordableError("a kernel that was not compiled")
-            self._steps.append(Start(*started[:2], tuple(map(self._pointed_at, started.arguments))))
+            self._steps.append(Start(started._replace(arguments=self._pointed_at(started.arguments))))
 
     def _noted(self, value: Any) -> Any:
         """An argument, with views in place of tensors."""
@@ -135,7 +135,9 @@ class Recorder(TorchDispatchMode):
         return type(value)(map(self._noted, value)) if type(value) in (list, tuple) else value
 
     def _pointed_at(self, value: Any) -> Any:
-        """An argument of what is started, with a pointer in place of a tensor."""
+        """An argument of what is started, with pointers in place of tensors."""
+        if type(value) is tuple:
+            return tuple(map(self._pointed_at, value))
         if not isinstance(value, Tensor):
             return value
         place = self._known(value)

@@ -17,6 +17,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from densebench.kernels.started import Started
+
 Tensors = list[Any]  # each a tensor or None
 ALIGNMENT = 16  # bytes; what a kernel is compiled for depends on its addresses modulo this
 
@@ -61,14 +63,12 @@ class Pointer(NamedTuple):
 
 
 class Start(NamedTuple):
-    """A kernel or a compiled loop (see `densebench.kernels.started`), with pointers in place of tensors."""
+    """A kernel or a compiled loop, with pointers in place of tensors."""
 
-    function: Callable[..., object]
-    name: str
-    arguments: tuple[Any, ...]
+    started: Started
 
     def used(self) -> Iterator[int]:
-        return (argument.slot for argument in self.arguments if type(argument) is Pointer)
+        return _slots_in(self.started.arguments)
 
 
 class Call(NamedTuple):
@@ -114,7 +114,7 @@ class Segment(NamedTuple):
 
 def _slots_in(values: Iterable[Any]) -> Iterator[int]:
     for value in values:
-        if type(value) is View:
+        if type(value) in (View, Pointer):
             yield value.slot
         elif isinstance(value, (list, tuple)):
             yield from _slots_in(value)

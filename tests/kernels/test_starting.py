@@ -27,6 +27,7 @@ from densebench.kernels import launch as starting
 from densebench.kernels.language import tl, triton
 from densebench.kernels.launch import Tile, launch
 from densebench.kernels.library import IMPLEMENTATIONS
+from densebench.kernels.started import STREAM
 
 pytest.importorskip("triton.backends.nvidia", reason="Triton for NVIDIA is not installed")
 # The cases, and how many compiled kernels Triton tells apart in each.
@@ -158,7 +159,31 @@ def everything() -> dict[str, Any]:
         cases(launch)["grids"][0]()
     x, y, out = torch.ones(3, 64)
     launch(InterpretedFunction(_scale.fn), (1,), (x, y, out), (64, 64), tile=TILE, FACTOR=2.0, BLOCK=64)
-    return {**found, "uncompiled": [len(starting._compiled), out.tolist()]}
+    uncompiled = [len(starting._compiled), out.tolist()]
+    return {**found, "uncompiled": uncompiled, "launchers": [past_launcher(size) for size in (0, 8)]}
+
+
+def past_launcher(scratch: int) -> dict[str, Any]:
+    """What Triton's own launcher hands to its function in C, and what is handed to that past it."""
+    from triton.backends.nvidia.driver import CudaLauncher
+
+    received: list[list[str]] = []
+    launcher = object.__new__(CudaLauncher)  # without what it compiles
+    facts = {"gsan_enabled": False, "num_ctas": 1, "launch_cooperative_grid": False, "launch_pdl": True}
+    facts |= {"global_scratch_size": scratch, "global_scratch_align": 1}
+    facts |= {"profile_scratch_size": 0, "profile_scratch_align": 1}
+    facts |= {"arg_annotations": ("annotations",), "kernel_signature": b"signature"}
+    vars(launcher).update(facts, launch=lambda *handed: received.append([repr(one) for one in handed]))
+    arguments = (3, 2, 1, STREAM, 9, (8, 1, 1024), None, None, None, 4096, None, 17, 0.5)
+    start, handed = starting._without_scratch(launcher, arguments)
+    if scratch == 0:
+        launcher(*_streamed(arguments))
+        start(*_streamed(handed))
+    return {"received": received, "past": start is not launcher, "given": handed == arguments}
+
+
+def _streamed(arguments: tuple[Any, ...]) -> list[Any]:
+    return [77 if argument is STREAM else argument for argument in arguments]
 
 
 @pytest.fixture(scope="module")
@@ -194,6 +219,16 @@ def test_not_every_size_is_kept(handed: dict[str, Any]) -> None:
     (launches,) = handed["many"]
     assert max(one["kept"] for one in launches) == MOST
     assert all(one["found"] for one in launches[1::2])
+
+
+def test_past_the_launcher_the_same_is_handed_on(handed: dict[str, Any]) -> None:
+    """But not where a kernel needs scratch, which the launcher allocates."""
+    without, with_scratch = handed["launchers"]
+    assert without["past"]
+    ours, tritons = without["received"]
+    assert ours == tritons
+    assert "77" in ours
+    assert with_scratch == {"received": [], "past": False, "given": True}
 
 
 def test_what_was_not_compiled_is_not_kept(handed: dict[str, Any]) -> None:
