@@ -123,12 +123,17 @@ def tracks_of(module: nn.Module) -> Tracks:
     return found
 
 
+def enabled() -> bool:
+    """Whether anything is recorded at all."""
+    return os.environ.get(SWITCH, "1") != "0"
+
+
 def replayable(x: Tensor, dtype: torch.dtype) -> bool:
     """Whether work on x that computes in a dtype is to be recorded: nobody watches who would miss operators.
 
     On the current GPU, or a CPU where loops are compiled: PyTorch's operators, tile by tile, gain little by it.
     """
-    if type(x) is not Tensor or torch._C._len_torch_dispatch_stack() > 0 or os.environ.get(SWITCH, "1") == "0":
+    if type(x) is not Tensor or torch._C._len_torch_dispatch_stack() > 0 or not enabled():
         return False
     if x.is_cuda:
         return x.get_device() == torch.cuda.current_device()
