@@ -1,4 +1,4 @@
-"""Making a CPU replay what only a GPU does, and counting that it did."""
+"""Replays wherever a test wants them, counted."""
 
 from __future__ import annotations
 
@@ -7,7 +7,8 @@ import collections
 import pytest
 import torch
 
-from densebench.execution import autograd, replay
+from densebench.execution import autograd
+from densebench.replay import tracks
 
 
 class Counts(collections.Counter[str]):
@@ -15,14 +16,14 @@ class Counts(collections.Counter[str]):
 
 
 def replay_everywhere(monkeypatch: pytest.MonkeyPatch) -> Counts:
-    """Replays on any device, wherever a GPU would replay."""
-    counts, start = Counts(), replay.Track.start
+    """Replays of whatever dtype, also where nothing is compiled."""
+    counts, start = Counts(), tracks.Track.start
 
-    def counted(self: replay.Track) -> replay.Pass:
+    def counted(self: tracks.Track) -> tracks.Pass:
         found = start(self)
         counts[type(found).__name__.strip("_").lower()] += 1
         return found
 
-    monkeypatch.setattr(replay.Track, "start", counted)
+    monkeypatch.setattr(tracks.Track, "start", counted)
     monkeypatch.setattr(autograd, "replayable", lambda x, dtype: torch._C._len_torch_dispatch_stack() == 0)
     return counts

@@ -1,7 +1,7 @@
-"""Every failure mode once more, recorded and played back: what a GPU does from the third step on.
+"""Every failure mode once more, recorded and played back, as steps are from the third on.
 
-On a CPU operators are played back, not launches. Here recordings are made at once and shared by all networks: the
-key under which one is found has to say everything that it depends on.
+Recordings are made at once here, and shared by all networks: the key under which one is found has to say everything
+that it depends on.
 """
 
 from __future__ import annotations
@@ -11,7 +11,8 @@ from typing import Any
 import pytest
 from torch import nn
 
-from densebench.execution import autograd, replay
+from densebench.execution import autograd
+from densebench.replay import tracks
 from tests import comparison
 from tests.replays import replay_everywhere
 from tests.test_equivalence import *  # noqa: F403
@@ -23,15 +24,15 @@ from tests.test_failure_modes_shapes import *  # noqa: F403
 from tests.test_failure_modes_state import *  # noqa: F403
 
 STRATEGIES = ["naive", "fused", "fused_recompute"]
-_shared = replay.Tracks()
+_shared = tracks.Tracks()
 _play = comparison.play
 
 
 @pytest.fixture(autouse=True)
 def played_back(monkeypatch: pytest.MonkeyPatch) -> None:
     """Scenarios that are compared run twice, so that the second time is played back."""
-    monkeypatch.setattr(replay, "FIRST_RECORDED", 1)
-    monkeypatch.setattr(replay, "MOST", 2**20)
+    monkeypatch.setattr(tracks, "FIRST_RECORDED", 1)
+    monkeypatch.setattr(tracks, "MOST", 2**20)
     monkeypatch.setattr(autograd, "tracks_of", lambda module: _shared)
     counts = replay_everywhere(monkeypatch)
 

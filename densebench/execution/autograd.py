@@ -19,8 +19,8 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
 from densebench.execution.plan import Gradients, LayerPlan, StagePlan
-from densebench.execution.recording import Tensors
-from densebench.execution.replay import Pass, Plain, Track, described, replayable, tracks_of
+from densebench.replay.recording import Tensors
+from densebench.replay.tracks import Pass, Plain, Track, described, replayable, tracks_of
 
 LAYERS_A_NODE = 8
 

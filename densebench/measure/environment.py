@@ -19,9 +19,9 @@ import psutil
 import torch
 
 from densebench.counting import counted
-from densebench.execution import replay
 from densebench.kernels import compiled
 from densebench.measure.nvml import Nvml
+from densebench.replay import tracks
 
 _PACKAGES = ("densebench", "torch", "triton", "numpy", "torchvision", "timm", "monai", "pytest-benchmark")
 
@@ -105,7 +105,7 @@ def _flags() -> dict[str, Any]:
         "cudnn_allow_tf32": torch.backends.cudnn.allow_tf32,
         "matmul_precision": torch.get_float32_matmul_precision(),
         "deterministic_algorithms": torch.are_deterministic_algorithms_enabled(),
-        "replays": replay.enabled(),
+        "replays": tracks.enabled(),
     }
 
 

@@ -17,12 +17,12 @@ from densebench.execution import (
     fused_stage,
     norm_convolution,
     pixels,
-    playback,
     shared_statistics,
 )
 from densebench.kernels import compiled
 from densebench.kernels import launch as starting
 from densebench.kernels.library import IMPLEMENTATIONS, require_dense_rows
+from densebench.replay import playback
 
 
 @pytest.fixture

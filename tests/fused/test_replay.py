@@ -1,7 +1,7 @@
 """When stages are recorded and played back, and that the steps are the same bits as without.
 
-In the interpreter launches are played back, as on a GPU; on the CPU path, in the other tests here, operators are:
-the rest is the same code.
+In the interpreter launches are played back, as on a GPU; on the CPU path, in the other tests here, compiled loops
+are: the rest is the same code.
 """
 
 from __future__ import annotations
@@ -22,11 +22,12 @@ from torch.func import functional_call
 from torch.utils.flop_counter import FlopCounterMode
 
 import densebench
-from densebench.execution import autograd, replay
+from densebench.execution import autograd
 from densebench.kernels import compiled
 from densebench.kernels.started import watched
 from densebench.models.layers import DenseBlock
 from densebench.prediction.hidden import hidden_on_cpu
+from densebench.replay import tracks
 from densebench.step_tracker import StepTracker
 from tests.comparison import Quantities, everything, upstream
 from tests.fused.test_triton_networks import NETWORKS
@@ -43,11 +44,11 @@ def counts(monkeypatch: pytest.MonkeyPatch) -> Counts:
     return replay_everywhere(monkeypatch)
 
 
-def tracks(network: nn.Module) -> Iterator[replay.Track]:
+def tracks_in(network: nn.Module) -> Iterator[tracks.Track]:
     """Of all stages' forwards and backwards."""
     for block in network.modules():
         if isinstance(block, DenseBlock):
-            for forward in replay.tracks_of(block).values():
+            for forward in tracks.tracks_of(block).values():
                 yield forward
                 yield from forward.following.values()
 
@@ -118,7 +119,9 @@ def test_launches_are_played_back(name: str, variant: str) -> None:
             found = train(pair.replayed, images(2, size, seed=number))
         with mock.patch.object(autograd, "replayable", return_value=False):
             assert_same_bits(found, train(pair.plain, images(2, size, seed=number)), f"in step {number + 1}")
-    assert [track.refusal for track in tracks(pair.replayed)] == [None] * 2 * len(pair.replayed.features.stages())
+    assert [track.refusal for track in tracks_in(pair.replayed)] == [None] * 2 * len(
+        pair.replayed.features.stages()
+    )
 
 
 @pytest.mark.usefixtures("replayed")
@@ -150,14 +153,14 @@ def test_strategies_that_say_nothing_of_it_are_never_recorded(counts: Counts) ->
 
 def test_where_it_is_done(monkeypatch: pytest.MonkeyPatch) -> None:
     x = torch.ones(1)
-    assert replay.replayable(x, torch.float32) == (compiled.library(torch.float32) is not None)
-    assert not replay.replayable(x, torch.bfloat16)  # tile by tile, by PyTorch's operators
-    assert not replay.replayable(x.to("meta"), torch.float32)
-    assert not replay.replayable(x.as_subclass(nn.Parameter), torch.float32)
+    assert tracks.replayable(x, torch.float32) == (compiled.library(torch.float32) is not None)
+    assert not tracks.replayable(x, torch.bfloat16)  # tile by tile, by PyTorch's operators
+    assert not tracks.replayable(x.to("meta"), torch.float32)
+    assert not tracks.replayable(x.as_subclass(nn.Parameter), torch.float32)
     with compiled.using(None):
-        assert not replay.replayable(x, torch.float32)
+        assert not tracks.replayable(x, torch.float32)
     monkeypatch.setenv("DENSEBENCH_REPLAY", "0")
-    assert not replay.replayable(x, torch.float32)
+    assert not tracks.replayable(x, torch.float32)
 
 
 def test_sizes_in_turn(counts: Counts) -> None:
@@ -349,7 +352,7 @@ def test_a_step_that_fails_while_played_back(counts: Counts, way: str) -> None:
     for number in range(3):
         pair.step(train, images(seed=number))
     before = everything(pair.replayed)
-    forward, backward = tracks(pair.replayed)
+    forward, backward = tracks_in(pair.replayed)
     (play,) = (forward if way == "forward" else backward).recording.functions  # type: ignore[union-attr]
     names = play.__globals__
     last = [name for name in names if "relu_norm_product" in name][-1]
@@ -380,21 +383,21 @@ def test_a_copy_knows_nothing_and_nothing_outlives_its_network(counts: Counts) -
     network = small("fused")
     for _ in range(3):
         train(network, images())
-    assert list(tracks(network))
-    assert not list(tracks(copy.deepcopy(network)))
-    known = [weakref.ref(track) for track in tracks(network)]
+    assert list(tracks_in(network))
+    assert not list(tracks_in(copy.deepcopy(network)))
+    known = [weakref.ref(track) for track in tracks_in(network)]
     del network
     gc.collect()
     assert all(reference() is None for reference in known)
 
 
 def test_only_the_latest_keys_are_kept(counts: Counts, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(replay, "MOST", 2)
+    monkeypatch.setattr(tracks, "MOST", 2)
     network = small("fused", block_config=(1,))
     for batch in (2, 3, 4):
         train(network, images(batch))
     (block,) = (module for module in network.modules() if isinstance(module, DenseBlock))
-    assert len(replay.tracks_of(block)) == 2
+    assert len(tracks.tracks_of(block)) == 2
     counts.clear()
     train(network, images(4))
     train(network, images(2))  # the first to have gone

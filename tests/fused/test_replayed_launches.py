@@ -21,7 +21,7 @@ from densebench.execution import autograd
 from densebench.kernels import compiled
 from densebench.kernels.language import triton
 from tests.fused.conftest import call_launchers
-from tests.fused.test_replay import tracks
+from tests.fused.test_replay import tracks_in
 from tests.kernels.test_starting import driver_of
 from tests.networks import images, small
 
@@ -47,7 +47,7 @@ def steps() -> dict[str, Any]:
             output.float().sum().backward()
             found.append(machine.received[:])
             machine.received.clear()
-    sources = [source for track in tracks(network) for source in track.recording.sources]  # type: ignore[union-attr]
+    sources = [source for track in tracks_in(network) for source in track.recording.sources]  # type: ignore[union-attr]
     return {"steps": found, "sources": sources}
 
 

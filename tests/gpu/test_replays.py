@@ -7,8 +7,8 @@ import copy
 import pytest
 import torch
 
-from densebench.execution import replay
 from densebench.measure.timing import host_seconds
+from densebench.replay import tracks
 from tests.gpu.runs import CUDA, assert_equal_bits, busy_network, repeatable, train_step
 
 STRATEGIES = ["fused", "fused_recompute"]
@@ -25,9 +25,9 @@ def test_played_back_steps_are_the_same_bits(
     batches = [x * (1 + 0.1 * number) for number in range(STEPS)] + [x[:-1]]
     with repeatable():
         for number, batch in enumerate(batches):
-            monkeypatch.setenv(replay.SWITCH, "1")
+            monkeypatch.setenv(tracks.SWITCH, "1")
             found = train_step(network, batch, autocast)
-            monkeypatch.setenv(replay.SWITCH, "0")
+            monkeypatch.setenv(tracks.SWITCH, "0")
             assert_equal_bits(found, train_step(plain, batch, autocast), f"in step {number + 1}")
 
 
@@ -36,7 +36,7 @@ def test_no_more_memory(strategy: str, monkeypatch: pytest.MonkeyPatch) -> None:
     network, x = busy_network(strategy, CUDA)
     peaks = {}
     for switch in ("1", "0"):
-        monkeypatch.setenv(replay.SWITCH, switch)
+        monkeypatch.setenv(tracks.SWITCH, switch)
         for _ in range(3):
             train_step(network, x, torch.bfloat16)
         torch.cuda.synchronize()
@@ -55,7 +55,7 @@ def test_less_host_time(strategy: str, monkeypatch: pytest.MonkeyPatch) -> None:
 
     seconds = {}
     for switch in ("1", "0"):
-        monkeypatch.setenv(replay.SWITCH, switch)
+        monkeypatch.setenv(tracks.SWITCH, switch)
         for _ in range(3):
             step()
         seconds[switch] = host_seconds(step, CUDA) or 0.0

@@ -14,7 +14,9 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from densebench.execution.recording import (
+from densebench.kernels.launch import current_stream
+from densebench.kernels.started import STREAM
+from densebench.replay.recording import (
     ALIGNMENT,
     Allocate,
     Call,
@@ -25,8 +27,6 @@ from densebench.execution.recording import (
     Tensors,
     View,
 )
-from densebench.kernels.launch import current_stream
-from densebench.kernels.started import STREAM
 
 _LITERALS = (bool, int, str, type(None))
 Slots = dict[int, Tensor]

@@ -12,7 +12,9 @@ import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from densebench.execution.recording import (
+from densebench.kernels.library import implementation
+from densebench.kernels.started import Started, watched
+from densebench.replay.recording import (
     ALIGNMENT,
     Allocate,
     Call,
@@ -25,8 +27,6 @@ from densebench.execution.recording import (
     Tensors,
     View,
 )
-from densebench.kernels.library import implementation
-from densebench.kernels.started import Started, watched
 from densebench.step_tracker import ALLOCATE, storage_key, written_arguments
 
 Function = Callable[[Tensors], tuple[Tensors, Any]]

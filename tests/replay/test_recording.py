@@ -9,9 +9,9 @@ import pytest
 import torch
 from torch import Tensor
 
-from densebench.execution.playback import Playback, Recording
-from densebench.execution.recorder import Recorder
-from densebench.execution.recording import Tensors
+from densebench.replay.playback import Playback, Recording
+from densebench.replay.recorder import Recorder
+from densebench.replay.recording import Tensors
 
 Plain = Callable[..., Tensor | tuple[Tensor | None, ...] | None]
 

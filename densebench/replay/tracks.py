@@ -15,10 +15,10 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor, nn
 
-from densebench.execution.playback import Playback, Recording
-from densebench.execution.recorder import Function, Recorder
-from densebench.execution.recording import ALIGNMENT, Tensors
 from densebench.kernels import compiled
+from densebench.replay.playback import Playback, Recording
+from densebench.replay.recorder import Function, Recorder
+from densebench.replay.recording import ALIGNMENT, Tensors
 
 SWITCH = "DENSEBENCH_REPLAY"  # "0" in the environment: do without
 FIRST_RECORDED = 2  # of a track's runs; the first compiles kernels, and of many a size there is no second
