@@ -1,7 +1,7 @@
 """Every failure mode once more, recorded and played back, as steps are from the third on.
 
-Recordings are made at once here, and shared by all networks: the key under which one is found has to say everything
-that it depends on.
+Recordings are made at once here, and shared by all networks: the key under which one is found has to say all that
+it depends on.
 """
 
 from __future__ import annotations
