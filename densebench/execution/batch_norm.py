@@ -3,8 +3,8 @@
 A module in training normalizes by the batch and moves its running statistics; in evaluation, or without
 running statistics, it behaves as its flags say. Each module decides for itself.
 
-Running statistics are moved once, after a whole stage has succeeded: a forward that fails halfway leaves no
-trace, and what backward recomputes never moves them again.
+Running statistics are moved once, after a whole stage has been computed: a computation that fails halfway leaves
+no trace, and what backward recomputes never moves them again.
 """
 
 from __future__ import annotations
@@ -24,6 +24,7 @@ class NormCall(NamedTuple):
         norm: the module.
         by_batch: normalize by the statistics of the batch; otherwise by the running ones.
         momentum: weight of the batch in the running statistics.
+        eps: added to the variance; of the forward, also in its backward.
         running_mean, running_var: [C], the module's own (or copies, see `copied`); None where the call
             neither reads nor moves them.
     """
@@ -31,6 +32,7 @@ class NormCall(NamedTuple):
     norm: nn.BatchNorm2d
     by_batch: bool
     momentum: float
+    eps: float
     running_mean: Tensor | None
     running_var: Tensor | None
 
@@ -45,9 +47,8 @@ class NormCall(NamedTuple):
     @property
     def signature(self) -> Hashable:
         """All that it says beside the statistics."""
-        norm = self.norm
-        counts = norm.training and norm.track_running_stats
-        return self.by_batch, self.momentum, norm.eps, counts
+        counts = self.norm.training and self.norm.track_running_stats
+        return self.by_batch, self.momentum, self.eps, counts
 
     def copied(self) -> NormCall:
         """The same call on copies of the running statistics, which PyTorch's own kernels may move."""
@@ -92,7 +93,7 @@ def call_norm(norm: nn.BatchNorm2d) -> NormCall:
     if norm.momentum is None and norm.training and used and norm.num_batches_tracked is not None:
         momentum = 1.0 / float(norm.num_batches_tracked + 1)  # cumulative average
     mean, var = (norm.running_mean, norm.running_var) if used else (None, None)
-    return NormCall(norm, by_batch, momentum, mean, var)
+    return NormCall(norm, by_batch, momentum, norm.eps, mean, var)
 
 
 @torch.no_grad()

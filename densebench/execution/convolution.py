@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import NamedTuple, cast
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -9,9 +11,20 @@ from torch import Tensor, nn
 from densebench.kernels.rows import as_map, as_rows
 
 
-def convolve(a: Tensor, conv: nn.Conv2d, weight: Tensor) -> Tensor:
-    """conv(a) with another weight (the module's, in the dtype that it is to compute in); no bias, stride 1."""
-    return F.conv2d(a.to(weight.dtype), weight, None, 1, conv.padding, conv.dilation)
+class ConvOptions(NamedTuple):
+    """What a convolution of stride 1 without bias says beside its weight."""
+
+    padding: tuple[int, ...]
+    dilation: tuple[int, ...]
+
+    @classmethod
+    def of(cls, conv: nn.Conv2d) -> ConvOptions:
+        return cls(cast("tuple[int, ...]", conv.padding), conv.dilation)
+
+
+def convolve(a: Tensor, options: ConvOptions, weight: Tensor) -> Tensor:
+    """The convolution of a with a weight in the dtype that it is to compute in."""
+    return F.conv2d(a.to(weight.dtype), weight, None, 1, options.padding, options.dilation)
 
 
 def product(a: Tensor, weight: Tensor) -> Tensor:
@@ -40,10 +53,10 @@ def _obeys_other_switch(a: Tensor) -> bool:
 
 
 def convolution_backward(
-    grad: Tensor, a: Tensor, conv: nn.Conv2d, weight: Tensor, needs_a: bool, needs_weight: bool
+    grad: Tensor, a: Tensor, options: ConvOptions, weight: Tensor, needs_a: bool, needs_weight: bool
 ) -> tuple[Tensor, Tensor]:
     """The gradients of a and of the weight; one that is not needed is not computed and must not be read."""
-    padding, dilation = list(conv.padding), list(conv.dilation)
+    padding, dilation = map(list, options)
     grad_a, grad_weight, _ = torch.ops.aten.convolution_backward(
         grad.to(weight.dtype), a.to(weight.dtype), weight, None,
         [1, 1], padding, dilation, False, [0, 0], 1, [needs_a, needs_weight, False],

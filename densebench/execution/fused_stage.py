@@ -60,9 +60,14 @@ class FusedStage(StageComputation):
         self.observed: list[Observed]
 
     def signature(self) -> Hashable:
-        kernels = (matmul_precision(self.compute), torch.get_num_threads(), compiled.settings())
+        if any(call.moves_running_statistics and call.norm.momentum is None for call in self.plan.calls):
+            return None  # cumulative averages: their momentum is another in every step
         pools = (self.stem_pool, self.transition_pool)
-        return (self.recompute, self.compute, kernels, self.format, pools, self.pixels, self.plan.signature)
+        return (self.recompute, self.compute, self.format, pools, self.pixels, self.plan.signature)
+
+    def settings(self) -> Hashable:
+        precision, library = matmul_precision(self.compute), torch.backends.cudnn.enabled
+        return precision, library, torch.get_num_threads(), compiled.settings()
 
     # Forward
 
@@ -143,7 +148,7 @@ class FusedStage(StageComputation):
             prefix = self.features[rows, : layer.start]
             a = self.scratch.rows("activation", prefix, weight.shape[0], self.compute)
             bn_relu_conv1x1(prefix, *norm, weight, a, None, None, *inner)
-            self.features[rows, layer.new] = as_rows(convolve(pixels.map(a), second.conv, filters))
+            self.features[rows, layer.new] = as_rows(convolve(pixels.map(a), second.options, filters))
 
     def _bottleneck(
         self, layer: LayerPlan, norm: Norm, prefix: Tensor, parameters: Window, kept: list[Tensor] | None
@@ -286,6 +291,7 @@ class FusedStage(StageComputation):
         if grad is None or head is None:
             return (None if grad is None else self.pixels.map(grad)), {}
         x, mean, var = kept
+        x = x.contiguous(memory_format=torch.channels_last)  # so it is, but after `save_on_cpu(pin_memory=True)`
         norm = head.reading((mean, var), parameters)
         if self.stem_pool:
             grad_x = torch.empty_like(x)

@@ -36,7 +36,7 @@ class NormConvolution(NamedTuple):
 
     def takes(self, unit: ConvUnit, weight: Tensor, *rows: Tensor) -> bool:
         """Whether `forward_into` and `backward` work in one pass. (A dense layer's padding is its dilation.)"""
-        return unit.conv.dilation == (1, 1) and library(weight, *rows) is not None
+        return unit.options.dilation == (1, 1) and library(weight, *rows) is not None
 
     def forward_into(
         self, x: Tensor, norm: Norm, weight: Tensor, out: Tensor, statistics: MeanAndVar | None
@@ -47,7 +47,7 @@ class NormConvolution(NamedTuple):
 
     def forward(self, unit: ConvUnit, x: Tensor, norm: Norm, weight: Tensor) -> Tensor:
         """As a map [N, k, H, W] of its own."""
-        return convolve(self.pixels.map(self.operand(x, norm)), unit.conv, weight)
+        return convolve(self.pixels.map(self.operand(x, norm)), unit.options, weight)
 
     def operand(self, x: Tensor, norm: Norm) -> Tensor:
         """relu(norm(x)) [M, C], in scratch."""
@@ -79,5 +79,5 @@ class NormConvolution(NamedTuple):
     ) -> tuple[Tensor, Gradients]:
         """Through the convolution alone: the gradient of its operand (if needed) and of its weight."""
         maps = (self.pixels.map(grad), self.pixels.map(a))
-        grad_a, grad_weight = convolution_backward(*maps, unit.conv, weight, needs_a, unit.weight(needs))
+        grad_a, grad_weight = convolution_backward(*maps, unit.options, weight, needs_a, unit.weight(needs))
         return (as_rows(grad_a) if needs_a else grad), unit.weight_gradient(needs, grad_weight)

@@ -13,6 +13,7 @@ from typing import Any, Protocol, cast
 from torch import Tensor, nn
 
 from densebench.execution.batch_norm import NormCall, call_norm
+from densebench.execution.convolution import ConvOptions
 from densebench.kernels.norm import Norm
 from densebench.models.layers import DenseLayer, Transition
 from densebench.models.stage import FinalNorm, Stage
@@ -35,7 +36,7 @@ class NormUnit:
 
     @property
     def eps(self) -> float:
-        return self.call.norm.eps
+        return self.call.eps
 
     def affine(self, flat: Flat) -> tuple[Any, Any]:
         """What stands for the norm's weight and bias."""
@@ -55,7 +56,7 @@ class NormUnit:
 class ConvUnit(NormUnit):
     """norm-ReLU-convolution; the convolution's weight stands at `first + 2`."""
 
-    conv: nn.Conv2d
+    options: ConvOptions
 
     def weight(self, flat: Flat) -> Any:
         """What stands for the convolution's weight."""
@@ -143,7 +144,7 @@ class StagePlan:
     @property
     def signature(self) -> Hashable:
         """All that it says beside parameters and buffers."""
-        convolutions = tuple((unit.conv.padding, unit.conv.dilation) for unit in self._conv_units())
+        convolutions = tuple(unit.options for unit in self._conv_units())
         layers = tuple((layer.start, layer.width, layer.drop_rate, len(layer.units)) for layer in self.layers)
         kinds = (type(self.head), type(self.tail))
         return tuple(call.signature for call in self.calls), layers, convolutions, kinds
@@ -166,7 +167,7 @@ class StagePlan:
         return unit
 
     def _conv_unit(self, norm: nn.BatchNorm2d, conv: nn.Conv2d) -> ConvUnit:
-        unit = ConvUnit(self._call(norm), len(self.parameters), conv)
+        unit = ConvUnit(self._call(norm), len(self.parameters), ConvOptions.of(conv))
         self.parameters += [norm.weight, norm.bias, conv.weight]
         return unit
 

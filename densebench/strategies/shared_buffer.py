@@ -61,8 +61,7 @@ class _SharedBuffer(StageComputation):
             new = new.contiguous(memory_format=self.maps.memory_format)
             kept += [new] if keep and index > 0 else []
             a = self.scratch.normalize(unit, new, parameters).a
-            weight, conv = unit.weight(parameters), unit.conv
-            new = convolve(a, conv, weight)
+            new = convolve(a, unit.options, unit.weight(parameters))
         if layer.drop_rate > 0:
             mask = F.dropout(torch.ones_like(new), layer.drop_rate)  # drawn as F.dropout(new) would
             new = new.mul_(mask)
@@ -133,7 +132,7 @@ class _SharedBuffer(StageComputation):
             return None
         a, statistics = self.scratch.normalize(unit, x, parameters, refill=True)
         weight = unit.weight(parameters)
-        grad_a, grad_weight = convolution_backward(grad, a, unit.conv, weight, needs_a, needs_weight)
+        grad_a, grad_weight = convolution_backward(grad, a, unit.options, weight, needs_a, needs_weight)
         gradients |= unit.weight_gradient(needs, grad_weight)
         if not needs_a:
             return None
