@@ -24,24 +24,26 @@ from tests.test_failure_modes_shapes import *  # noqa: F403
 from tests.test_failure_modes_state import *  # noqa: F403
 
 STRATEGIES = ["naive", "fused", "fused_recompute"]
+NEVER_RECORDED = ("momentum None", "no image")  # no step is like the last; nothing is computed
 _shared = tracks.Tracks()
 _play = comparison.play
 
 
 @pytest.fixture(autouse=True)
-def played_back(monkeypatch: pytest.MonkeyPatch) -> None:
+def played_back(monkeypatch: pytest.MonkeyPatch, request: pytest.FixtureRequest) -> None:
     """Scenarios that are compared run twice, so that the second time is played back."""
     monkeypatch.setattr(tracks, "FIRST_RECORDED", 1)
     monkeypatch.setattr(tracks, "MOST", 2**20)
     monkeypatch.setattr(autograd, "tracks_of", lambda module: _shared)
     counts = replay_everywhere(monkeypatch)
+    never_recorded = any(case in request.node.name for case in NEVER_RECORDED)
 
     def twice(scenario: comparison.Scenario, network: nn.Module, strategy: str) -> Any:
         found = _play(scenario, network, strategy)
         if strategy != "naive":
             found = _play(scenario, network, strategy)
             failed = any("Error" in name for name in found)
-            assert counts["played"] or failed or not counts["recorded"], "recorded, and not played back"
+            assert counts["played"] or failed or never_recorded, "not played back"
         return found
 
     monkeypatch.setattr(comparison, "play", twice)

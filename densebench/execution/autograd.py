@@ -16,6 +16,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.autograd import forward_ad
 from torch.autograd.function import once_differentiable
 
 from densebench.execution.plan import Gradients, LayerPlan, StagePlan
@@ -67,7 +68,11 @@ class StageComputation(ABC):
             self.__dict__.pop(name, None)
 
     def signature(self) -> Hashable:
-        """All that decides what this computes on tensors of given geometries; None: it is not to be recorded."""
+        """All of it that decides what it computes on tensors of given geometries; None: not to be recorded."""
+        return None
+
+    def settings(self) -> Hashable:
+        """What is set elsewhere and decides that, too, forward and backward: of threads, precisions, libraries."""
         return None
 
     @abstractmethod
@@ -110,6 +115,7 @@ def compute(computation: StageComputation, x: Tensor) -> Tensor:
     values = [x]  # popping hands on the only reference: without gradients `enter` may free x
     del x
     if not torch.is_grad_enabled():
+        _refuse_tangents([*values, *computation.plan.parameters])
         forward = _Forward(computation, keep=False)
         forward.run(values)
         return forward.output.pop()
@@ -118,6 +124,13 @@ def compute(computation: StageComputation, x: Tensor) -> Tensor:
         parameters = computation.plan.parameters[part.parameters]
         values.append(_Node.apply(forward, part, values.pop(), *parameters))
     return values.pop()
+
+
+def _refuse_tangents(tensors: Sequence[Tensor | None]) -> None:
+    """Without gradients there is no node, by which autograd would refuse them: they would be lost in silence."""
+    given = [] if forward_ad._current_level < 0 else [tensor for tensor in tensors if tensor is not None]
+    if any(forward_ad.unpack_dual(tensor).tangent is not None for tensor in given):
+        raise NotImplementedError("this strategy has no forward-mode derivative; 'naive' has one")
 
 
 class _Part:
@@ -213,6 +226,7 @@ class _Forward:
         kept: of the parts whose nodes are still to be made, what each step of each needs.
         output: until the last node is made.
         track: on which forward runs, and backward after it; None where nothing is recorded.
+        hooked: whether hooks see what is saved; what comes back may lie in memory in any way.
         going_back: the backward that is under way.
     """
 
@@ -222,48 +236,60 @@ class _Forward:
         self.kept: list[list[list[Tensor]]] = []
         self.output: list[Tensor] = []
         self.track: Track | None = None
+        self.hooked = torch._C._autograd._top_saved_tensors_default_hooks(True) is not None
         self.going_back: Pass = Plain()
 
     def run(self, values: list[Tensor]) -> None:
         """Compute; takes x out of the values."""
         plan = self.computation.plan
         inputs: Tensors = [values.pop(), *plan.parameters, *plan.buffers]
+        _require_one_device(inputs)
         self.track = self._track(inputs)
         passing = Plain() if self.track is None else self.track.start()
-        tensors, counts = passing.advance(self._compute, inputs)
+        with torch.autocast(inputs[0].device.type, enabled=False):
+            tensors, counts = passing.advance(self._compute, inputs)
         passing.finish()
         ahead = iter(tensors)
         self.output = [next(ahead)]
         self.kept = [[list(islice(ahead, count)) for count in part] for part in counts]
 
     def _track(self, inputs: Tensors) -> Track | None:
+        x, *others = inputs
         signature = self.computation.signature()
-        if signature is None or not replayable(inputs[0], self.computation.compute):
+        if signature is None or not replayable(x, others, self.computation.compute):
             return None
-        key = (signature, self.keep, torch.backends.cudnn.enabled, *map(described, inputs))
+        key = (signature, self.computation.settings(), self.keep, *map(described, inputs))
         return tracks_of(self.computation.block).of(key)
 
     def _compute(self, inputs: Tensors) -> tuple[Tensors, list[list[int]]]:
         """The output and what is kept, one after the other; and of how many tensors each step of each part."""
         values = inputs[:1]
         inputs.clear()
-        with torch.autocast(values[0].device.type, enabled=False):
-            kept = [part.forward(self.computation, values, self.keep) for part in self.parts]
-            self.computation.commit()
+        kept = [part.forward(self.computation, values, self.keep) for part in self.parts]
+        self.computation.commit()
         counts = [[len(step) for step in part] for part in kept]
         return [values.pop(), *(tensor for part in kept for step in part for tensor in step)], counts
 
     def go_back(self, grad: Tensor) -> None:
         """Start a backward; the last part's node is the first to run."""
-        if self.track is None or not replayable(grad, self.computation.compute):
+        if self.track is None or self.hooked or not replayable(grad, (), self.computation.compute):
             self.going_back = Plain()
         else:
-            self.going_back = self.track.following.of(described(grad)).start()
+            key = (described(grad), self.computation.settings())
+            self.going_back = self.track.following.of(key).start()
 
     def release(self) -> None:
         """Nothing more of this backward will come."""
         self.computation.release()
         self.going_back = Plain()
+
+
+def _require_one_device(tensors: Sequence[Tensor | None]) -> None:
+    """Kernels take addresses. As in PyTorch single values may lie elsewhere: a norm's counter."""
+    devices = {tensor.device for tensor in tensors if tensor is not None and tensor.dim() > 0}
+    if len(devices) > 1:
+        named = " and ".join(sorted(map(str, devices)))
+        raise RuntimeError(f"input, parameters and buffers have to be on one device, and are on {named}")
 
 
 class _Node(torch.autograd.Function):
@@ -297,19 +323,19 @@ def _backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         ahead = iter(rest)
         parameters = list(islice(ahead, len(needs)))
         kept = [list(islice(ahead, count)) for count in ctx.counts]
-        with torch.autocast(grad.device.type, enabled=False):
-            token, gradients = part.backward(run.computation, grad, parameters, kept, needs, needs_value)
+        token, gradients = part.backward(run.computation, grad, parameters, kept, needs, needs_value)
         return [token, *(gradients.get(part.parameters.start + at) for at in range(len(needs)))], None
 
     try:
         if part.last:
             run.go_back(grad)
-        gradients, _ = run.going_back.advance(function, [grad, *saved])
-        if part.first:
+        with torch.autocast(grad.device.type, enabled=False):
+            gradients, _ = run.going_back.advance(function, [grad, *saved])
+        if last := part.first or not needs_value:  # the parts before this one will not run
             run.going_back.finish()
     except BaseException:
         run.release()
         raise
-    if part.first or not needs_value:  # the parts before this one will not run
+    if last:
         run.release()
     return None, None, *gradients

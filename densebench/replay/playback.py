@@ -20,6 +20,8 @@ from densebench.replay.recording import (
     ALIGNMENT,
     Allocate,
     Call,
+    Geometry,
+    Input,
     Pointer,
     Segment,
     Start,
@@ -52,6 +54,10 @@ class Recording:
             self.functions.append(writer.names["play"])
 
 
+class NotAsRecordedError(RuntimeError):
+    """A playback has met what was not met when it was recorded; its recording is of no use any more."""
+
+
 class Playback:
     """One run of a recording, segment after segment."""
 
@@ -63,8 +69,8 @@ class Playback:
         """Play the next segment; takes the inputs out of their list, so that none lives longer than it is needed.
 
         Raises:
-            RuntimeError: if an input is not aligned as the recorded one was, or an operator lays out its result in
-                another way than it did.
+            NotAsRecordedError: if an input has another shape or dtype than the recorded one had, or an operator's
+                result another dtype or layout.
         """
         return next(self._ahead)(inputs, self._slots)
 
@@ -109,8 +115,8 @@ class _Writer:
         self.names: dict[str, Any] = {
             "torch": torch,
             "current_stream": current_stream,
-            "misaligned": _misaligned,
-            "moved": _moved,
+            "laid_out": _laid_out,
+            "result_differs": _result_differs,
         }
         self._named: dict[int, str] = {}
 
@@ -140,25 +146,35 @@ class _Writer:
         yield f"[{', '.join('_' if one is None else f't{one.slot}' for one in taken)}] = inputs"
         yield "inputs.clear()"
         yield "_ = None"
-        wanted = [one for one in taken if one is not None]
-        for one in wanted:
-            yield from self._addressed(one.slot)
-        addressed = [one for one in wanted if self.uses[one.slot].addressed]
-        if aligned := [f"a{one.slot}" for one in addressed if one.alignment == 0]:
-            yield f"if ({' | '.join(aligned)}) % {ALIGNMENT}: misaligned()"
-        for one in addressed:
-            if one.alignment:
-                yield f"if a{one.slot} % {ALIGNMENT} != {one.alignment}: misaligned()"
+        yield from self._checked([one for one in taken if one is not None])
         for slot, use in self.uses.items():
             if use.filled < self.number <= use.last:
                 take = "pop" if use.last == self.number else "get"
                 yield f"t{slot} = slots.{take}({slot})"
                 yield from self._addressed(slot)
-        if any(STREAM in step.started.arguments for step in segment.steps if isinstance(step, Start)):
+        if any(_holds(step.started.arguments, STREAM) for step in segment.steps if isinstance(step, Start)):
             yield "stream = current_stream()"
         for kind in {(step.dtype, step.device): None for step in segment.steps if isinstance(step, Allocate)}:
             dtype, device = map(self._value, kind)
             yield f"{self._maker(*kind)} = torch.empty(0, dtype={dtype}, device={device}).new_empty"
+
+    def _checked(self, inputs: Sequence[Input]) -> Iterator[str]:
+        """Inputs lie as they did, or are laid out so: parameters may have other data at backward."""
+        if not inputs:
+            return
+        addresses = [line for one in inputs for line in self._addressed(one.slot)]
+        facts = ", ".join(f"t{one.slot}.shape, t{one.slot}.stride(), t{one.slot}.dtype" for one in inputs)
+        as_recorded = [fact for one in inputs for fact in (*one.geometry, one.dtype)]
+        differs = [f"[{facts}] != {self._value(as_recorded, 'as_recorded')}"]
+        addressed = [one for one in inputs if self.uses[one.slot].addressed]
+        if aligned := [f"a{one.slot}" for one in addressed if one.alignment == 0]:
+            differs.append(f"({' | '.join(aligned)}) % {ALIGNMENT}")
+        differs += [f"a{one.slot} % {ALIGNMENT} != {one.alignment}" for one in addressed if one.alignment]
+        yield from addresses
+        yield f"if {' or '.join(differs)}:"
+        tensors = f"[{', '.join(f't{one.slot}' for one in inputs)}]"
+        yield f"    {tensors} = laid_out({tensors}, {self._value(inputs, 'inputs')})"
+        yield from (f"    {line}" for line in addresses)
 
     def _step(self, step: Step) -> Iterator[str]:
         if isinstance(step, Start):
@@ -192,10 +208,11 @@ class _Writer:
         if not any(step.made):
             yield call
             return
-        targets = ["_" if place is None else f"t{place[0]}" for place in step.made]
+        targets = ["_" if made is None else f"t{made.slot}" for made in step.made]
         yield f"{targets[0]} = {call}" if step.alone else f"[{', '.join(targets)}] = {call}"
-        for slot, geometry in (place for place in step.made if place is not None):
-            yield f"if t{slot}.stride() != {geometry.stride}: moved({operator})"
+        for slot, geometry, dtype in (made for made in step.made if made is not None):
+            differs = f"t{slot}.stride() != {geometry.stride} or t{slot}.dtype is not {self._value(dtype)}"
+            yield f"if {differs}: result_differs({operator})"
             yield from self._addressed(slot)
 
     def _argument(self, argument: Any) -> str:
@@ -205,11 +222,10 @@ class _Writer:
             return f"a{argument.slot} + {argument.offset}"
         if argument is STREAM:
             return "stream"
-        if isinstance(argument, list):
-            return f"[{', '.join(map(self._argument, argument))}]"
-        if type(argument) is tuple and any(type(one) is Pointer for one in argument):
-            return f"({', '.join(map(self._argument, argument))},)"
-        return self._value(argument)
+        if not _holds(argument, STREAM, View, Pointer):
+            return self._value(argument)
+        parts = ", ".join(map(self._argument, argument))
+        return f"[{parts}]" if isinstance(argument, list) else f"({parts},)"
 
     def _view(self, view: View) -> str:
         tensor = f"t{view.slot}"
@@ -234,6 +250,13 @@ class _Writer:
         return name
 
 
+def _holds(value: Any, *wanted: Any) -> bool:
+    """Whether it is one of those wanted, or of their types, or holds such a one."""
+    if isinstance(value, (list, tuple)) and type(value) not in wanted:
+        return any(_holds(one, *wanted) for one in value)
+    return any(value is one or type(value) is one for one in wanted)
+
+
 def _dense(size: tuple[int, ...]) -> tuple[int, ...]:
     """Strides of a contiguous tensor, as PyTorch gives them."""
     strides, step = [], 1
@@ -243,9 +266,31 @@ def _dense(size: tuple[int, ...]) -> tuple[int, ...]:
     return tuple(reversed(strides))
 
 
-def _misaligned() -> None:
-    raise RuntimeError("a tensor that was kept for backward has come back at another alignment")
+def _laid_out(tensors: Tensors, inputs: Sequence[Input]) -> Tensors:
+    """The tensors; of those that lie in memory in another way than was recorded, copies that lie in that."""
+    return [
+        tensor if _lies_as(tensor, one) else _copy_lying_as(tensor, one)
+        for tensor, one in zip(tensors, inputs, strict=True)
+    ]
 
 
-def _moved(operator: Any) -> None:
-    raise RuntimeError(f"{operator} lays out its result in another way than it did")
+def _lies_as(tensor: Tensor, one: Input) -> bool:
+    aligned = tensor.data_ptr() % ALIGNMENT == one.alignment
+    return aligned and tensor.dtype == one.dtype and Geometry.of(tensor) == one.geometry
+
+
+def _copy_lying_as(tensor: Tensor, one: Input) -> Tensor:
+    size, stride = one.geometry
+    if tensor.shape != size or tensor.dtype != one.dtype or one.written:
+        raise NotAsRecordedError(
+            f"a parameter or a tensor kept for backward was {one.dtype} of shape {list(size)}, and is now "
+            f"{tensor.dtype} of shape {list(tensor.shape)}"
+        )
+    whole_rows = max(extent * step for extent, step in zip(size, stride, strict=True))  # kernels read whole ones
+    memory = tensor.new_empty(whole_rows + ALIGNMENT)
+    first = (one.alignment - memory.data_ptr()) % ALIGNMENT // tensor.element_size()
+    return memory.as_strided(size, stride, first).copy_(tensor)
+
+
+def _result_differs(operator: Any) -> None:
+    raise NotAsRecordedError(f"{operator} gives its result another dtype or layout than it did")

@@ -11,6 +11,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 from densebench.kernels.library import implementation
 from densebench.kernels.started import Started, watched
@@ -20,6 +21,7 @@ from densebench.replay.recording import (
     Call,
     Geometry,
     Input,
+    Made,
     Pointer,
     Segment,
     Start,
@@ -45,8 +47,11 @@ class _Place(NamedTuple):
     geometry: Geometry
     dtype: torch.dtype
 
-    def holds(self, address: int) -> bool:
-        return self.address <= address < self.address + max(1, self.nbytes)
+    def holds(self, address: int, nbytes: int) -> bool:
+        return self.address <= address and address + nbytes <= self.address + self.nbytes
+
+    def overlaps(self, address: int, nbytes: int) -> bool:
+        return max(self.address, address) < min(self.address + self.nbytes, address + nbytes)
 
 
 class Recorder(TorchDispatchMode):
@@ -63,6 +68,8 @@ class Recorder(TorchDispatchMode):
         self.segments: list[Segment] = []
         self._steps: list[Step] = []
         self._slots = 0
+        self._given: set[int] = set()  # slots of inputs
+        self._written: set[int] = set()  # and of what is written into
         self._places: dict[int, list[_Place]] = {}  # by storage, as long as it lives
         self._references: dict[int, weakref.ref[Any]] = {}
 
@@ -84,25 +91,31 @@ class Recorder(TorchDispatchMode):
             outputs, structure = function(inputs)
         with self._refusing():
             views = tuple(None if tensor is None else self._view(tensor) for tensor in outputs)
+            taken = tuple(one and one._replace(written=one.slot in self._written) for one in taken)
             self.segments.append(Segment(taken, tuple(self._steps), views))
         return outputs, structure
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if func.namespace == "densebench":  # recorded is what it allocates and starts
+            with self._refusing():
+                self._require_own(func, args)
             with self:
                 return implementation(func, args[0])(*args)
         result = func(*args, **(kwargs or {}))
+        for tensors in _written(func, args, kwargs):
+            if isinstance(tensors, list):  # PyTorch tells autograd so itself, but not of lists where a mode is on
+                torch.autograd.graph.increment_version(tensors)
         with self._refusing():
             self._called(func, args, kwargs or {}, result)
         return result
 
     @contextlib.contextmanager
     def _refusing(self) -> Iterator[None]:
-        """What cannot be recorded is done all the same."""
+        """What cannot be recorded, for whatever reason, is done all the same."""
         try:
             yield
-        except UnrecordableError as reason:
-            self.refusal = self.refusal or str(reason)
+        except Exception as reason:
+            self.refusal = self.refusal or str(reason) or repr(reason)
 
     def _called(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any], result: Any) -> None:
         results = list(result) if isinstance(result, (list, tuple)) else [] if result is None else [result]
@@ -110,23 +123,34 @@ class Recorder(TorchDispatchMode):
             if not _holds_tensors((args, tuple(kwargs.values()))):
                 return  # of dtypes, say
             raise UnrecordableError(f"{func} returns what is no tensor")
-        name, written = written_arguments(func)
+        written = _written(func, args, kwargs)
         new = [made is not None and self._place(made) is None for made in results]
         if not any(new) and not written:
             return  # views
-        if name in ALLOCATE:
+        self._written.update(self._known(one).slot for one in tree_leaves(written) if isinstance(one, Tensor))
+        if written_arguments(func)[0] in ALLOCATE:
             self._steps.append(Allocate(self._add(result), Geometry.of(result), result.dtype, result.device))
             return
         arguments, keywords = self._noted(args), {key: self._noted(value) for key, value in kwargs.items()}
-        places = zip(results, new, strict=True)
-        made = tuple((self._add(one), Geometry.of(one)) if is_new else None for one, is_new in places)
+        made = tuple(self._made(one) if is_new else None for one, is_new in zip(results, new, strict=True))
         self._steps.append(Call(func, arguments, keywords, made, alone=isinstance(result, Tensor)))
+
+    def _made(self, tensor: Tensor) -> Made:
+        if tensor.storage_offset() != 0:
+            raise UnrecordableError("an operator whose result lies within more memory")
+        return Made(self._add(tensor), Geometry.of(tensor), tensor.dtype)
 
     def _started(self, started: Started | None) -> None:
         with self._refusing():
             if started is None:
                 raise UnrecordableError("a kernel that was not compiled")
             self._steps.append(Start(started._replace(arguments=self._pointed_at(started.arguments))))
+
+    def _require_own(self, func: Any, args: tuple[Any, ...]) -> None:
+        """Autograd is not told of what kernels write; so they write into no memory that it may have saved."""
+        for tensor in _written(func, args, None):
+            if tensor is not None and self._known(tensor).slot in self._given:
+                raise UnrecordableError(f"{func} writes into an input")
 
     def _noted(self, value: Any) -> Any:
         """An argument, with views in place of tensors."""
@@ -158,9 +182,12 @@ class Recorder(TorchDispatchMode):
         return place
 
     def _place(self, tensor: Tensor) -> _Place | None:
-        places = self._places.get(storage_key(tensor), ())
-        address = tensor.data_ptr()
-        return next((place for place in places if place.holds(address)), None)
+        span = tensor.data_ptr(), _span(tensor)
+        return next((place for place in self._in_storage(tensor) if place.holds(*span)), None)
+
+    def _in_storage(self, tensor: Tensor) -> list[_Place]:
+        """All places in a tensor's storage, the latest first."""
+        return self._places.get(storage_key(tensor), [])
 
     def _inputs(self, tensors: Tensors) -> tuple[Input | None, ...]:
         """A slot for each of a segment's inputs, also where its memory has one.
@@ -173,10 +200,13 @@ class Recorder(TorchDispatchMode):
             if tensor is None:
                 taken.append(None)
                 continue
-            place = self._place(tensor)
-            if place is not None and place.slot >= first and tensor.numel() > 0:
+            address = tensor.data_ptr()
+            others = [place for place in self._in_storage(tensor) if place.slot >= first]
+            if any(place.overlaps(address, _span(tensor)) for place in others):
                 raise UnrecordableError("two inputs that share memory")
-            taken.append(Input(self._add(tensor), tensor.data_ptr() % ALIGNMENT))
+            slot = self._add(tensor)
+            self._given.add(slot)
+            taken.append(Input(slot, Geometry.of(tensor), tensor.dtype, address % ALIGNMENT, written=False))
         return tuple(taken)
 
     def _add(self, tensor: Tensor) -> int:
@@ -191,6 +221,14 @@ class Recorder(TorchDispatchMode):
 
     def _gone(self, key: int, _: Any) -> None:
         del self._places[key], self._references[key]
+
+
+def _written(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any] | None) -> list[Any]:
+    """The arguments that an operator writes into: tensors, lists of them, None."""
+    _, places = written_arguments(func)
+    given: dict[int | str, Any] = dict(enumerate(args))
+    given.update(kwargs or {})
+    return [given[place] for place in places if place in given]
 
 
 def _holds_tensors(values: Any) -> bool:

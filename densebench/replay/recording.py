@@ -71,33 +71,49 @@ class Start(NamedTuple):
         return _slots_in(self.started.arguments)
 
 
+class Made(NamedTuple):
+    """A result of an operator in memory of its own."""
+
+    slot: int
+    geometry: Geometry
+    dtype: torch.dtype
+
+
 class Call(NamedTuple):
     """One of PyTorch's operators. Arguments are views where it was given tensors, also in lists.
 
     Attributes:
-        made: for each result its slot and geometry; None for one that is no new memory.
+        made: for each result where it goes; None for one that is no new memory.
         alone: the result is one tensor, no sequence.
     """
 
     operator: Callable[..., Any]
     arguments: tuple[Any, ...]
     keywords: dict[str, Any]
-    made: tuple[tuple[int, Geometry] | None, ...]
+    made: tuple[Made | None, ...]
     alone: bool
 
     def used(self) -> Iterator[int]:
         yield from _slots_in((self.arguments, tuple(self.keywords.values())))
-        yield from (place[0] for place in self.made if place is not None)
+        yield from (made.slot for made in self.made if made is not None)
 
 
 Step = Allocate | Start | Call
 
 
 class Input(NamedTuple):
-    """Where an input goes, and its address modulo `ALIGNMENT`."""
+    """Where an input goes, and how it lies in memory.
+
+    Attributes:
+        alignment: its address modulo `ALIGNMENT`.
+        written: whether the segment writes into it.
+    """
 
     slot: int
+    geometry: Geometry
+    dtype: torch.dtype
     alignment: int
+    written: bool
 
 
 class Segment(NamedTuple):

@@ -7,16 +7,17 @@ the module that they are of. `DENSEBENCH_REPLAY=0` does without.
 
 from __future__ import annotations
 
+import itertools
 import os
 import weakref
-from collections.abc import Hashable
+from collections.abc import Hashable, Iterable
 from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
 
 from densebench.kernels import compiled
-from densebench.replay.playback import Playback, Recording
+from densebench.replay.playback import NotAsRecordedError, Playback, Recording
 from densebench.replay.recorder import Function, Recorder
 from densebench.replay.recording import ALIGNMENT, Tensors
 
@@ -54,6 +55,7 @@ class Track:
         structures: what the functions return besides tensors, segment by segment.
         refusal: why it cannot be recorded, if that was found.
         following: tracks of what follows upon this.
+        used: the higher, the later it has been asked for.
     """
 
     def __init__(self) -> None:
@@ -61,6 +63,7 @@ class Track:
         self.structures: list[Any] = []
         self.refusal: str | None = None
         self.following = Tracks()
+        self.used = 0
         self._runs = 0
 
     def start(self) -> Pass:
@@ -71,16 +74,24 @@ class Track:
         tries = FIRST_RECORDED <= self._runs < FIRST_RECORDED + ATTEMPTS
         return _Recorded(self) if tries and self.refusal is None else Plain()
 
+    def refuse(self, reason: object) -> None:
+        """Neither play nor record it from now on."""
+        self.recording, self.refusal = None, str(reason) or repr(reason)
+
+
+_uses = itertools.count(1)
+
 
 class Tracks(dict[Hashable, Track]):
-    """Tracks by key, the latest to be new."""
+    """Tracks by key, those that were asked for last."""
 
     def of(self, key: Hashable) -> Track:
         found = self.get(key)
         if found is None:
             if len(self) >= MOST:
-                del self[next(iter(self))]
+                self.pop(min(list(self.items()), key=lambda item: item[1].used)[0], None)
             found = self[key] = Track()
+        found.used = next(_uses)
         return found
 
 
@@ -95,18 +106,29 @@ class _Recorded:
         return outputs, structure
 
     def finish(self) -> None:
-        self.track.refusal = self.recorder.refusal
-        if self.track.refusal is None:
-            self.track.structures, self.track.recording = self.structures, Recording(self.recorder.segments)
+        if self.recorder.refusal is not None:
+            self.track.refuse(self.recorder.refusal)
+            return
+        try:
+            recording = Recording(self.recorder.segments)
+        except Exception as reason:  # the work itself is done
+            self.track.refuse(reason)
+            return
+        self.track.structures, self.track.recording = self.structures, recording
 
 
 class _Played:
     def __init__(self, track: Track) -> None:
         assert track.recording is not None
+        self.track = track
         self.playback, self.structures = Playback(track.recording), iter(track.structures)
 
     def advance(self, function: Function, inputs: Tensors) -> tuple[Tensors, Any]:
-        return self.playback.advance(inputs), next(self.structures)
+        try:
+            return self.playback.advance(inputs), next(self.structures)
+        except NotAsRecordedError as reason:
+            self.track.refuse(reason)
+            raise
 
     def finish(self) -> None:
         pass
@@ -128,13 +150,28 @@ def enabled() -> bool:
     return os.environ.get(SWITCH, "1") != "0"
 
 
-def replayable(x: Tensor, dtype: torch.dtype) -> bool:
-    """Whether work on x that computes in a dtype is to be recorded: nobody watches who would miss operators.
+def replayable(x: Tensor, others: Iterable[Tensor | None], dtype: torch.dtype) -> bool:
+    """Whether work on x and others that computes in a dtype is to be recorded or played back.
 
-    On the current GPU, or a CPU where loops are compiled: PyTorch's operators, tile by tile, gain little by it.
+    Not where somebody watches who would miss operators: a dispatch mode, a function transform, a kind of tensor of
+    its own.
     """
-    if type(x) is not Tensor or torch._C._len_torch_dispatch_stack() > 0 or not enabled():
+    if torch._C._len_torch_dispatch_stack() > 0 or torch._C._functorch.peek_interpreter_stack() is not None:
         return False
+    given = [x, *(other for other in others if other is not None)]
+    if not set(map(type, given)) <= _ORDINARY or torch._is_functional_tensor(x) or any(map(Tensor.is_neg, given)):
+        return False
+    return enabled() and worthwhile(x, dtype)
+
+
+_ORDINARY = {Tensor, nn.Parameter}
+
+
+def worthwhile(x: Tensor, dtype: torch.dtype) -> bool:
+    """Whether a recording gains anything: not on PyTorch's own operators, tile by tile.
+
+    On the current GPU, or a CPU where loops are compiled.
+    """
     if x.is_cuda:
         return x.get_device() == torch.cuda.current_device()
     return x.is_cpu and compiled.library(dtype) is not None

@@ -12,7 +12,6 @@ from torch import Tensor
 from torch.utils._python_dispatch import _disable_current_modes
 
 from densebench.execution import (
-    autograd,
     feature_gradient,
     fused_stage,
     norm_convolution,
@@ -22,7 +21,8 @@ from densebench.execution import (
 from densebench.kernels import compiled
 from densebench.kernels import launch as starting
 from densebench.kernels.library import IMPLEMENTATIONS, require_dense_rows
-from densebench.replay import playback
+from densebench.replay import playback, tracks
+from tests.replays import Counts, replay_everywhere
 
 
 @pytest.fixture
@@ -64,9 +64,15 @@ def _launched(name: str, launcher: Callable[..., Any]) -> Callable[..., Any]:
 
 
 @pytest.fixture
+def counts(monkeypatch: pytest.MonkeyPatch) -> Counts:
+    """Runs of forwards and backwards, with replays on the CPU path."""
+    return replay_everywhere(monkeypatch)
+
+
+@pytest.fixture
 def replayed(as_on_a_gpu: None, monkeypatch: pytest.MonkeyPatch) -> None:
     """Work on a CPU is recorded, too; an interpreted kernel is found as a compiled one is, and takes addresses."""
-    monkeypatch.setattr(autograd, "replayable", lambda x, dtype: torch._C._len_torch_dispatch_stack() == 0)
+    monkeypatch.setattr(tracks, "worthwhile", lambda x, dtype: True)
     monkeypatch.setattr(starting, "_compiled", {})
     monkeypatch.setattr(starting, "_compile", _interpreted)
     for module in (starting, playback):

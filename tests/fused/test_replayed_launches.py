@@ -17,16 +17,15 @@ from typing import Any
 import pytest
 import torch
 
-from densebench.execution import autograd
 from densebench.kernels import compiled
 from densebench.kernels.language import triton
+from densebench.replay import tracks
 from tests.fused.conftest import call_launchers
-from tests.fused.test_replay import tracks_in
 from tests.kernels.test_starting import driver_of
 from tests.networks import images, small
+from tests.replays import STEPS, tracks_in
 
 pytest.importorskip("triton.backends.nvidia", reason="Triton for NVIDIA is not installed")
-STEPS = 4
 
 
 def steps() -> dict[str, Any]:
@@ -38,7 +37,7 @@ def steps() -> dict[str, Any]:
     found = []
     with pytest.MonkeyPatch.context() as monkeypatch, compiled.using(None):
         call_launchers(monkeypatch)
-        monkeypatch.setattr(autograd, "replayable", lambda x, dtype: True)
+        monkeypatch.setattr(tracks, "worthwhile", lambda x, dtype: True)
         for number in range(STEPS):
             machine.stream = number
             network.zero_grad()

@@ -4,12 +4,16 @@ from __future__ import annotations
 
 import weakref
 from collections.abc import Callable
+from unittest import mock
 
 import pytest
 import torch
 from torch import Tensor
 
-from densebench.replay.playback import Playback, Recording
+from densebench.kernels.bn_relu import bn_relu
+from densebench.kernels.started import STREAM, Started, watcher
+from densebench.replay import playback
+from densebench.replay.playback import NotAsRecordedError, Playback, Recording
 from densebench.replay.recorder import Recorder
 from densebench.replay.recording import Tensors
 
@@ -125,6 +129,71 @@ def test_what_one_segment_leaves_the_next_finds() -> None:
     assert torch.equal(difference, x + 1 - y)
 
 
+def test_autograd_is_told_of_what_is_written() -> None:
+    """Of lists, too, while it is recorded: PyTorch says nothing of them where a dispatch mode is on."""
+
+    def function(x: Tensor, y: Tensor) -> Tensor:
+        torch._foreach_add_([x], 1)
+        return y.add_(1)
+
+    inputs = some(2, seed=1)
+    recorder = recorded((function, inputs))
+    others = some(2, seed=2)
+    played(recorder, others)
+    assert [x._version for x in [*inputs, *others]] == [1] * 4
+
+
+def test_other_inputs_than_were_recorded_are_refused() -> None:
+    recorder = recorded((lambda x: x * 2, [torch.ones(4, 3)]))
+    for other in (torch.ones(3, 4), torch.ones(4, 3).double()):
+        with pytest.raises(NotAsRecordedError, match=r"was torch.float32 of shape \[4, 3\], and is now"):
+            played(recorder, [other])
+
+
+def test_inputs_that_lie_in_another_way() -> None:
+    """Their values are what counts, unless they are written into."""
+    inputs = [torch.randn(4, 3), torch.randn(4, 8)[:, 2:5], torch.randn(5)[1:], torch.randn(3, 4).t()]
+    recorder = recorded((lambda *xs: tuple(x * 2 for x in xs), inputs))
+    others = [torch.randn(3, 4).t(), torch.randn(4, 3), torch.randn(8)[::2], torch.randn(4, 5)[:, 1:4]]
+    (actual,) = played(recorder, others)
+    for found, other in zip(actual, others, strict=True):
+        assert found is not None
+        assert torch.equal(found, other * 2)
+    written = recorded((lambda x: x.mul_(2), [torch.randn(4, 3)]))
+    with pytest.raises(NotAsRecordedError):
+        played(written, [others[0]])
+
+
+def test_other_results_than_were_recorded_are_refused() -> None:
+    """An operator may look at what is set elsewhere."""
+    x = torch.ones(3, 3)
+    recorder = recorded((lambda x: torch.mm(x, x).add_(1), [x]))
+    with torch.autocast("cpu", torch.bfloat16), pytest.raises(NotAsRecordedError, match=r"aten\.mm"):
+        played(recorder, [x])
+
+
+def test_what_is_started_is_handed_its_arguments() -> None:
+    """Addresses and the stream however deep they stand; what is always the same is not made anew."""
+    handed: list[tuple[object, ...]] = []
+    constant = [None, ("a", 2)]
+    x = torch.ones(4)
+
+    def function(given: Tensor) -> Tensor:
+        tell = watcher()
+        assert tell is not None
+        arguments = (STREAM, constant, (1, (given[2:], STREAM)), given)
+        tell(Started(lambda *arguments: handed.append(arguments), "noted", arguments, None))
+        return given
+
+    recorder = recorded((function, [x]))
+    with mock.patch.object(playback, "current_stream", return_value=77):
+        played(recorder, [x])
+    ((stream, first, nested, address),) = handed
+    assert (stream, nested) == (77, (1, (x[2:].data_ptr(), 77)))
+    assert first is constant
+    assert address == x.data_ptr()
+
+
 def test_random_numbers_are_drawn_anew() -> None:
     recorder = recorded((lambda x: torch.nn.functional.dropout(x, 0.5), [torch.ones(100)]))
     torch.manual_seed(3)
@@ -167,12 +236,32 @@ def test_views_are_no_steps() -> None:
     assert segment.steps == ()
 
 
+def bn_relu_into(x: Tensor, out: Tensor) -> Tensor:
+    """A kernel of ours, of which autograd would not be told."""
+    bn_relu(x, x[0], x[0], None, None, 1e-5, out)
+    return out
+
+
+def _halves(x: Tensor) -> tuple[Tensor, Tensor]:
+    """Their values lie beside each other in every row."""
+    return x[:, :3], x[:, 3:]
+
+
+@torch.library.custom_op("densebench_tests::middle", mutates_args=())
+def middle(x: Tensor) -> Tensor:
+    """Its result does not begin where its memory does."""
+    return x.repeat(3)[3:-3]
+
+
 STRANGER = torch.ones(3)
 REFUSED: dict[str, tuple[Plain, Tensors, str]] = {
     "values": (lambda x: x * x.sum().item(), [torch.ones(3)], "returns what is no tensor"),
     "strangers": (lambda x: x + STRANGER, [torch.ones(3)], "neither given nor made here"),
     "bits": (lambda x: x.view(torch.int32) + 1, [torch.ones(3)], "read as torch.int32"),
     "twice": (lambda x, y: x + y, [torch.ones(3)] * 2, "two inputs that share memory"),
+    "before": (lambda x, y: x + y, [*_halves(torch.ones(4, 6))][::-1], "two inputs that share memory"),
+    "within": (middle, [torch.ones(3)], "lies within more memory"),
+    "theirs": (bn_relu_into, [torch.ones(4, 3), torch.zeros(4, 3)], "writes into an input"),
     "shared": (lambda x, y: x + y, list(torch.ones(6).as_strided((2, 4), (2, 1))), "two inputs that share memory"),
 }
 
@@ -186,6 +275,14 @@ def test_what_cannot_be_played_back_runs_all_the_same(name: str) -> None:
     assert torch.equal(found, function(*inputs))  # type: ignore[arg-type]
     assert recorder.refusal is not None
     assert reason in recorder.refusal
+
+
+def test_what_goes_wrong_in_noting_it_is_a_refusal() -> None:
+    recorder = Recorder()
+    with mock.patch.object(Recorder, "_called", side_effect=KeyError("announced")):
+        (found,), _ = recorder.segment(_of_list(lambda x: x + 1), [torch.ones(3)])
+    assert torch.equal(found, torch.full((3,), 2.0))
+    assert recorder.refusal == "'announced'"
 
 
 def test_an_error_is_no_refusal() -> None:
