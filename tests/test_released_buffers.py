@@ -8,7 +8,8 @@ import pytest
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from densebench.execution.autograd import LAYERS_A_NODE, StageComputation
+from densebench.execution.autograd import LAYERS_A_NODE
+from densebench.execution.computation import StageComputation
 from tests.comparison import upstream
 from tests.networks import images, lone_block
 

@@ -12,8 +12,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from densebench.execution.autograd import StageComputation, Window
 from densebench.execution.batch_norm import Observed, commit_observed
+from densebench.execution.computation import StageComputation, Window
 from densebench.execution.convolution import convolve, product, product_weight_gradient
 from densebench.execution.feature_gradient import FeatureGradient
 from densebench.execution.maps import memory_format_of

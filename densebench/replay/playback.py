@@ -286,7 +286,8 @@ def _copy_lying_as(tensor: Tensor, one: Input) -> Tensor:
             f"a parameter or a tensor kept for backward was {one.dtype} of shape {list(size)}, and is now "
             f"{tensor.dtype} of shape {list(tensor.shape)}"
         )
-    whole_rows = max(extent * step for extent, step in zip(size, stride, strict=True))  # kernels read whole ones
+    extents = zip(size, stride, strict=True)
+    whole_rows = max((extent * step for extent, step in extents), default=1)  # as kernels may read them
     memory = tensor.new_empty(whole_rows + ALIGNMENT)
     first = (one.alignment - memory.data_ptr()) % ALIGNMENT // tensor.element_size()
     return memory.as_strided(size, stride, first).copy_(tensor)

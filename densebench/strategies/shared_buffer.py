@@ -14,8 +14,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from densebench.execution.autograd import StageComputation, Window, compute
+from densebench.execution.autograd import compute
 from densebench.execution.batch_norm import check_batch, commit_copies
+from densebench.execution.computation import StageComputation, Window
 from densebench.execution.convolution import convolution_backward, convolve
 from densebench.execution.maps import MapShape
 from densebench.execution.plan import ConvUnit, Gradients, LayerPlan, StagePlan
