@@ -27,11 +27,16 @@ LAYERS_A_NODE = 8
 
 
 def compute(computation: StageComputation, x: Tensor) -> Tensor:
-    """Run a computation on x, [N, C, H, W]; the result is differentiable once, where autograd records."""
+    """Run a computation on x, [N, C, H, W]; the result is differentiable once, where autograd records.
+
+    Raises:
+        NotImplementedError: under forward-mode differentiation.
+        RuntimeError: if x, parameters and buffers are not on one device.
+    """
     values = [x]  # popping hands on the only reference: without gradients `enter` may free x
     del x
+    _refuse_tangents([*values, *computation.plan.parameters])
     if not torch.is_grad_enabled():
-        _refuse_tangents([*values, *computation.plan.parameters])
         forward = _Forward(computation, keep=False)
         forward.run(values)
         return forward.output.pop()
@@ -43,10 +48,10 @@ def compute(computation: StageComputation, x: Tensor) -> Tensor:
 
 
 def _refuse_tangents(tensors: Sequence[Tensor | None]) -> None:
-    """Without gradients there is no node, by which autograd would refuse them: they would be lost in silence."""
+    """Forward-mode differentiation would lose them in silence where no gradients are computed: by no node."""
     given = [] if forward_ad._current_level < 0 else [tensor for tensor in tensors if tensor is not None]
     if any(forward_ad.unpack_dual(tensor).tangent is not None for tensor in given):
-        raise NotImplementedError("this strategy has no forward-mode derivative; 'naive' has one")
+        raise NotImplementedError("forward-mode derivatives work with strategies 'naive' and 'checkpointed' only")
 
 
 class _Part:
@@ -159,7 +164,6 @@ class _Forward:
         """Compute; takes x out of the values."""
         plan = self.computation.plan
         inputs: Tensors = [values.pop(), *plan.parameters, *plan.buffers]
-        _require_one_device(inputs)
         self.track = self._track(inputs)
         passing = Plain() if self.track is None else self.track.start()
         with torch.autocast(inputs[0].device.type, enabled=False):
@@ -179,6 +183,7 @@ class _Forward:
 
     def _compute(self, inputs: Tensors) -> tuple[Tensors, list[list[int]]]:
         """The output and what is kept, one after the other; and of how many tensors each step of each part."""
+        _require_one_device(inputs)
         values = inputs[:1]
         inputs.clear()
         kept = [part.forward(self.computation, values, self.keep) for part in self.parts]

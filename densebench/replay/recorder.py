@@ -200,6 +200,8 @@ class Recorder(TorchDispatchMode):
             if tensor is None:
                 taken.append(None)
                 continue
+            if tensor.is_neg():  # what stands at its address is not its value
+                raise UnrecordableError("an input that is lazily negated")
             address = tensor.data_ptr()
             others = [place for place in self._in_storage(tensor) if place.slot >= first]
             if any(place.overlaps(address, _span(tensor)) for place in others):

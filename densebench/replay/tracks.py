@@ -158,13 +158,12 @@ def replayable(x: Tensor, others: Iterable[Tensor | None], dtype: torch.dtype) -
     """
     if torch._C._len_torch_dispatch_stack() > 0 or torch._C._functorch.peek_interpreter_stack() is not None:
         return False
-    given = [x, *(other for other in others if other is not None)]
-    if not set(map(type, given)) <= _ORDINARY or torch._is_functional_tensor(x) or any(map(Tensor.is_neg, given)):
+    if not {type(x), *map(type, others)} <= _ORDINARY or torch._is_functional_tensor(x):
         return False
     return enabled() and worthwhile(x, dtype)
 
 
-_ORDINARY = {Tensor, nn.Parameter}
+_ORDINARY = {Tensor, nn.Parameter, type(None)}
 
 
 def worthwhile(x: Tensor, dtype: torch.dtype) -> bool:
@@ -178,8 +177,8 @@ def worthwhile(x: Tensor, dtype: torch.dtype) -> bool:
 
 
 def described(tensor: Tensor | None) -> Hashable:
-    """All of a tensor that decides what is launched for it."""
+    """All of an ordinary tensor that decides what is launched for it."""
     if tensor is None:
         return None
     layout = (tensor.shape, tensor.stride(), tensor.data_ptr() % ALIGNMENT)
-    return (layout, tensor.dtype, tensor.get_device(), tensor.requires_grad, type(tensor))
+    return (layout, tensor.dtype, tensor.device, tensor.requires_grad, tensor.is_neg())

@@ -28,7 +28,6 @@ def test_where_it_is_done(monkeypatch: pytest.MonkeyPatch) -> None:
     assert not tracks.replayable(x, [], torch.bfloat16)  # tile by tile, by PyTorch's operators
     assert not tracks.replayable(x.to("meta"), [], torch.float32)
     assert not tracks.replayable(x, [x.as_subclass(Quantized)], torch.float32)
-    assert not tracks.replayable(torch._neg_view(x), [], torch.float32)
     with compiled.using(None):
         assert not tracks.replayable(x, [], torch.float32)
     monkeypatch.setenv("DENSEBENCH_REPLAY", "0")
@@ -198,7 +197,7 @@ def test_parameters_on_another_device() -> None:
 
 @pytest.mark.parametrize("name", ["shared_buffer", "fused"])
 def test_tangents_are_not_lost(name: str) -> None:
-    """Of forward-mode differentiation, by input or parameter; where gradients are on, autograd refuses them."""
+    """Of forward-mode differentiation, by input or parameter."""
     network, x = small(name).eval(), images()
     parameter = "features.denseblock1.denselayer1.norm1.weight"
     for number in range(STEPS):
@@ -211,8 +210,9 @@ def test_tangents_are_not_lost(name: str) -> None:
         dual = forward_ad.make_dual(weight, weight)
         with pytest.raises(NotImplementedError, match="forward-mode"):
             torch.func.functional_call(network, {parameter: dual}, (x,))
-    with torch.no_grad(), pytest.raises(NotImplementedError, match="forward-mode"):
-        torch.func.jvp(network, (x,), (x,))
+    for grad in (False, True):
+        with torch.set_grad_enabled(grad), pytest.raises(NotImplementedError, match="'checkpointed' only"):
+            torch.func.jvp(network, (x,), (x,))
 
 
 def test_gradients_that_are_lazily_negated(counts: Counts) -> None:

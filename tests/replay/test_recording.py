@@ -260,6 +260,7 @@ REFUSED: dict[str, tuple[Plain, Tensors, str]] = {
     "bits": (lambda x: x.view(torch.int32) + 1, [torch.ones(3)], "read as torch.int32"),
     "twice": (lambda x, y: x + y, [torch.ones(3)] * 2, "two inputs that share memory"),
     "before": (lambda x, y: x + y, [*_halves(torch.ones(4, 6))][::-1], "two inputs that share memory"),
+    "negated": (lambda x: x + 1, [torch._neg_view(torch.ones(3))], "lazily negated"),
     "within": (middle, [torch.ones(3)], "lies within more memory"),
     "theirs": (bn_relu_into, [torch.ones(4, 3), torch.zeros(4, 3)], "writes into an input"),
     "shared": (lambda x, y: x + y, list(torch.ones(6).as_strided((2, 4), (2, 1))), "two inputs that share memory"),
