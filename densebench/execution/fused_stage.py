@@ -285,6 +285,7 @@ class FusedStage(StageComputation):
         self, parameters: Window, kept: list[Tensor], needs: Window, needs_x: bool
     ) -> tuple[Tensor | None, Gradients]:
         head = self.plan.head
+        del self.scratch  # before more memory is taken
         wanted = needs_x or (head is not None and any(head.affine(needs)))
         grad = self.gradient.settled(slice(0, self.plan.start)) if wanted else None
         self.release()
