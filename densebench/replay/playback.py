@@ -16,11 +16,11 @@ from torch import Tensor
 
 from densebench.kernels.launch import current_stream
 from densebench.kernels.started import STREAM
+from densebench.replay.layout import NotAsRecordedError, laid_out
 from densebench.replay.recording import (
     ALIGNMENT,
     Allocate,
     Call,
-    Geometry,
     Input,
     Pointer,
     Segment,
@@ -31,6 +31,7 @@ from densebench.replay.recording import (
 )
 
 _LITERALS = (bool, int, str, type(None))
+_FACTS = ("shape", "stride()", "dtype", "device")
 Slots = dict[int, Tensor]
 
 
@@ -39,23 +40,23 @@ class Recording:
 
     Attributes:
         sources: of the functions, for people.
+
+    Args:
+        segments: in their order.
+        checked: inputs may lie elsewhere, or be others, than those that were recorded; otherwise they do not.
     """
 
-    def __init__(self, segments: Sequence[Segment]) -> None:
+    def __init__(self, segments: Sequence[Segment], checked: bool = True) -> None:
         uses = _uses(segments)
         given = {taken.slot for segment in segments for taken in segment.inputs if taken}
         self.sources: list[str] = []
         self.functions: list[Callable[[Tensors, Slots], Tensors]] = []
         for number, segment in enumerate(segments):
-            writer = _Writer(number, uses, given)
+            writer = _Writer(number, uses, given, checked)
             source = "\n".join(writer.function(segment))
             exec(compile(source, f"<segment {number}>", "exec"), writer.names)
             self.sources.append(source)
             self.functions.append(writer.names["play"])
-
-
-class NotAsRecordedError(RuntimeError):
-    """A playback has met what was not met when it was recorded; its recording is of no use any more."""
 
 
 class Playback:
@@ -69,8 +70,8 @@ class Playback:
         """Play the next segment; takes the inputs out of their list, so that none lives longer than it is needed.
 
         Raises:
-            NotAsRecordedError: if an input has another shape or dtype than the recorded one had, or an operator's
-                result another dtype or layout.
+            NotAsRecordedError: if an input has another shape, dtype or device than the recorded one had, or an
+                operator's result another dtype or layout.
         """
         return next(self._ahead)(inputs, self._slots)
 
@@ -110,12 +111,12 @@ class _Writer:
         names: the globals of the function.
     """
 
-    def __init__(self, number: int, uses: Mapping[int, _Use], given: set[int]) -> None:
-        self.number, self.uses, self.given = number, uses, given
+    def __init__(self, number: int, uses: Mapping[int, _Use], given: set[int], checked: bool) -> None:
+        self.number, self.uses, self.given, self.checked = number, uses, given, checked
         self.names: dict[str, Any] = {
             "torch": torch,
             "current_stream": current_stream,
-            "laid_out": _laid_out,
+            "laid_out": laid_out,
             "result_differs": _result_differs,
         }
         self._named: dict[int, str] = {}
@@ -146,7 +147,14 @@ class _Writer:
         yield f"[{', '.join('_' if one is None else f't{one.slot}' for one in taken)}] = inputs"
         yield "inputs.clear()"
         yield "_ = None"
-        yield from self._checked([one for one in taken if one is not None])
+        wanted = [one for one in taken if one is not None]
+        addresses = [line for one in wanted for line in self._addressed(one.slot)]
+        yield from addresses
+        if self.checked and wanted:
+            tensors = f"[{', '.join(f't{one.slot}' for one in wanted)}]"
+            yield f"if {self._differ(wanted)}:"
+            yield f"    {tensors} = laid_out({tensors}, {self._value(wanted, 'inputs')})"
+            yield from (f"    {line}" for line in addresses)
         for slot, use in self.uses.items():
             if use.filled < self.number <= use.last:
                 take = "pop" if use.last == self.number else "get"
@@ -158,23 +166,17 @@ class _Writer:
             dtype, device = map(self._value, kind)
             yield f"{self._maker(*kind)} = torch.empty(0, dtype={dtype}, device={device}).new_empty"
 
-    def _checked(self, inputs: Sequence[Input]) -> Iterator[str]:
-        """Inputs lie as they did, or are laid out so: parameters may have other data at backward."""
-        if not inputs:
-            return
-        addresses = [line for one in inputs for line in self._addressed(one.slot)]
-        facts = ", ".join(f"t{one.slot}.shape, t{one.slot}.stride(), t{one.slot}.dtype" for one in inputs)
-        as_recorded = [fact for one in inputs for fact in (*one.geometry, one.dtype)]
-        differs = [f"[{facts}] != {self._value(as_recorded, 'as_recorded')}"]
+    def _differ(self, inputs: Sequence[Input]) -> str:
+        """Whether any of the inputs is another, or lies in memory in another way, than was recorded."""
+        facts = ", ".join(f"t{one.slot}.{fact}" for one in inputs for fact in _FACTS)
+        as_recorded = [fact for one in inputs for fact in (*one.geometry, one.dtype, one.device)]
+        differ = [f"[{facts}] != {self._value(as_recorded, 'as_recorded')}"]
         addressed = [one for one in inputs if self.uses[one.slot].addressed]
         if aligned := [f"a{one.slot}" for one in addressed if one.alignment == 0]:
-            differs.append(f"({' | '.join(aligned)}) % {ALIGNMENT}")
-        differs += [f"a{one.slot} % {ALIGNMENT} != {one.alignment}" for one in addressed if one.alignment]
-        yield from addresses
-        yield f"if {' or '.join(differs)}:"
-        tensors = f"[{', '.join(f't{one.slot}' for one in inputs)}]"
-        yield f"    {tensors} = laid_out({tensors}, {self._value(inputs, 'inputs')})"
-        yield from (f"    {line}" for line in addresses)
+            differ.append(f"({' | '.join(aligned)}) % {ALIGNMENT}")
+        return " or ".join(
+            differ + [f"a{one.slot} % {ALIGNMENT} != {one.alignment}" for one in addressed if one.alignment]
+        )
 
     def _step(self, step: Step) -> Iterator[str]:
         if isinstance(step, Start):
@@ -264,33 +266,6 @@ def _dense(size: tuple[int, ...]) -> tuple[int, ...]:
         strides.append(step)
         step *= max(1, extent)
     return tuple(reversed(strides))
-
-
-def _laid_out(tensors: Tensors, inputs: Sequence[Input]) -> Tensors:
-    """The tensors; of those that lie in memory in another way than was recorded, copies that lie in that."""
-    return [
-        tensor if _lies_as(tensor, one) else _copy_lying_as(tensor, one)
-        for tensor, one in zip(tensors, inputs, strict=True)
-    ]
-
-
-def _lies_as(tensor: Tensor, one: Input) -> bool:
-    aligned = tensor.data_ptr() % ALIGNMENT == one.alignment
-    return aligned and tensor.dtype == one.dtype and Geometry.of(tensor) == one.geometry
-
-
-def _copy_lying_as(tensor: Tensor, one: Input) -> Tensor:
-    size, stride = one.geometry
-    if tensor.shape != size or tensor.dtype != one.dtype or one.written:
-        raise NotAsRecordedError(
-            f"a parameter or a tensor kept for backward was {one.dtype} of shape {list(size)}, and is now "
-            f"{tensor.dtype} of shape {list(tensor.shape)}"
-        )
-    extents = zip(size, stride, strict=True)
-    whole_rows = max((extent * step for extent, step in extents), default=1)  # as kernels may read them
-    memory = tensor.new_empty(whole_rows + ALIGNMENT)
-    first = (one.alignment - memory.data_ptr()) % ALIGNMENT // tensor.element_size()
-    return memory.as_strided(size, stride, first).copy_(tensor)
 
 
 def _result_differs(operator: Any) -> None:

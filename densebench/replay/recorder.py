@@ -208,7 +208,8 @@ class Recorder(TorchDispatchMode):
                 raise UnrecordableError("two inputs that share memory")
             slot = self._add(tensor)
             self._given.add(slot)
-            taken.append(Input(slot, Geometry.of(tensor), tensor.dtype, address % ALIGNMENT, written=False))
+            kind = (Geometry.of(tensor), tensor.dtype, tensor.device)
+            taken.append(Input(slot, *kind, address % ALIGNMENT, written=False))
         return tuple(taken)
 
     def _add(self, tensor: Tensor) -> int:

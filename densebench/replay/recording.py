@@ -102,7 +102,7 @@ Step = Allocate | Start | Call
 
 
 class Input(NamedTuple):
-    """Where an input goes, and how it lies in memory.
+    """Where an input goes, what it is, and how it lies in memory.
 
     Attributes:
         alignment: its address modulo `ALIGNMENT`.
@@ -112,6 +112,7 @@ class Input(NamedTuple):
     slot: int
     geometry: Geometry
     dtype: torch.dtype
+    device: torch.device
     alignment: int
     written: bool
 

@@ -17,7 +17,8 @@ import torch
 from torch import Tensor, nn
 
 from densebench.kernels import compiled
-from densebench.replay.playback import NotAsRecordedError, Playback, Recording
+from densebench.replay.layout import NotAsRecordedError
+from densebench.replay.playback import Playback, Recording
 from densebench.replay.recorder import Function, Recorder
 from densebench.replay.recording import ALIGNMENT, Tensors
 
@@ -51,18 +52,20 @@ class Track:
     """What always runs in the same way: how often it has, and what is known of it.
 
     Attributes:
+        key_tells: whether inputs that lie in another way have another track; otherwise playback has to look.
         recording: once there is one.
         structures: what the functions return besides tensors, segment by segment.
         refusal: why it cannot be recorded, if that was found.
-        following: tracks of what follows upon this.
+        following: tracks of what follows upon this; their keys tell nothing of what was kept for it.
         used: the higher, the later it has been asked for.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, key_tells: bool) -> None:
+        self.key_tells = key_tells
         self.recording: Recording | None = None
         self.structures: list[Any] = []
         self.refusal: str | None = None
-        self.following = Tracks()
+        self.following = Tracks(keys_tell=False)
         self.used = 0
         self._runs = 0
 
@@ -85,12 +88,16 @@ _uses = itertools.count(1)
 class Tracks(dict[Hashable, Track]):
     """Tracks by key, those that were asked for last."""
 
+    def __init__(self, keys_tell: bool = True) -> None:
+        super().__init__()
+        self.keys_tell = keys_tell
+
     def of(self, key: Hashable) -> Track:
         found = self.get(key)
         if found is None:
             if len(self) >= MOST:
                 self.pop(min(list(self.items()), key=lambda item: item[1].used)[0], None)
-            found = self[key] = Track()
+            found = self[key] = Track(self.keys_tell)
         found.used = next(_uses)
         return found
 
@@ -110,7 +117,7 @@ class _Recorded:
             self.track.refuse(self.recorder.refusal)
             return
         try:
-            recording = Recording(self.recorder.segments)
+            recording = Recording(self.recorder.segments, checked=not self.track.key_tells)
         except Exception as reason:  # the work itself is done
             self.track.refuse(reason)
             return

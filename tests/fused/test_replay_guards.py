@@ -158,7 +158,7 @@ def test_other_parameters_at_backward(counts: Counts, change: str) -> None:
     weight = network.features.denseblock1.denselayer1.conv2.weight
     before = weight.data
     weight.data = before.float() if change == "dtype" else before[:, :1].clone()
-    with pytest.raises(RuntimeError, match=r"was torch.float64 of shape \[.*\], and is now torch.float"):
+    with pytest.raises(RuntimeError, match=r"was torch.float64 of shape \[.*\] on cpu, and is now torch.float"):
         output.backward(upstream(output))
     weight.data = before
     pair = Pair(copy.deepcopy(network))

@@ -13,7 +13,8 @@ from torch import Tensor
 from densebench.kernels.bn_relu import bn_relu
 from densebench.kernels.started import STREAM, Started, watcher
 from densebench.replay import playback
-from densebench.replay.playback import NotAsRecordedError, Playback, Recording
+from densebench.replay.layout import NotAsRecordedError
+from densebench.replay.playback import Playback, Recording
 from densebench.replay.recorder import Recorder
 from densebench.replay.recording import Tensors
 
@@ -145,8 +146,8 @@ def test_autograd_is_told_of_what_is_written() -> None:
 
 def test_other_inputs_than_were_recorded_are_refused() -> None:
     recorder = recorded((lambda x: x * 2, [torch.ones(4, 3)]))
-    for other in (torch.ones(3, 4), torch.ones(4, 3).double()):
-        with pytest.raises(NotAsRecordedError, match=r"was torch.float32 of shape \[4, 3\], and is now"):
+    for other in (torch.ones(3, 4), torch.ones(4, 3).double(), torch.ones(4, 3, device="meta")):
+        with pytest.raises(NotAsRecordedError, match=r"was torch.float32 of shape \[4, 3\] on cpu, and is now"):
             played(recorder, [other])
 
 
