@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
 
 import pytest
@@ -9,6 +10,7 @@ import torch
 
 from densebench.measure.timing import host_seconds
 from densebench.replay import tracks
+from tests.comparison import assert_same
 from tests.gpu.runs import CUDA, assert_equal_bits, busy_network, repeatable, train_step
 
 STRATEGIES = ["fused", "fused_recompute"]
@@ -29,6 +31,25 @@ def test_played_back_steps_are_the_same_bits(
             found = train_step(network, batch, autocast)
             monkeypatch.setenv(tracks.SWITCH, "0")
             assert_equal_bits(found, train_step(plain, batch, autocast), f"in step {number + 1}")
+
+
+@pytest.mark.parametrize("autocast", [None, torch.bfloat16])
+def test_saved_tensors_that_were_offloaded(
+    strategy: str, device: torch.device, autocast: torch.dtype | None
+) -> None:
+    """From pinned memory they come back contiguous, whatever they were: padded rows, channels-last maps."""
+    network, x = busy_network(strategy, device)
+    plain = copy.deepcopy(network)
+    with repeatable():
+        for number in range(STEPS):
+            offloaded = number == STEPS - 1
+            hooks = (
+                torch.autograd.graph.save_on_cpu(pin_memory=x.is_cuda) if offloaded else contextlib.nullcontext()
+            )
+            with hooks:
+                found = train_step(network, x, autocast)
+            expected = train_step(plain, x, autocast)
+            assert_same(found, expected, 1e-3)
 
 
 @pytest.mark.gpu
