@@ -165,7 +165,7 @@ def replayable(x: Tensor, others: Iterable[Tensor | None], dtype: torch.dtype) -
     """
     if torch._C._len_torch_dispatch_stack() > 0 or torch._C._functorch.peek_interpreter_stack() is not None:
         return False
-    if not {type(x), *map(type, others)} <= _ORDINARY or torch._is_functional_tensor(x):
+    if not {type(x), *map(type, others)} <= _ORDINARY:
         return False
     return enabled() and worthwhile(x, dtype)
 

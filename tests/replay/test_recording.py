@@ -195,6 +195,25 @@ def test_what_is_started_is_handed_its_arguments() -> None:
     assert address == x.data_ptr()
 
 
+@pytest.mark.parametrize("offset", [0, 1])
+def test_addresses_are_aligned_as_they_were(offset: int) -> None:
+    """Kernels are compiled for that."""
+    alignments: list[int] = []
+
+    def function(given: Tensor) -> Tensor:
+        tell = watcher()
+        assert tell is not None
+        tell(Started(lambda address: alignments.append(address % 16), "noted", (given,), None))
+        return given
+
+    recorder = recorded((function, [torch.ones(9)[offset:][:8]]))
+    for other in range(4):
+        values = torch.arange(12.0)[other:][:8]
+        ((found,),) = played(recorder, [values])
+        assert torch.equal(found, values)  # type: ignore[arg-type]
+    assert len(set(alignments)) == 1
+
+
 def test_random_numbers_are_drawn_anew() -> None:
     recorder = recorded((lambda x: torch.nn.functional.dropout(x, 0.5), [torch.ones(100)]))
     torch.manual_seed(3)
