@@ -182,15 +182,15 @@ def test_what_is_started_is_handed_its_arguments() -> None:
     def function(given: Tensor) -> Tensor:
         tell = watcher()
         assert tell is not None
-        arguments = (STREAM, constant, (1, (given[2:], STREAM)), given)
+        arguments = (constant, (1, (given[2:], STREAM)), given)
         tell(Started(lambda *arguments: handed.append(arguments), "noted", arguments, None))
         return given
 
     recorder = recorded((function, [x]))
     with mock.patch.object(playback, "current_stream", return_value=77):
         played(recorder, [x])
-    ((stream, first, nested, address),) = handed
-    assert (stream, nested) == (77, (1, (x[2:].data_ptr(), 77)))
+    ((first, nested, address),) = handed
+    assert nested == (1, (x[2:].data_ptr(), 77))
     assert first is constant
     assert address == x.data_ptr()
 
