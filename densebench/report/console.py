@@ -13,11 +13,21 @@ _ROW = "{:<25}{:>10}{:>9}{:>9}{:>9}{:>18}"
 
 
 def summary_table(records: Iterable[Record]) -> list[str]:
-    """One table a network and setting: activation memory, time, throughput, FLOPs, and time against naive.
+    """One table a run, network and setting: activation memory, time, throughput, FLOPs, and time against naive.
 
     Naive in the faster of its memory formats, of those timed in the same group, is what a row is compared with.
     """
-    steps = [record for record in records if record.case.kind == "step"]
+    runs: dict[str, list[Record]] = {}
+    for record in records:
+        if record.case.kind == "step":
+            runs.setdefault(record.run, []).append(record)
+    lines: list[str] = []
+    for run, steps in runs.items():
+        lines += [*(["", f"run {run}"] if len(runs) > 1 else []), *_tables(steps)]
+    return lines
+
+
+def _tables(steps: list[Record]) -> list[str]:
     models: dict[str, str] = {}  # of each setting, the first network: ResNet stands beside it
     for record in steps:
         if record.case.strategy != YARDSTICK:

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from densebench.report.answer import ratio_words
-from densebench.report.selection import device_of
+from densebench.report.selection import device_of, need_names
 from densebench.report.tables import Column, Table, build
 from densebench.report.units import STATUS_WORDS, number, precision, times
 from densebench.results import Record
@@ -81,15 +81,15 @@ class Operator:
 def operators(records: Iterable[Record]) -> list[Operator]:
     """Timed kernels by operator, in the order of the records."""
     groups: dict[tuple[str, ...], list[Record]] = {}
-    for record in records:
-        if record.case.kind == "kernel" and record.time_s is not None:
-            case = record.case
-            key = (case.model, case.mode, precision(case), device_of(record), record.run)
-            groups.setdefault(key, []).append(record)
-    runs = {key[-1] for key in groups}
+    timed = [record for record in records if record.case.kind == "kernel" and record.time_s is not None]
+    for record in timed:
+        case = record.case
+        key = (case.model, case.mode, precision(case), device_of(record), record.run)
+        groups.setdefault(key, []).append(record)
+    run_shown = need_names(timed)
     found = []
     for (name, mode, dtype, device, run), members in groups.items():
-        setting = f"{mode}, {dtype}, {device}" + (f", run {run}" if len(runs) > 1 else "")
+        setting = f"{mode}, {dtype}, {device}" + (f", run {run}" if run_shown else "")
         baseline = {_shape(r): r for r in members if r.case.strategy == BASELINE}
         found.append(Operator(name, setting, tuple(_run(r, baseline.get(_shape(r))) for r in members)))
     return found

@@ -1,6 +1,6 @@
-"""`python -m densebench.report.publish RUN`: samples to commit and the README's figures, from a run's records.
+"""`python -m densebench.report.publish RUN ...`: samples to commit and the README's figures, from runs' records.
 
-Copies the run's records to `reports/samples/<run>/`, draws the report's first picture beside them, and writes the
+Copies each run's records to `reports/samples/<run>/`, draws the report's first picture beside them, and writes the
 README's block between its two markers. Nothing in that block is written by hand.
 """
 
@@ -13,39 +13,45 @@ import sys
 import tempfile
 from pathlib import Path
 
+RECORDS = "cases.jsonl"
 BEGIN = "<!-- figures: written by `python -m densebench.report.publish`; do not edit by hand -->"
 END = "<!-- figures: end -->"
 
 
 def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m densebench.report.publish", description=__doc__)
-    parser.add_argument("run", type=Path, help="folder of a run, with its cases.jsonl")
+    parser.add_argument("runs", nargs="+", type=Path, metavar="RUN", help="folder of a run, with its cases.jsonl")
     parser.add_argument("--samples", type=Path, default=Path("reports/samples"))
     parser.add_argument("--readme", type=Path, default=Path("README.md"))
     options = parser.parse_args(arguments)
-    records = options.run / "cases.jsonl"
-    if not records.is_file():
-        print(f"densebench: {records} does not exist; give the folder of a run", file=sys.stderr)
+    missing = next((run / RECORDS for run in options.runs if not (run / RECORDS).is_file()), None)
+    if missing is not None:
+        print(f"densebench: {missing} does not exist; give the folder of a run", file=sys.stderr)
         return 3
-    target = options.samples / options.run.name
-    if target.resolve() != options.run.resolve():
-        target.mkdir(parents=True, exist_ok=True)
-        shutil.copyfile(records, target / "cases.jsonl")
-    block = _block(target, options.samples)
+    targets = [_copied(run, options.samples / run.name) for run in options.runs]
+    block = _block(targets, options.samples)
     text = options.readme.read_text(encoding="utf-8")
     before, rest = text.split(BEGIN, 1)
     after = rest.split(END, 1)[1]
     options.readme.write_text(f"{before}{BEGIN}\n{block}\n{END}{after}", encoding="utf-8")
-    print(f"{target}/cases.jsonl and the figures of {options.readme}")
+    print(f"{', '.join(f'{target}/{RECORDS}' for target in targets)} and the figures of {options.readme}")
     return 0
 
 
-def _block(run: Path, samples: Path) -> str:
+def _copied(run: Path, target: Path) -> Path:
+    """The run's place among the samples, where its records are now."""
+    if target.resolve() != run.resolve():
+        target.mkdir(parents=True, exist_ok=True)
+        shutil.copyfile(run / RECORDS, target / RECORDS)
+    return target
+
+
+def _block(runs: list[Path], samples: Path) -> str:
     """The README's figures: the report's answer, its picture and table, and the conditions of all of them."""
     from densebench.report.__main__ import main as write_report
 
     with tempfile.TemporaryDirectory() as folder:
-        code = write_report([str(run), "--out", folder])
+        code = write_report([*map(str, runs), "--out", folder])
         if code:
             raise SystemExit(code)
         summary = (Path(folder) / "summary.md").read_text(encoding="utf-8")
@@ -55,20 +61,20 @@ def _block(run: Path, samples: Path) -> str:
     for fold in ("<details><summary>Data of this figure</summary>", "</details>"):
         answer = answer.replace(fold, "")
     answer = re.sub("\n{3,}", "\n\n", answer).strip()
-    return f"{answer}\n\n{_conditions(run)}"
+    return "\n\n".join([answer, *map(_conditions, runs)])
 
 
 def _conditions(run: Path) -> str:
     from densebench.results import read_records
 
-    record = read_records([run / "cases.jsonl"])[0]
+    record = read_records([run / RECORDS])[0]
     facts = record.environment
     packages = facts.get("packages", {})
     words = [f"{name} {packages[name]}" for name in ("torch", "triton") if packages.get(name)]
     commit = str(facts.get("commit") or "unknown")[:10]
     return (
         f"Measured on {record.created[:10]}, {facts.get('device')}, {', '.join(words)}, commit {commit}; "
-        f"every record is in `{run.as_posix()}/cases.jsonl`."
+        f"every record is in `{run.as_posix()}/{RECORDS}`."
     )
 
 

@@ -117,7 +117,7 @@ def comparisons(records: Sequence[Record], roster: Roster, source: str = "measur
     that is a yardstick (ResNet) stands in each comparison of its setting.
     """
     steps = [r for r in records if r.case.kind == "step" and r.case.source == source]
-    runs = {record.run for record in steps}
+    run_shown = need_names(steps)
     settings: dict[str, list[Record]] = {}
     for record in steps:
         settings.setdefault(_setting_key(record), []).append(record)
@@ -127,9 +127,9 @@ def comparisons(records: Sequence[Record], roster: Roster, source: str = "measur
         models = dict.fromkeys(r.case.model for r in members if r not in yardsticks)
         for model in models:
             own = [r for r in members if r.case.model == model and r not in yardsticks]
-            found.append(_comparison(own, yardsticks, roster, len(runs) > 1))
+            found.append(_comparison(own, yardsticks, roster, run_shown))
         if not models:
-            found.append(_comparison([], yardsticks, roster, len(runs) > 1))
+            found.append(_comparison([], yardsticks, roster, run_shown))
     return sorted(found, key=_interest)
 
 
@@ -197,6 +197,14 @@ def device_of(record: Record) -> str:
     return str(record.environment.get("device") or record.case.device)
 
 
+def need_names(records: Iterable[Record]) -> bool:
+    """Whether runs must be named: two of them were made on one device."""
+    runs: dict[str, set[str]] = {}
+    for record in records:
+        runs.setdefault(device_of(record), set()).add(record.run)
+    return any(len(names) > 1 for names in runs.values())
+
+
 def depth_of(record: Record) -> int | None:
     """Dense layers of a record of kind "depth"; None if it does not say."""
     options = record.case.options
@@ -229,8 +237,8 @@ def depth_groups(records: Iterable[Record], roster: Roster) -> list[DepthGroup]:
     for record in records:
         if record.case.kind == "depth" and record.peak_delta_bytes and depth_of(record) is not None:
             groups.setdefault(_depth_key(record), []).append(record)
-    runs = {members[0].run for members in groups.values()}
-    return [_depth_group(members, roster, len(runs) > 1) for members in groups.values()]
+    run_shown = need_names(members[0] for members in groups.values())
+    return [_depth_group(members, roster, run_shown) for members in groups.values()]
 
 
 def _depth_key(record: Record) -> str:
@@ -273,11 +281,11 @@ def timeline_groups(records: Iterable[Record]) -> list[tuple[str, list[Record]]]
         if record.timeline is not None and record.timeline.events:
             key = f"{_setting_key(record)} {record.case.model}"
             groups.setdefault(key, []).append(record)
-    runs = {members[0].run for members in groups.values()}
+    run_shown = need_names(members[0] for members in groups.values())
     found = []
     for members in groups.values():
         case = members[0].case
-        run = f", run {members[0].run}" if len(runs) > 1 else ""
+        run = f", run {members[0].run}" if run_shown else ""
         mode = MODES.get(case.mode, case.mode)
         found.append((f"{mode}: {setting_words(case, device_of(members[0]))}{run}", members))
     return found

@@ -126,3 +126,32 @@ def test_the_console_shows_what_there_is_of_a_record_without_memory() -> None:
         ["fused", "error:", "it", "broke"],
         ["checkpointed", "ok:", "no", "figures"],
     ]
+
+
+def of_two_runs(second_device: str) -> list[Record]:
+    """Naive and fused twice: at 0.5 times naive's time in one run, at 0.8 in the other."""
+    records = []
+    for run, device, seconds in (("one", "machine A", 0.1), ("two", second_device, 0.16)):
+        for name, taken in (("naive", 0.2), ("fused", seconds)):
+            record = timed(make_case(name), MIB, [taken] * 9, environment={"device": device})
+            records.append(dataclasses.replace(record, run=run, turns=run))
+    return records
+
+
+def test_runs_are_named_where_their_machines_do_not_tell_them_apart() -> None:
+    settings = [comparison.setting for comparison in found(of_two_runs("machine A"))]
+    assert [setting.rpartition(", ")[2] for setting in settings] == ["run one", "run two"]
+    settings = [comparison.setting for comparison in found(of_two_runs("machine B"))]
+    assert [setting.rpartition(", ")[2] for setting in settings] == ["machine A", "machine B"]
+
+
+def test_the_console_keeps_runs_apart() -> None:
+    lines = summary_table(of_two_runs("machine B"))
+    title = "train 64x224x224 bfloat16 cuda densenet121"
+    assert [line for line in lines if line in (title, "run one", "run two")] == [
+        "run one", title, "run two", title
+    ]  # fmt: skip
+    assert [line.split()[-2:] for line in lines if line.startswith("fused")] == [
+        ["0.50", "FAST"],
+        ["0.80", "FAST"],
+    ]
