@@ -30,6 +30,7 @@ _HOME = {
     "resnet101": "models",
     "resnet152": "models",
     "set_strategy": "models",
+    "convert": "conversion",
     "Stage": "models",
     "Strategy": "registry",
     "UnsupportedError": "registry",

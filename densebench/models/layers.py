@@ -7,6 +7,7 @@ H x W pixels, k the growth rate.
 from __future__ import annotations
 
 from collections import OrderedDict
+from collections.abc import Mapping
 from typing import cast
 
 import torch
@@ -25,6 +26,13 @@ class ReLU(nn.ReLU):
 
     def forward(self, input: Tensor) -> Tensor:
         return F.relu(input, inplace=not torch.is_grad_enabled())
+
+
+class NormReLU(nn.BatchNorm2d):
+    """A norm and the ReLU after it in one module, as timm has them."""
+
+    def forward(self, input: Tensor) -> Tensor:
+        return F.relu(super().forward(input), inplace=not torch.is_grad_enabled())
 
 
 class DenseLayer(nn.Module):
@@ -55,6 +63,19 @@ class DenseLayer(nn.Module):
             self.norm2 = nn.BatchNorm2d(bn_size * growth_rate)
             self.relu2 = ReLU()
             self.conv2 = _conv3x3(bn_size * growth_rate, growth_rate, dilation)
+
+    @classmethod
+    def of(cls, parts: Mapping[str, nn.Module], drop_rate: float = 0.0) -> DenseLayer:
+        """A layer made of modules that exist: norm1, relu1, conv1, and norm2, relu2, conv2 with a bottleneck."""
+        layer = cls.__new__(cls)
+        nn.Module.__init__(layer)
+        for name, module in parts.items():
+            layer.add_module(name, module)
+        layer.bottleneck = "conv2" in parts
+        layer.drop_rate = drop_rate
+        layer.in_channels = layer.norm1.num_features
+        layer.growth_rate = layer.conv3x3.out_channels
+        return layer
 
     @property
     def conv3x3(self) -> nn.Conv2d:
@@ -95,6 +116,18 @@ class DenseBlock(nn.Module):
             layer = DenseLayer(width, growth_rate, bn_size, drop_rate, dilation)
             self.add_module(f"denselayer{index + 1}", layer)
 
+    @classmethod
+    def of(cls, layers: Mapping[str, DenseLayer]) -> DenseBlock:
+        """A block made of layers that exist, each of which reads what all before it made."""
+        block = cls.__new__(cls)
+        nn.Module.__init__(block)
+        for name, layer in layers.items():
+            block.add_module(name, layer)
+        first, last = block.layers[0], block.layers[-1]
+        block.in_channels = first.in_channels
+        block.out_channels = last.in_channels + last.growth_rate
+        return block
+
     @property
     def layers(self) -> list[DenseLayer]:
         return cast("list[DenseLayer]", list(self.children()))
@@ -122,6 +155,13 @@ class Transition(nn.Sequential):
         if pool:
             parts["pool"] = nn.AvgPool2d(kernel_size=2, stride=2)
         super().__init__(parts)
+
+    @classmethod
+    def of(cls, parts: Mapping[str, nn.Module]) -> Transition:
+        """A transition made of modules that exist: norm, relu, conv and, unless there is none, pool."""
+        transition = cls.__new__(cls)
+        nn.Sequential.__init__(transition, OrderedDict(parts))
+        return transition
 
 
 def _conv3x3(in_channels: int, out_channels: int, dilation: int) -> nn.Conv2d:

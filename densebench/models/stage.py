@@ -12,13 +12,13 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from densebench.models.layers import DenseBlock, DenseLayer, Transition
+from densebench.models.layers import DenseBlock, DenseLayer, NormReLU, Transition
 from densebench.registry import Part, Strategy, UnsupportedError
 
 
 @dataclass(frozen=True, eq=False)
 class Head:
-    """The stem's norm, ReLU and max-pool (None where the stem has no pool)."""
+    """The stem's norm, ReLU (nothing after a `NormReLU`) and max-pool (None where the stem has no pool)."""
 
     norm: nn.BatchNorm2d
     relu: nn.Module
@@ -111,7 +111,7 @@ class Stage:
             UnsupportedError: one sentence that names the module or the lack, and the remedy.
         """
         for module in self.modules(strategy.bypasses):
-            reason = _why_not_bypass(module)
+            reason = why_not_bypass(module)
             if reason:
                 raise UnsupportedError(
                     f"strategy {strategy.name!r} does not call {self.name_of(module)}, which has {reason}; "
@@ -122,7 +122,7 @@ class Stage:
             raise UnsupportedError(f"strategy {strategy.name!r} cannot run {self.name}: {objection}")
 
 
-def _why_not_bypass(module: nn.Module) -> str | None:
+def why_not_bypass(module: nn.Module) -> str | None:
     """What makes running around this module's `forward` wrong, or None where nothing does."""
     state = module.__dict__
     if (
@@ -139,8 +139,15 @@ def _why_not_bypass(module: nn.Module) -> str | None:
     return None
 
 
-_HEADS = ((nn.BatchNorm2d, nn.ReLU, nn.MaxPool2d), (nn.BatchNorm2d, nn.ReLU), ())
-_TAILS = ((Transition,), (nn.BatchNorm2d, nn.ReLU), ())
+_HEADS = (
+    (nn.BatchNorm2d, nn.ReLU, nn.MaxPool2d),
+    (NormReLU, nn.MaxPool2d),
+    (nn.BatchNorm2d, nn.ReLU),
+    (NormReLU,),
+    (),
+)
+_TAILS = ((Transition,), (nn.BatchNorm2d, nn.ReLU), (NormReLU,), ())
+_NOTHING = nn.Identity()  # in the place of a ReLU that its norm includes
 
 
 def stages_of(network: nn.Sequential) -> list[Stage | nn.Module]:
@@ -175,10 +182,17 @@ def _leading(
 
 def _stage(children: list[tuple[str, nn.Module]], head_length: int) -> Stage:
     modules: list[Any] = [module for _, module in children]
-    head, block, tail = modules[:head_length], modules[head_length], modules[head_length + 1 :]
+    head, block = _taken_apart(modules[:head_length]), modules[head_length]
+    tail = _taken_apart(modules[head_length + 1 :])
     return Stage(
         block=block,
         head=Head(head[0], head[1], head[2] if len(head) == 3 else None) if head else None,
         tail=(FinalNorm(*tail) if len(tail) == 2 else tail[0]) if tail else None,
         children=tuple(children),
     )
+
+
+def _taken_apart(modules: list[Any]) -> list[Any]:
+    """A norm that includes its ReLU as two modules, itself and nothing."""
+    pairs = ([module, _NOTHING] if isinstance(module, NormReLU) else [module] for module in modules)
+    return [part for pair in pairs for part in pair]
