@@ -12,7 +12,7 @@ from torch import Tensor
 from densebench.kernels.bn_relu import reference as bn_relu
 from densebench.kernels.channel_statistics import RunningStatistics, merge_partial_statistics
 from densebench.kernels.device import load_norm, merge_statistics, operand, relu, tile_statistics
-from densebench.kernels.language import tl, triton
+from densebench.kernels.language import VERSION, tl, triton
 from densebench.kernels.launch import (
     Tile,
     cdiv,
@@ -101,7 +101,7 @@ def _kernel(
     rows, columns, width, outputs, weight_width, rows_a_program,
     x_stride, weight_stride, out_stride,
     eps: tl.constexpr, next_eps: tl.constexpr, PRECISION: tl.constexpr,
-    BLOCK_ROWS: tl.constexpr, BLOCK_COLUMNS: tl.constexpr, BLOCK_OUTPUTS: tl.constexpr,
+    BLOCK_ROWS: tl.constexpr, BLOCK_COLUMNS: tl.constexpr, BLOCK_OUTPUTS: tl.constexpr, WAITS: tl.constexpr,
 ):  # fmt: skip
     """A range of rows, tile by tile: x is normalized in registers, between its load and the tensor core.
 
@@ -137,6 +137,8 @@ def _kernel(
             a = operand(tl.where(kept[None, :], a, 0.0).to(weight.dtype), PRECISION)
             weight = operand(weight, PRECISION)
             product = tl.dot(a, weight, product, input_precision=PRECISION, out_dtype=dtype)
+            if WAITS:
+                product += 0.0
         if next_mean_pointer is not None:
             mean, _, scale, shift = load_norm(
                 next_mean_pointer, next_var_pointer, next_gamma_pointer, next_beta_pointer, next_eps, output, made
@@ -185,6 +187,16 @@ def _tile(x: Tensor, weight: Tensor, normalizes: bool) -> Tile:
     return Tile(32, 32, outputs, warps=4 if outputs <= 64 and not normalizes else 8, stages=4)
 
 
+def _waits(x: Tensor, tile: Tile, version: tuple[int, ...] = VERSION) -> bool:
+    """Whether to wait for a product before the next one's operand is made, by using its result.
+
+    Hopper multiplies 64 rows or more asynchronously and reads `a` from registers. Until 3.9, whose assembler is
+    the first to keep the two in order, Triton's loop overwrites them while a product may still be under way
+    (triton-lang/triton#9433; seen in the machine code of 3.6, 3.7 and 3.8, and not in that of 3.9).
+    """
+    return device_of(x).is_hopper and x.element_size() == 2 and tile.rows >= 64 and version < (3, 9)
+
+
 def _cuda(
     x: Tensor, mean: Tensor, var: Tensor, gamma: Tensor | None, beta: Tensor | None, eps: float,
     weight: Tensor, out: Tensor,
@@ -207,6 +219,7 @@ def _cuda(
         ),
         tile=tile, eps=eps, next_eps=next_eps, PRECISION=matmul_precision(weight.dtype),
         BLOCK_ROWS=tile.rows, BLOCK_COLUMNS=tile.columns, BLOCK_OUTPUTS=tile.outputs,
+        WAITS=_waits(x, tile),
     )  # fmt: skip
     if partial is not None and out_mean is not None and out_var is not None:
         merge_partial_statistics(partial, rows, shared, out_mean, out_var)

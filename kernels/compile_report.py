@@ -243,8 +243,8 @@ def _specialized(kernel: Any, positional: tuple[Any, ...], named: dict[str, Any]
     return Launch(kernel, tuple(signature), tuple(constants), tuple(aligned), warps, stages, limit)
 
 
-def compile_launch(launch: Launch, target: str, dtype: str, growth_rates: tuple[int, ...]) -> Compiled:
-    """Compile for a target; no GPU is needed."""
+def compiled_kernel(launch: Launch, target: str) -> Any:
+    """Triton's compiled kernel of a launch, for a target; no GPU is needed."""
     import triton
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
@@ -254,7 +254,14 @@ def compile_launch(launch: Launch, target: str, dtype: str, growth_rates: tuple[
     options = {"num_warps": launch.warps, "num_stages": launch.stages}
     if launch.registers is not None and target.startswith("sm"):
         options["maxnreg"] = launch.registers
-    built = triton.compile(source, target=GPUTarget(*TARGETS[target].backend), options=options)
+    return triton.compile(source, target=GPUTarget(*TARGETS[target].backend), options=options)
+
+
+def compile_launch(launch: Launch, target: str, dtype: str, growth_rates: tuple[int, ...]) -> Compiled:
+    """Compile for a target, and count what came of it."""
+    import triton
+
+    built = compiled_kernel(launch, target)
     blocks = [f"{name.removeprefix('BLOCK_').lower()} {v}" for name, v in launch.constants if "BLOCK" in name]
     shared: dict[str, Any] = {
         "kernel": launch.name,

@@ -12,6 +12,7 @@ try:
     import triton.language as tl
 
     AVAILABLE = True
+    VERSION = tuple(map(int, triton.__version__.split(".")[:2]))
 except ImportError:  # macOS, Windows
 
     class _Absent:
@@ -22,5 +23,6 @@ except ImportError:  # macOS, Windows
 
     triton = tl = _Absent()
     AVAILABLE = False
+    VERSION = (0, 0)
 
-__all__ = ["AVAILABLE", "tl", "triton"]
+__all__ = ["AVAILABLE", "VERSION", "tl", "triton"]

@@ -14,8 +14,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
+from densebench.kernels.bn_relu_conv1x1 import _waits
 from densebench.kernels.compile_report import TARGETS
+from densebench.kernels.launch import Tile, compiling_for
 
 pytest.importorskip("triton.backends.nvidia", reason="Triton for NVIDIA is not installed")
 TENSOR_CORE_KERNELS = ("bn_relu_conv1x1", "bn_relu_conv1x1_backward")
@@ -78,6 +81,40 @@ def test_the_gradient_buffer_is_loaded_ahead_too(hopper: list[dict[str, Any]]) -
         stages = int(row["configuration"].split(", ")[-1].split()[0])
         tiles = 2 * size["rows"] * (size["outputs"] + size["columns"] + size["columns"])  # grad, x, the buffer
         assert row["shared_bytes"] >= tiles * stages, row
+
+
+_WAITS = """
+import importlib, re, sys
+from densebench.kernels import compile_report
+forward = importlib.import_module("densebench.kernels.bn_relu_conv1x1")
+forward._waits = lambda *_: True
+for launch in compile_report.recorded_launches(32, compile_report.DTYPES[0]):
+    if launch.name == "bn_relu_conv1x1" and dict(launch.constants)["BLOCK_ROWS"] >= 64:
+        code = compile_report.compiled_kernel(launch, "sm_90").asm["ttgir"]
+        loop = code[code.index("ttng.warp_group_dot ") : code.rindex("scf.yield")]
+        print(launch.constants, "waits for all but", *re.findall(r"warp_group_dot_wait .*pendings = (\\d+)", loop))
+"""
+
+
+def test_a_product_can_be_waited_for_before_its_operand_is_overwritten() -> None:
+    """What older Triton needs; this one is asked to do it, too (see `_waits`)."""
+    environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
+    done = subprocess.run([sys.executable, "-c", _WAITS], env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    waits = [line.partition("waits for all but")[2].split() for line in done.stdout.splitlines()]
+    assert len(waits) >= 2
+    assert all(pending and set(pending) == {"0"} for pending in waits), done.stdout
+
+
+def test_products_are_waited_for_where_the_compiler_does_not_order_them() -> None:
+    x = torch.empty(0, 64, dtype=torch.bfloat16, device="meta")
+    large, small = Tile(64, 32, 128), Tile(32, 32, 128)
+    for version, waits in (((3, 6), True), ((3, 8), True), ((3, 9), False), ((4, 0), False)):
+        assert _waits(x, large, version) is waits
+    assert not _waits(x, small, (3, 6))
+    assert not _waits(x.float(), large, (3, 6))
+    with compiling_for(TARGETS["sm_100"].device):
+        assert not _waits(x, large, (3, 6))
 
 
 @pytest.mark.nightly
