@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import dataclasses
+import sys
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
 
+from densebench.kernels.bn_relu_conv1x1 import _tile
 from tests.conftest import lack
 from tests.gpu.operators import COLUMNS, ROWS_BEFORE, arguments_on, far_shape, solve_far, solve_on
 from tests.gpu.runs import CPU, CUDA, REPEATS, repeatable
@@ -16,8 +19,31 @@ from tests.kernels.test_operators import SHAPES
 from tests.kernels.values import GATE, VARIANTS, relative_error
 
 TF32_GATE = 3e-3  # ten bits of mantissa in every factor
+FEW = 3  # multiprocessors
+kernel_launch = sys.modules["densebench.kernels.launch"]
 PRODUCTS = [name for name in PROBLEMS if "conv1x1" in name]
-LARGE = Shape(images=4, height=28, width=28, columns=96, outputs=128, extra=160)  # several tiles a program
+LARGE = Shape(images=4, height=28, width=28, columns=96, outputs=128, extra=160)
+# What large maps take on a GPU: the product's tiles of 64 and of 128 rows, of 256 outputs, once and more than
+# once; rows that are not aligned.
+MANY_TILES = {
+    "64 rows": LARGE,
+    "128 rows": dataclasses.replace(LARGE, columns=160, extra=96),
+    "256 outputs": dataclasses.replace(LARGE, outputs=192),
+    "more outputs": dataclasses.replace(LARGE, outputs=300),
+    "odd": dataclasses.replace(LARGE, columns=93, outputs=70, extra=8),
+}
+
+
+# "outputs" are for what has some.
+OF_MANY_TILES = [(n, s) for n in PROBLEMS for s in MANY_TILES if n in PRODUCTS or "outputs" not in s]
+
+
+@pytest.fixture
+def few_multiprocessors(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As few as the interpreter has. On all those of a real GPU maps this size are one tile a program, a small
+    one, and loops that load ahead, update in place or merge statistics would end before their second turn."""
+    found = kernel_launch._cuda_device
+    monkeypatch.setattr(kernel_launch, "_cuda_device", lambda index: found(index)._replace(multiprocessors=FEW))
 
 
 def _assert_solved(name: str, shape: Shape, device: torch.device, gate: float | None = None) -> None:
@@ -42,23 +68,34 @@ def test_values(name: str, variant: str, device: torch.device) -> None:
         _assert_solved(name, Shape(**VARIANTS[variant]), device)
 
 
-@pytest.mark.parametrize("dtype", GATE)
-@pytest.mark.parametrize("name", PROBLEMS)
-def test_values_of_many_tiles(name: str, dtype: torch.dtype, device: torch.device) -> None:
+@pytest.mark.usefixtures("few_multiprocessors")
+@pytest.mark.parametrize("dtype", GATE, ids=str)
+@pytest.mark.parametrize(("name", "shape"), OF_MANY_TILES)
+def test_values_of_many_tiles(name: str, shape: str, dtype: torch.dtype, device: torch.device) -> None:
     with repeatable():
-        _assert_solved(name, _with(LARGE, dtype), device)
+        _assert_solved(name, dataclasses.replace(MANY_TILES[shape], dtype=dtype), device)
 
 
-def _with(shape: Shape, dtype: torch.dtype) -> Shape:
-    return Shape(**{**vars(shape), "dtype": dtype})
+def test_many_tiles_are_many() -> None:
+    """With few multiprocessors, on Hopper: every tile of the product, and several of them a program."""
+    taken = set()
+    with kernel_launch.compiling_for(kernel_launch.Device(FEW, (9, 0))):
+        for shape in MANY_TILES.values():
+            x = torch.empty(shape.rows, shape.columns, dtype=torch.bfloat16, device="meta")
+            tile = _tile(x, x.new_empty(shape.outputs, shape.columns), normalizes=False)
+            taken.add((tile.rows, tile.columns, tile.outputs, tile.warps))
+            assert kernel_launch.share(shape.rows, tile.rows, 2 * FEW).rows >= 4 * tile.rows
+    assert taken == {(64, 32, 128, 8), (128, 64, 128, 16), (64, 32, 256, 8)}
 
 
 @pytest.mark.gpu
+@pytest.mark.usefixtures("few_multiprocessors")
+@pytest.mark.parametrize("shape", MANY_TILES)
 @pytest.mark.parametrize("name", PRODUCTS)
-def test_products_in_tf32(name: str) -> None:
+def test_products_in_tf32(name: str, shape: str) -> None:
     """As PyTorch's own convolutions where they are allowed to; otherwise float32 is exact (test_values)."""
     with torch.backends.cudnn.flags(enabled=True, allow_tf32=True):
-        _assert_solved(name, _with(LARGE, torch.float32), CUDA, TF32_GATE)
+        _assert_solved(name, dataclasses.replace(MANY_TILES[shape], dtype=torch.float32), CUDA, TF32_GATE)
 
 
 @pytest.mark.gpu
@@ -70,10 +107,13 @@ def test_36_opcheck(name: str, shape: str) -> None:
     torch.library.opcheck(getattr(torch.ops.densebench, problem.operator).default, arguments)
 
 
+@pytest.mark.usefixtures("few_multiprocessors")
 @pytest.mark.parametrize("repeats", REPEATS)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("name", PROBLEMS)
-def test_38_operators_repeat_bit_by_bit(name: str, device: torch.device, repeats: int) -> None:
-    problem = PROBLEMS[name](_with(LARGE, torch.float32))
+def test_38_operators_repeat_bit_by_bit(name: str, dtype: torch.dtype, device: torch.device, repeats: int) -> None:
+    shape = MANY_TILES["128 rows" if name in PRODUCTS else "64 rows"]
+    problem = PROBLEMS[name](dataclasses.replace(shape, dtype=dtype))
     first = solve_on(problem, device)
     for _ in range(repeats if device.type == "cuda" else 2):
         for quantity, value in solve_on(problem, device).items():
