@@ -190,9 +190,9 @@ def _tile(x: Tensor, weight: Tensor, normalizes: bool) -> Tile:
 def _waits(x: Tensor, tile: Tile, version: tuple[int, ...] = VERSION) -> bool:
     """Whether to wait for a product before the next one's operand is made, by using its result.
 
-    Hopper multiplies 64 rows or more asynchronously and reads `a` from registers. Until 3.9, whose assembler is
-    the first to keep the two in order, Triton's loop overwrites them while a product may still be under way
-    (triton-lang/triton#9433; seen in the machine code of 3.6, 3.7 and 3.8, and not in that of 3.9).
+    Hopper multiplies 64 rows or more asynchronously and reads `a` from registers. Before 3.9, Triton's loop may
+    write them again while a product is still under way (triton-lang/triton#9433; seen in the machine code of 3.6,
+    3.7 and 3.8 for sm_90, also with newer assemblers, and not in that of 3.9).
     """
     return device_of(x).is_hopper and x.element_size() == 2 and tile.rows >= 64 and version < (3, 9)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import hashlib
 import json
@@ -26,6 +27,7 @@ from densebench.replay import tracks
 _PACKAGES = ("densebench", "torch", "triton", "numpy", "torchvision", "timm", "monai", "pytest-benchmark")
 
 _ALLOCATOR = re.compile("ALLOC_CONF|^MALLOC_|^THP_MEM_ALLOC_ENABLE$")
+_COMPILERS = re.compile("^TRITON_(?!CACHE|HOME|.*(DUMP|PRINT))|^TORCHINDUCTOR_(?!CACHE)")
 
 
 @functools.cache
@@ -47,6 +49,8 @@ def environment(device_type: str) -> dict[str, Any]:
         "cpu_kernels": compiled.description() if device.type == "cpu" else None,
         "why_not_compiled": compiled.reason() if device.type == "cpu" else None,
         "allocator": {k: v for k, v in os.environ.items() if _ALLOCATOR.search(k)},
+        "compilers": {k: v for k, v in sorted(os.environ.items()) if _COMPILERS.search(k)} or None,
+        "assembler": _assembler() if device.type == "cuda" else None,
         "commit": _git("rev-parse", "HEAD"),
         "source": _source(),
         "dirty": _dirty(),
@@ -67,7 +71,7 @@ def environment(device_type: str) -> dict[str, Any]:
 
 
 _MACHINE = ("device", "threads", "flags", "allocator", "cpu_kernels")
-_CODE = ("source", "python", "packages", "torch_git", "cuda")
+_CODE = ("source", "python", "packages", "torch_git", "cuda", "compilers", "assembler")
 _GPU = ("driver", "cudnn")  # not which board of a model: what is timed in turns, and so compared, is on one
 
 
@@ -112,6 +116,15 @@ def _flags() -> dict[str, Any]:
 def _packages() -> dict[str, str]:
     versions = {name: version for name in _PACKAGES if (version := _version(name))}
     return versions | {"torch": torch.__version__}  # with what it was built for, which a wheel may not name
+
+
+def _assembler() -> str | None:
+    """The version of the ptxas that Triton's kernels are made with: TRITON_PTXAS_PATH may name another one."""
+    with contextlib.suppress(Exception):  # no Triton, or none for NVIDIA
+        from triton import knobs
+
+        return f"ptxas {knobs.nvidia.ptxas.version}"
+    return None
 
 
 def _dirty() -> bool | None:

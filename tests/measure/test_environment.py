@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -166,13 +167,31 @@ def test_a_gpu_that_is_not_there_is_said() -> None:
 def test_identity_survives_json_and_tells_machines_and_code_apart() -> None:
     facts = environment("cpu")
     assert identity(json.loads(json.dumps(facts))) == identity(facts)
-    for name, value in {"source": "x", "threads": 99, "python": "2.7", "device": "x"}.items():
+    others = {"source": "x", "threads": 99, "python": "2.7", "device": "x", "assembler": "ptxas 1.0"}
+    for name, value in {**others, "compilers": {"TRITON_PTXAS_PATH": "x"}}.items():
         assert identity({**facts, name: value}) != identity(facts), name
     assert identity({**facts, "gpu": {"driver": "1"}}) != identity({**facts, "gpu": {"driver": "2"}})
     boards = [{**facts, "gpu": {"driver": "1", "uuid": uuid}} for uuid in "ab"]  # each call may be lent another
     assert identity(boards[0]) == identity(boards[1])
     assert identity({**facts, "argv": ["other"], "dirty": True, "commit": "x"}) == identity(facts)
     assert identity({}) == identity({})
+
+
+def test_what_changes_the_machine_code_is_kept(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in list(os.environ):
+        if name.startswith(("TRITON_", "TORCHINDUCTOR_")):
+            monkeypatch.delenv(name)
+    assert environment.__wrapped__("cpu")["compilers"] is None
+    monkeypatch.setenv("TRITON_CACHE_DIR", "/tmp")
+    monkeypatch.setenv("TRITON_PTXAS_PATH", "/opt/ptxas")
+    monkeypatch.setenv("TRITON_DEFAULT_FP_FUSION", "0")
+    kept = {"TRITON_DEFAULT_FP_FUSION": "0", "TRITON_PTXAS_PATH": "/opt/ptxas"}
+    assert environment.__wrapped__("cpu")["compilers"] == kept
+
+
+def test_the_assembler_is_known_without_a_gpu() -> None:
+    pytest.importorskip("triton.backends.nvidia")
+    assert re.fullmatch(r"ptxas \d+\.\d+", environment_module._assembler() or "")
 
 
 def test_without_git_there_is_no_commit(monkeypatch: pytest.MonkeyPatch) -> None:
