@@ -4,12 +4,12 @@ from __future__ import annotations
 
 from torch import nn
 
-from densebench.models.layers import DenseBlock, DenseLayer, NormReLU, ReLU, Transition
+from densebench.models.layers import DenseBlock, DenseLayer, Parts, ReLU, Transition
 from densebench.models.stage import Stage
 from densebench.registry import Part
 
-_CONTAINERS = (DenseBlock, DenseLayer, Transition)
-_ANYWHERE = (nn.BatchNorm2d, NormReLU, nn.ReLU, ReLU)
+_CONTAINERS = (DenseBlock, DenseLayer, Transition, Parts)
+_ANYWHERE = (nn.BatchNorm2d, nn.ReLU, ReLU)
 
 
 def irregularity(stage: Stage, part: Part) -> str | None:

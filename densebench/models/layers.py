@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections import OrderedDict
 from collections.abc import Mapping
-from typing import cast
+from typing import Any, Self, cast
 
 import torch
 import torch.nn.functional as F
@@ -28,18 +28,18 @@ class ReLU(nn.ReLU):
         return F.relu(input, inplace=not torch.is_grad_enabled())
 
 
-class NormReLU(nn.BatchNorm2d):
-    """A norm and the ReLU after it in one module, as timm has them."""
-
-    def forward(self, input: Tensor) -> Tensor:
-        return F.relu(super().forward(input), inplace=not torch.is_grad_enabled())
-
-
 class DenseLayer(nn.Module):
     """One layer H: BN-ReLU-conv1x1-BN-ReLU-conv3x3, or BN-ReLU-conv3x3 without bottleneck.
 
     [N, in_channels, H, W] -> [N, growth_rate, H, W], the new channels only.
     """
+
+    norm1: nn.BatchNorm2d
+    relu1: nn.Module
+    conv1: nn.Conv2d
+    norm2: nn.BatchNorm2d
+    relu2: nn.Module
+    conv2: nn.Conv2d
 
     def __init__(
         self,
@@ -50,32 +50,34 @@ class DenseLayer(nn.Module):
         dilation: int = 1,
     ) -> None:
         super().__init__()
-        self.in_channels = in_channels
-        self.growth_rate = growth_rate
-        self.bottleneck = bn_size is not None
-        self.drop_rate = drop_rate
-        self.norm1 = nn.BatchNorm2d(in_channels)
-        self.relu1 = ReLU()
+        parts: dict[str, nn.Module] = {"norm1": nn.BatchNorm2d(in_channels), "relu1": ReLU()}
         if bn_size is None:
-            self.conv1 = _conv3x3(in_channels, growth_rate, dilation)
+            parts["conv1"] = _conv3x3(in_channels, growth_rate, dilation)
         else:
-            self.conv1 = nn.Conv2d(in_channels, bn_size * growth_rate, kernel_size=1, bias=False)
-            self.norm2 = nn.BatchNorm2d(bn_size * growth_rate)
-            self.relu2 = ReLU()
-            self.conv2 = _conv3x3(bn_size * growth_rate, growth_rate, dilation)
+            width = bn_size * growth_rate
+            parts["conv1"] = nn.Conv2d(in_channels, width, kernel_size=1, bias=False)
+            parts |= {"norm2": nn.BatchNorm2d(width), "relu2": ReLU()}
+            parts["conv2"] = _conv3x3(width, growth_rate, dilation)
+        self._consist_of(parts, drop_rate)
 
     @classmethod
-    def of(cls, parts: Mapping[str, nn.Module], drop_rate: float = 0.0) -> DenseLayer:
-        """A layer made of modules that exist: norm1, relu1, conv1, and norm2, relu2, conv2 with a bottleneck."""
+    def of(cls, parts: Mapping[str, nn.Module], drop_rate: float) -> Self:
+        """A layer of modules that exist: norm1, relu1, conv1 and, with a bottleneck, norm2, relu2, conv2."""
         layer = cls.__new__(cls)
         nn.Module.__init__(layer)
-        for name, module in parts.items():
-            layer.add_module(name, module)
-        layer.bottleneck = "conv2" in parts
-        layer.drop_rate = drop_rate
-        layer.in_channels = layer.norm1.num_features
-        layer.growth_rate = layer.conv3x3.out_channels
+        layer._consist_of(parts, drop_rate)
         return layer
+
+    def _consist_of(self, parts: Mapping[str, nn.Module], drop_rate: float) -> None:
+        self._add(parts)
+        self.bottleneck = "conv2" in parts
+        self.in_channels = self.norm1.num_features
+        self.growth_rate = self.conv3x3.out_channels
+        self.drop_rate = drop_rate
+
+    def _add(self, parts: Mapping[str, nn.Module]) -> None:
+        for name, part in parts.items():
+            self.add_module(name, part)
 
     @property
     def conv3x3(self) -> nn.Conv2d:
@@ -91,6 +93,23 @@ class DenseLayer(nn.Module):
         if self.drop_rate > 0:
             new = F.dropout(new, self.drop_rate, self.training)
         return new
+
+
+class Parts(nn.Sequential):
+    """Where a layer keeps its parts, if not in itself."""
+
+
+class NestedDenseLayer(DenseLayer):
+    """A dense layer that keeps its parts one level down, as MONAI's do."""
+
+    layers: Parts
+
+    def __getattr__(self, name: str) -> Any:
+        parts = self._modules.get("layers")
+        return getattr(parts, name) if parts is not None and name in parts._modules else super().__getattr__(name)
+
+    def _add(self, parts: Mapping[str, nn.Module]) -> None:
+        self.layers = Parts(OrderedDict(parts))
 
 
 class DenseBlock(nn.Module):
@@ -109,24 +128,25 @@ class DenseBlock(nn.Module):
         dilation: int = 1,
     ) -> None:
         super().__init__()
-        self.in_channels = in_channels
-        self.out_channels = in_channels + num_layers * growth_rate
+        layers = {}
         for index in range(num_layers):
             width = in_channels + index * growth_rate
-            layer = DenseLayer(width, growth_rate, bn_size, drop_rate, dilation)
-            self.add_module(f"denselayer{index + 1}", layer)
+            layers[f"denselayer{index + 1}"] = DenseLayer(width, growth_rate, bn_size, drop_rate, dilation)
+        self._consist_of(in_channels, layers)
 
     @classmethod
-    def of(cls, layers: Mapping[str, DenseLayer]) -> DenseBlock:
-        """A block made of layers that exist, each of which reads what all before it made."""
+    def of(cls, layers: Mapping[str, DenseLayer]) -> Self:
+        """A block of layers that exist, each of which reads what all before it made."""
         block = cls.__new__(cls)
         nn.Module.__init__(block)
-        for name, layer in layers.items():
-            block.add_module(name, layer)
-        first, last = block.layers[0], block.layers[-1]
-        block.in_channels = first.in_channels
-        block.out_channels = last.in_channels + last.growth_rate
+        block._consist_of(next(iter(layers.values())).in_channels, layers)
         return block
+
+    def _consist_of(self, in_channels: int, layers: Mapping[str, DenseLayer]) -> None:
+        for name, layer in layers.items():
+            self.add_module(name, layer)
+        self.in_channels = in_channels
+        self.out_channels = in_channels + sum(layer.growth_rate for layer in layers.values())
 
     @property
     def layers(self) -> list[DenseLayer]:
@@ -157,8 +177,8 @@ class Transition(nn.Sequential):
         super().__init__(parts)
 
     @classmethod
-    def of(cls, parts: Mapping[str, nn.Module]) -> Transition:
-        """A transition made of modules that exist: norm, relu, conv and, unless there is none, pool."""
+    def of(cls, parts: Mapping[str, nn.Module]) -> Self:
+        """A transition of modules that exist: norm, relu, conv and, unless there is none, pool."""
         transition = cls.__new__(cls)
         nn.Sequential.__init__(transition, OrderedDict(parts))
         return transition

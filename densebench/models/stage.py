@@ -12,13 +12,13 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from densebench.models.layers import DenseBlock, DenseLayer, NormReLU, Transition
+from densebench.models.layers import DenseBlock, DenseLayer, Transition
 from densebench.registry import Part, Strategy, UnsupportedError
 
 
 @dataclass(frozen=True, eq=False)
 class Head:
-    """The stem's norm, ReLU (nothing after a `NormReLU`) and max-pool (None where the stem has no pool)."""
+    """The stem's norm, ReLU and max-pool (None where the stem has no pool)."""
 
     norm: nn.BatchNorm2d
     relu: nn.Module
@@ -139,15 +139,8 @@ def why_not_bypass(module: nn.Module) -> str | None:
     return None
 
 
-_HEADS = (
-    (nn.BatchNorm2d, nn.ReLU, nn.MaxPool2d),
-    (NormReLU, nn.MaxPool2d),
-    (nn.BatchNorm2d, nn.ReLU),
-    (NormReLU,),
-    (),
-)
-_TAILS = ((Transition,), (nn.BatchNorm2d, nn.ReLU), (NormReLU,), ())
-_NOTHING = nn.Identity()  # in the place of a ReLU that its norm includes
+_HEADS = ((nn.BatchNorm2d, nn.ReLU, nn.MaxPool2d), (nn.BatchNorm2d, nn.ReLU), ())
+_TAILS = ((Transition,), (nn.BatchNorm2d, nn.ReLU), ())
 
 
 def stages_of(network: nn.Sequential) -> list[Stage | nn.Module]:
@@ -182,17 +175,10 @@ def _leading(
 
 def _stage(children: list[tuple[str, nn.Module]], head_length: int) -> Stage:
     modules: list[Any] = [module for _, module in children]
-    head, block = _taken_apart(modules[:head_length]), modules[head_length]
-    tail = _taken_apart(modules[head_length + 1 :])
+    head, block, tail = modules[:head_length], modules[head_length], modules[head_length + 1 :]
     return Stage(
         block=block,
         head=Head(head[0], head[1], head[2] if len(head) == 3 else None) if head else None,
         tail=(FinalNorm(*tail) if len(tail) == 2 else tail[0]) if tail else None,
         children=tuple(children),
     )
-
-
-def _taken_apart(modules: list[Any]) -> list[Any]:
-    """A norm that includes its ReLU as two modules, itself and nothing."""
-    pairs = ([module, _NOTHING] if isinstance(module, NormReLU) else [module] for module in modules)
-    return [part for pair in pairs for part in pair]
