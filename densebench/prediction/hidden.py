@@ -2,7 +2,8 @@
 
 Each formula says why the bytes are needed. They were read off PyTorch's allocator event by event (PyTorch 2.13,
 oneDNN 3, AVX-512, 2 threads) and explained, not fitted; tests/prediction/test_hidden.py holds each of them
-against the allocator of the machine it runs on. On CUDA nothing of this applies: see
+against the allocator of the machine it runs on. Not modelled: convolutions of contiguous 16-bit maps on processors
+with AMX, whose tiles are laid out otherwise; they take up to two maps more. On CUDA nothing of this applies: see
 `densebench.prediction.cuda`.
 """
 
