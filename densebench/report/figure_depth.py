@@ -10,6 +10,7 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import FixedLocator, FuncFormatter, NullLocator
 
 from densebench.counting import counted
+from densebench.report.depths import DepthCurve, DepthGroup
 from densebench.report.drawing import (
     WIDE,
     Canvas,
@@ -21,7 +22,6 @@ from densebench.report.drawing import (
     name_axes,
 )
 from densebench.report.labels import spread
-from densebench.report.selection import DepthCurve, DepthGroup
 from densebench.report.style import INK
 from densebench.report.tables import Column, Table, build
 from densebench.report.units import Unit, memory_unit, number

@@ -23,7 +23,7 @@ from densebench.report.sections import (
     strategies_section,
     timeline_section,
 )
-from densebench.report.selection import comparisons
+from densebench.report.selection import comparisons, once
 from densebench.report.sources import MAKE_SOME, Loaded
 from densebench.report.style import Roster
 from densebench.results import Record
@@ -53,7 +53,7 @@ def make_report(loaded: Loaded) -> Report:
     """Everything the report says about some records; takes a few seconds."""
     records = loaded.records
     roster = Roster.of(record for record in records if record.case.kind != "kernel")
-    steps = [record for record in records if record.case.kind != "kernel"]
+    steps = once(record for record in records if record.case.kind != "kernel")
     measured, predicted = comparisons(steps, roster), comparisons(steps, roster, "predicted")
     said = answer(measured, predicted)
     sections = [

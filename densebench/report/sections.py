@@ -15,12 +15,13 @@ from densebench.report.comparison_tables import (
     predicted_table,
     prediction_error,
 )
+from densebench.report.depths import DepthGroup, depth_groups
 from densebench.report.figure_batch import batch_picture
 from densebench.report.figure_depth import depth_picture, fitted
 from densebench.report.figure_prediction import both, prediction_picture
 from densebench.report.figure_strategies import strategies_picture
 from densebench.report.figure_timeline import timeline_picture
-from densebench.report.selection import Comparison, depth_groups, ladders, naive_is_better, timeline_groups
+from densebench.report.selection import Comparison, ladders, naive_is_better, timeline_groups
 from densebench.report.sources import MAKE_SOME as COMMAND
 from densebench.report.style import Roster
 from densebench.report.units import memory, percent, times
@@ -66,7 +67,12 @@ def depth_section(records: Iterable[Record], roster: Roster) -> Section:
     """How memory grows with the depth of a dense block."""
     id, title = "depth", "Memory against depth"
     blocks: list[Block] = []
+    groups: list[DepthGroup] = []
     for at, group in enumerate(depth_groups(records, roster)):
+        if any(set(group.curves) <= set(other.curves) for other in groups):
+            blocks.append(Prose(f"{group.setting}: the same, to the byte."))
+            continue
+        groups.append(group)
         grows = "; ".join(f"{name} {power:.2f}" for name, power in fitted(group.curves).items())
         if grows:
             blocks.append(

@@ -10,6 +10,7 @@ import pytest
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.text import Text
 
+from densebench.report.depths import depth_groups
 from densebench.report.drawing import NARROW, WIDE, Canvas
 from densebench.report.figure_answer import paint_answer
 from densebench.report.figure_batch import paint_batches
@@ -19,7 +20,7 @@ from densebench.report.figure_prediction import both, paint_prediction
 from densebench.report.figure_strategies import paint_strategies
 from densebench.report.figure_timeline import paint_timelines
 from densebench.report.kernels import operators
-from densebench.report.selection import comparisons, depth_groups, ladders, timeline_groups
+from densebench.report.selection import comparisons, ladders, timeline_groups
 from densebench.report.style import RC, Roster
 from densebench.results import Record
 from tests.report.records import cpu_run, gpu_run, make_case, power_law, timed
