@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import importlib
 import pickle
+from collections import OrderedDict
 from collections.abc import Callable
 from typing import Any
 
@@ -107,8 +108,11 @@ def test_modes_and_frozen_parameters_stay(build: Callable[..., nn.Module]) -> No
     for module in drawn[::3]:
         module.train()
         module.weight.requires_grad_(False)
-    layer = network.features.denseblock2.denselayer2.train()
+    layer = network.features.denseblock2.denselayer2
+    for module in (layer, *layer.children()):
+        module.training = not module.training
     modes = [module.training for module in drawn]
+    by_name = {name: module.training for name, module in network.named_modules()}
     frozen = [name for name, parameter in network.named_parameters() if not parameter.requires_grad]
     assert frozen
     convert(network)
@@ -118,6 +122,8 @@ def test_modes_and_frozen_parameters_stay(build: Callable[..., nn.Module]) -> No
     assert network.features.denseblock2.denselayer2.training
     assert not network.features.denseblock2.denselayer1.training
     assert not network.features.training
+    for name, module in network.named_modules():
+        assert module.training == by_name.get(name, module.training), name
 
 
 @every_library
@@ -258,6 +264,11 @@ def _a_layer_less(network: nn.Module) -> None:
     del network.features.denseblock2.denselayer2
 
 
+def _no_layers(network: nn.Module) -> None:
+    for name in list(network.features.denseblock1):
+        del network.features.denseblock1[name]
+
+
 def _a_part_more(network: nn.Module) -> None:
     network.features.denseblock2.denselayer2.add_module("gate", nn.Conv2d(4, 4, 1))
 
@@ -304,6 +315,7 @@ def _another_name(network: nn.Module) -> None:
         (_without_activation, "features.denseblock1.denselayer1: relu2 is missing"),
         (_a_bias, "denseblock2.denselayer1.conv2 has a bias"),
         (_a_layer_less, "features.denseblock2.denselayer3 reads 16 channels where 12 come before it"),
+        (_no_layers, "features.denseblock1 has no layers"),
         (_a_part_more, "features.denseblock2.denselayer2 has gate (Conv2d)"),
         (_a_part_more_in_the_transition, "features.transition1 has dropout (Dropout)"),
         (_a_parameter_more, "features has denseblock1.denselayer1.scale, which is not a DenseNet's"),
@@ -367,8 +379,13 @@ def test_timms_other_norms_are_refused(option: dict[str, str]) -> None:
         convert(_timm(**option))
 
 
-def test_blocks_that_stand_alone() -> None:
-    model = nn.ModuleDict({"encoder": theirs(_torchvision).features.denseblock1})
+class Encoder(nn.Sequential):
+    """It may do anything, and has methods that a sequence has not."""
+
+
+@pytest.mark.parametrize("container", [nn.ModuleDict, Encoder])
+def test_blocks_that_do_not_stand_in_a_sequence(container: type[nn.Module]) -> None:
+    model = container(OrderedDict(encoder=theirs(_torchvision).features.denseblock1))
     with pytest.raises(ValueError, match=r"has dense blocks \(encoder\), but not in an nn.Sequential"):
         convert(model)
 
