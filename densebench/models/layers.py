@@ -105,7 +105,7 @@ class NestedDenseLayer(DenseLayer):
     layers: Parts
 
     def __getattr__(self, name: str) -> Any:
-        parts = self._modules.get("layers")
+        parts = self.__dict__.get("_modules", {}).get("layers")  # there may be none yet: copies begin empty
         return getattr(parts, name) if parts is not None and name in parts._modules else super().__getattr__(name)
 
     def _add(self, parts: Mapping[str, nn.Module]) -> None:
