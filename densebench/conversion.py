@@ -239,9 +239,7 @@ def _tensors(module: nn.Module) -> dict[str, Tensor]:
 
 def _refuse_other_names(model: nn.Module, converted: Mapping[nn.Module, Features]) -> None:
     """A block known elsewhere, too, would there go on as it is, apart from the network."""
-    replaced = {
-        module for old, new in converted.items() for module in old.modules() if module not in set(new.modules())
-    }
+    replaced = {module for old, new in converted.items() for module in {*old.modules()} - {*new.modules()}}
     for parent, name, child in _references(model):
         if child in replaced and child not in converted and parent not in replaced:
             what = f"{type(parent).__name__}.{name}"

@@ -34,9 +34,15 @@ class DepthCurve:
 
 @dataclass(frozen=True)
 class DepthGroup:
-    """The curves of one network that differ in contender and source; `setting` says what they share."""
+    """The curves of one network that differ in contender and source.
+
+    Attributes:
+        setting: what they share, in words.
+        key: the same but for run and machine, to tell whether two groups are of one network.
+    """
 
     setting: str
+    key: str
     curves: tuple[DepthCurve, ...]
 
 
@@ -51,18 +57,13 @@ def depth_groups(records: Iterable[Record], roster: Roster) -> list[DepthGroup]:
 
 
 def _depth_key(record: Record) -> str:
+    return json.dumps([record.run, _network(record)])
+
+
+def _network(record: Record) -> str:
     case = record.case
     options = {key: value for key, value in case.options.items() if key not in _DEPTH_OPTIONS}
-    shared = (
-        record.run,
-        case.model,
-        case.mode,
-        case.batch,
-        case.input_shape,
-        case.dtype,
-        case.autocast,
-        case.device,
-    )
+    shared = (case.model, case.mode, case.batch, case.input_shape, case.dtype, case.autocast, case.device)
     return json.dumps([*shared, options], sort_keys=True)
 
 
@@ -80,4 +81,4 @@ def _depth_group(members: list[Record], roster: Roster, run_shown: bool) -> Dept
     case = replace(first.case, options=options)
     run = f", run {first.run}" if run_shown else ""
     setting = f"{MODES.get(case.mode, case.mode)}: {setting_words(case, device_of(first))}{run}"
-    return DepthGroup(setting, tuple(curves))
+    return DepthGroup(setting, _network(first), tuple(curves))

@@ -13,7 +13,8 @@ import sys
 import tempfile
 from pathlib import Path
 
-RECORDS = "cases.jsonl"
+from densebench.report.sources import RECORDS
+
 BEGIN = "<!-- figures: written by `python -m densebench.report.publish`; do not edit by hand -->"
 END = "<!-- figures: end -->"
 

@@ -69,7 +69,7 @@ def depth_section(records: Iterable[Record], roster: Roster) -> Section:
     blocks: list[Block] = []
     groups: list[DepthGroup] = []
     for at, group in enumerate(depth_groups(records, roster)):
-        if any(set(group.curves) <= set(other.curves) for other in groups):
+        if any(group.key == other.key and set(group.curves) <= set(other.curves) for other in groups):
             blocks.append(Prose(f"{group.setting}: the same, to the byte."))
             continue
         groups.append(group)

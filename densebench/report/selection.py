@@ -212,10 +212,11 @@ def once(records: Iterable[Record]) -> list[Record]:
 
 
 def need_names(records: Iterable[Record]) -> bool:
-    """Whether runs must be named: two of them were made on one device."""
+    """Whether runs must be named: two of them were made on one device, or predict (no title says where)."""
     runs: dict[str, set[str]] = {}
     for record in records:
-        runs.setdefault(device_of(record), set()).add(record.run)
+        place = "" if record.case.source == "predicted" else device_of(record)
+        runs.setdefault(place, set()).add(record.run)
     return any(len(names) > 1 for names in runs.values())
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib
 from collections.abc import Callable
 from typing import Any
 
@@ -10,7 +9,7 @@ import pytest
 import torch
 from torch import nn
 
-from densebench.contenders import get_contender
+from densebench.contenders import get_contender, list_contenders
 from tests.networks import draw_norms, norms
 
 SIZES: dict[str, Any] = {"growth_rate": 4, "block_config": (2, 3), "bn_size": 2}
@@ -37,11 +36,11 @@ def torchxrayvision(**options: Any) -> nn.Module:
 def _module(name: str) -> Any:
     """A peer's module; a skip where the extra is not installed. All of them import torchvision."""
     package = name.partition(".")[0]
-    for needed in ("torchvision", package):
-        missing = get_contender(needed).missing() if needed != "torchxrayvision" else None
+    for needed in {"torchvision", package} & set(list_contenders()):
+        missing = get_contender(needed).missing()
         if missing:
             pytest.skip(missing)
-    return importlib.import_module(name) if package != "torchxrayvision" else pytest.importorskip(name)
+    return pytest.importorskip(name)
 
 
 BUILDERS = (torchvision, timm, monai, torchxrayvision)

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import dataclasses
-import sys
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
 
+from densebench.kernels import launch as kernel_launch
 from densebench.kernels.bn_relu_conv1x1 import _tile
 from tests.conftest import lack
 from tests.gpu.operators import COLUMNS, ROWS_BEFORE, arguments_on, far_shape, solve_far, solve_on
@@ -20,7 +20,7 @@ from tests.kernels.values import GATE, VARIANTS, relative_error
 
 TF32_GATE = 3e-3  # ten bits of mantissa in every factor
 FEW = 3  # multiprocessors
-kernel_launch = sys.modules["densebench.kernels.launch"]
+
 PRODUCTS = [name for name in PROBLEMS if "conv1x1" in name]
 LARGE = Shape(images=4, height=28, width=28, columns=96, outputs=128, extra=160)
 # What large maps take on a GPU: the product's tiles of 64 and of 128 rows, of 256 outputs, once and more than

@@ -147,6 +147,13 @@ def test_runs_are_named_where_their_machines_do_not_tell_them_apart() -> None:
     assert [setting.rpartition(", ")[2] for setting in settings] == ["machine A", "machine B"]
 
 
+def test_runs_that_predict_otherwise_are_named() -> None:
+    one = make_record(make_case(source="predicted"), peak_delta_bytes=7, environment={"device": "machine A"})
+    two = dataclasses.replace(one, run="two", peak_delta_bytes=8, environment={"device": "machine B"})
+    titles = [c.title for c in comparisons([one, two], Roster.of([one, two]), "predicted")]
+    assert [title.rpartition(", ")[2] for title in titles] == ["run synthetic", "run two"]
+
+
 def test_the_console_keeps_runs_apart() -> None:
     lines = summary_table(of_two_runs("machine B"))
     title = "train 64x224x224 bfloat16 cuda densenet121"
@@ -183,7 +190,10 @@ def test_depth_on_a_machine_that_says_the_same_is_a_line() -> None:
         ]
 
     first, same = grown("one", "machine A", 1), grown("two", "machine B", 1)
-    for records, plots, lines in (([*first, *same], 1, 1), ([*first, *grown("two", "machine B", 2)], 2, 0)):
+    others = grown("two", "machine B", 2)
+    larger = [dataclasses.replace(r, case=dataclasses.replace(r.case, batch=65)) for r in same]
+    for second, plots, lines in ((same, 1, 1), (others, 2, 0), (larger, 2, 0)):
+        records = [*first, *second]
         blocks = depth_section(records, Roster.of(records)).blocks
         assert len([block for block in blocks if isinstance(block, Plot)]) == plots
         said = [
