@@ -20,7 +20,6 @@ from tests.kernels.values import GATE, VARIANTS, relative_error
 
 TF32_GATE = 3e-3  # ten bits of mantissa in every factor
 FEW = 3  # multiprocessors
-
 PRODUCTS = [name for name in PROBLEMS if "conv1x1" in name]
 LARGE = Shape(images=4, height=28, width=28, columns=96, outputs=128, extra=160)
 # What large maps take on a GPU: the product's tiles of 64 and of 128 rows, of 256 outputs, once and more than
