@@ -18,6 +18,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
+from densebench.formats import memory_format_of
 from densebench.models import set_strategy
 
 # Norm of the difference over norm of the reference. Buffers are plain averages of what the forward computed.
@@ -64,7 +65,7 @@ def assert_equivalent(
     Args:
         model: contains at least one densebench DenseNet; it is copied and left as it is, mode included.
         strategy, reference: names of strategies.
-        inputs: [N, C, H, W], or several for as many steps.
+        inputs: [N, C, H, W] (volumes [N, C, D, H, W]), or several for as many steps.
         autocast: dtype to run both under, or None.
         input_gradient: whether the inputs need a gradient.
         learning_rate: of plain SGD with momentum 0.9 after each step; 0 leaves the parameters alone.
@@ -149,7 +150,7 @@ class _Run:
         self, model: nn.Module, original: Tensor, order: Tensor | None, double: bool, number: int
     ) -> Quantities:
         order = torch.arange(len(original), device=original.device) if order is None else order
-        input = original.detach()[order].to(memory_format=_memory_format(original))
+        input = original.detach()[order].to(memory_format=memory_format_of(original))
         input = input.double() if double else input
         input.requires_grad_(self.input_gradient)
         with torch.autocast(input.device.type, self.autocast, enabled=self.autocast is not None and not double):
@@ -264,8 +265,3 @@ def _upstream(output: Tensor, seed: int) -> Tensor:
 
 def _draws_dropout(model: nn.Module) -> bool:
     return any(getattr(module, "drop_rate", 0.0) > 0 and module.training for module in model.modules())
-
-
-def _memory_format(x: Tensor) -> torch.memory_format:
-    dense = x.is_contiguous(memory_format=torch.channels_last) and not x.is_contiguous()
-    return torch.channels_last if dense else torch.contiguous_format

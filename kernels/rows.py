@@ -59,7 +59,8 @@ def as_map(rows: Tensor) -> Tensor:
 def as_rows(x: Tensor) -> Tensor:
     """A map [N, C, H, W] as the matrix [N * H * W, C], each row dense; without a copy where it is channels-last.
 
+    A volume [N, C, D, H, W] is one of N * D * H * W rows.
     One image in the contiguous format would be a view, too, but of rows whose values lie H * W apart.
     """
-    rows = x.permute(0, 2, 3, 1).reshape(-1, x.shape[1])
+    rows = x.movedim(1, -1).reshape(-1, x.shape[1])
     return rows if rows.stride(1) == 1 else rows.contiguous()

@@ -30,9 +30,12 @@ def compute(computation: StageComputation, x: Tensor) -> Tensor:
     """Run a computation on x, [N, C, H, W]; the result is differentiable once, where autograd records.
 
     Raises:
+        ValueError: if x has another number of dimensions, as PyTorch's norms raise it.
         NotImplementedError: under forward-mode differentiation.
         RuntimeError: if x, parameters and buffers are not on one device.
     """
+    if x.dim() != 2 + computation.plan.spatial_dims:
+        raise ValueError(f"expected {2 + computation.plan.spatial_dims}D input (got {x.dim()}D input)")
     values = [x]  # popping hands on the only reference: without gradients `enter` may free x
     del x
     _refuse_tangents([*values, *computation.plan.parameters])
@@ -107,8 +110,8 @@ class _Part:
 
 
 def _for_convolutions(parameters: Sequence[Tensor | None], dtype: torch.dtype) -> Sequence[Tensor | None]:
-    """The parameters, convolutions' weights [N, C, h, w] in a dtype."""
-    places = [at for at, given in enumerate(parameters) if given is not None and given.dim() == 4]
+    """The parameters, convolutions' weights [N, C, h, w] (or with a depth) in a dtype."""
+    places = [at for at, given in enumerate(parameters) if given is not None and given.dim() > 2]
     return _converted(parameters, dict.fromkeys(places, dtype))
 
 

@@ -1,4 +1,4 @@
-"""What `nn.BatchNorm2d.forward` decides before it computes, for strategies that compute it themselves.
+"""What a batch norm module's `forward` decides before it computes, for strategies that compute it themselves.
 
 A module in training normalizes by the batch and moves its running statistics; in evaluation, or without
 running statistics, it behaves as its flags say. Each module decides for itself.
@@ -14,7 +14,9 @@ from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
+
+from densebench.models.dimensions import BatchNorm
 
 
 class NormCall(NamedTuple):
@@ -29,7 +31,7 @@ class NormCall(NamedTuple):
             neither reads nor moves them.
     """
 
-    norm: nn.BatchNorm2d
+    norm: BatchNorm
     by_batch: bool
     momentum: float
     eps: float
@@ -79,7 +81,7 @@ class Observed(NamedTuple):
     values: int
 
 
-def call_norm(norm: nn.BatchNorm2d) -> NormCall:
+def call_norm(norm: BatchNorm) -> NormCall:
     """What the module would do if it were called now; changes nothing.
 
     Raises:

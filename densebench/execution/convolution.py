@@ -6,9 +6,12 @@ from typing import NamedTuple, cast
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
 
 from densebench.kernels.rows import as_map, as_rows
+from densebench.models.dimensions import Conv
+
+_CONVOLUTION = {4: F.conv2d, 5: F.conv3d}  # by the number of dimensions of the weight
 
 
 class ConvOptions(NamedTuple):
@@ -18,13 +21,14 @@ class ConvOptions(NamedTuple):
     dilation: tuple[int, ...]
 
     @classmethod
-    def of(cls, conv: nn.Conv2d) -> ConvOptions:
+    def of(cls, conv: Conv) -> ConvOptions:
         return cls(cast("tuple[int, ...]", conv.padding), conv.dilation)
 
 
 def convolve(a: Tensor, options: ConvOptions, weight: Tensor) -> Tensor:
     """The convolution of a with a weight in the dtype that it is to compute in."""
-    return F.conv2d(a.to(weight.dtype), weight, None, 1, options.padding, options.dilation)
+    convolution = _CONVOLUTION[weight.dim()]
+    return convolution(a.to(weight.dtype), weight, None, 1, options.padding, options.dilation)
 
 
 def product(a: Tensor, weight: Tensor) -> Tensor:
@@ -57,8 +61,9 @@ def convolution_backward(
 ) -> tuple[Tensor, Tensor]:
     """The gradients of a and of the weight; one that is not needed is not computed and must not be read."""
     padding, dilation = map(list, options)
+    ones, zeros = [1] * len(padding), [0] * len(padding)
     grad_a, grad_weight, _ = torch.ops.aten.convolution_backward(
         grad.to(weight.dtype), a.to(weight.dtype), weight, None,
-        [1, 1], padding, dilation, False, [0, 0], 1, [needs_a, needs_weight, False],
+        ones, padding, dilation, False, zeros, 1, [needs_a, needs_weight, False],
     )  # fmt: skip
     return grad_a, grad_weight

@@ -10,9 +10,9 @@ from torch import Tensor
 
 from densebench.execution.pixels import Pixels
 from densebench.execution.plan import ConvUnit, Flat, Gradients, NormUnit
+from densebench.execution.pooling import Pooling
 from densebench.kernels.bn_relu_backward import bn_relu_backward_into
 from densebench.kernels.bn_relu_conv1x1_backward import bn_relu_conv1x1_backward
-from densebench.kernels.bn_relu_pool_backward import bn_relu_avg_pool_backward
 from densebench.kernels.deferred import settled_gradient
 from densebench.kernels.norm import Norm
 
@@ -36,7 +36,7 @@ class FeatureGradient:
 
     def start_with(self, grad: Tensor) -> None:
         """Where nothing reads the features but what follows the stage: its gradient, a map [N, C, H, W]."""
-        self.pixels.grid(self.buffer)[...] = grad.permute(0, 2, 3, 1)
+        self.pixels.grid(self.buffer)[...] = grad.movedim(1, -1)
         self._accumulates = True
 
     def settled(self, channels: slice) -> Tensor:
@@ -81,10 +81,9 @@ class FeatureGradient:
         return unit.affine_gradients(needs, *sums)
 
     def through_avg_pool(self, unit: NormUnit, norm: Norm, grad: Tensor, needs: Flat) -> Gradients:
-        """Through relu(norm(features)) averaged over 2x2 pixels, from the pooled gradient [M / 4, C]; the first
-        to write."""
-        grids = (self.pixels.grid(self.features), *norm, unit.call.by_batch, self.pixels.grid(self.buffer))
-        sums = bn_relu_avg_pool_backward(self.pixels.halved.grid(grad), *grids, self._pending)
+        """Through a transition's pool of relu(norm(features)), from the pooled gradient; the first to write."""
+        maps = (grad, self.features, norm, unit.call.by_batch, self.buffer, self._pending)
+        sums = Pooling.transition(self.pixels).mean_backward(*maps)
         self._note(unit, written=True)
         return unit.affine_gradients(needs, *sums)
 

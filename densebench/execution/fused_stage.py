@@ -16,18 +16,17 @@ from densebench.execution.batch_norm import Observed, commit_observed
 from densebench.execution.computation import StageComputation, Window
 from densebench.execution.convolution import convolve, product, product_weight_gradient
 from densebench.execution.feature_gradient import FeatureGradient
-from densebench.execution.maps import memory_format_of
 from densebench.execution.norm_convolution import NormConvolution
 from densebench.execution.pixels import Pixels, Scratch
 from densebench.execution.plan import ConvUnit, Gradients, LayerPlan, NormUnit, StagePlan
+from densebench.execution.pooling import Pooling
 from densebench.execution.precision import compute_dtype
 from densebench.execution.shared_statistics import MeanAndVar, SharedStatistics
+from densebench.formats import CHANNELS_LAST, memory_format_of
 from densebench.kernels import compiled
 from densebench.kernels.bn_relu import bn_relu
 from densebench.kernels.bn_relu_backward import bn_relu_backward
 from densebench.kernels.bn_relu_conv1x1 import bn_relu_conv1x1
-from densebench.kernels.bn_relu_pool import bn_relu_avg_pool, bn_relu_max_pool
-from densebench.kernels.bn_relu_pool_backward import bn_relu_max_pool_backward
 from densebench.kernels.launch import matmul_precision
 from densebench.kernels.norm import Norm
 from densebench.kernels.rows import as_rows
@@ -45,6 +44,7 @@ class FusedStage(StageComputation):
         features: the feature buffer.
         gradient: of the features, in a buffer of its own.
         statistics: of the features' channels, shared by all their readers.
+        given, pixels: those of the stage's input, and of its block.
     """
 
     def __init__(self, stage: Stage, x: Tensor, recompute: bool) -> None:
@@ -53,17 +53,15 @@ class FusedStage(StageComputation):
         self.format = memory_format_of(x)
         self.stem_pool = stage.head is not None and stage.head.pool is not None
         self.transition_pool = isinstance(stage.tail, Transition) and hasattr(stage.tail, "pool")
-        images, _, height, width = x.shape
-        if self.stem_pool:
-            height, width = (height + 1) // 2, (width + 1) // 2
-        self.pixels = Pixels(images, height, width)
+        self.given = Pixels(x.shape[0], tuple(x.shape[2:]))
+        self.pixels = Pooling.stem(self.given).after if self.stem_pool else self.given
         self.observed: list[Observed]
 
     def signature(self) -> Hashable:
         if any(call.moves_running_statistics and call.norm.momentum is None for call in self.plan.calls):
             return None  # cumulative averages: their momentum is another in every step
         pools = (self.stem_pool, self.transition_pool)
-        return (self.recompute, self.compute, self.format, pools, self.pixels, self.plan.signature)
+        return (self.recompute, self.compute, self.format, pools, self.given, self.plan.signature)
 
     def settings(self) -> Hashable:
         precision, library = matmul_precision(self.compute), torch.backends.cudnn.enabled
@@ -79,7 +77,7 @@ class FusedStage(StageComputation):
         first = slice(0, self.plan.start)
         if self.plan.head is None:
             self.features = self.pixels.buffer(channels, like)
-            self.pixels.grid(self.features)[..., first] = x.permute(0, 2, 3, 1)
+            self.pixels.grid(self.features)[..., first] = x.movedim(1, -1)
         elif keep:
             self.features = self.pixels.buffer(channels, like)
             kept = self._stem(self.plan.head, x, parameters, self.features[:, first])
@@ -94,11 +92,11 @@ class FusedStage(StageComputation):
 
     def _stem(self, head: NormUnit, x: Tensor, parameters: Window, out: Tensor) -> list[Tensor]:
         """The stem's norm, ReLU and pool into `out`; what their backward needs."""
-        x = x.contiguous(memory_format=torch.channels_last)
+        x = x.contiguous(memory_format=CHANNELS_LAST[x.dim()])
         mean, var = self.statistics.of_map(head, x)
         norm = head.reading((mean, var), parameters)
         if self.stem_pool:
-            bn_relu_max_pool(x.permute(0, 2, 3, 1), *norm, self.pixels.grid(out))
+            Pooling.stem(self.given).largest(as_rows(x), norm, out)
         else:
             bn_relu(as_rows(x), *norm, out)
         return [x, mean, var]
@@ -187,7 +185,8 @@ class FusedStage(StageComputation):
                 rows = features.new_empty(features.shape)
                 bn_relu(features, *norm, rows)
             elif self.transition_pool:
-                pixels, pooled = pixels.halved, self._pool(norm)
+                pooling = Pooling.transition(pixels)
+                pixels, pooled = pooling.after, pooling.mean(features, norm)
                 kept += [] if self.recompute else [pooled]
                 rows = product(pooled.to(self.compute), tail.matrix(parameters))
             else:
@@ -231,7 +230,8 @@ class FusedStage(StageComputation):
         """Through the product on pooled pixels, then the pooling."""
         gradients: Gradients = {}
         if tail.weight(needs):
-            pooled = kept[-1] if not self.recompute else self._pool(norm)
+            pooling = Pooling.transition(self.pixels)
+            pooled = pooling.mean(self.features, norm) if self.recompute else kept[-1]
             gradients = tail.weight_gradient(needs, product_weight_gradient(rows, pooled.to(self.compute)))
             del pooled
         grad_pooled = product(rows, tail.matrix(parameters).t())
@@ -292,12 +292,13 @@ class FusedStage(StageComputation):
         if grad is None or head is None:
             return (None if grad is None else self.pixels.map(grad)), {}
         x, mean, var = kept
-        x = x.contiguous(memory_format=torch.channels_last)  # so it is, but after `save_on_cpu(pin_memory=True)`
+        # So it lies, but after `save_on_cpu(pin_memory=True)`.
+        x = x.contiguous(memory_format=CHANNELS_LAST[x.dim()])
         norm = head.reading((mean, var), parameters)
         if self.stem_pool:
-            grad_x = torch.empty_like(x)
-            maps = (self.pixels.grid(grad), x.permute(0, 2, 3, 1))
-            sums = bn_relu_max_pool_backward(*maps, *norm, head.call.by_batch, grad_x.permute(0, 2, 3, 1))
+            rows = x.new_empty(self.given.count, x.shape[1])
+            sums = Pooling.stem(self.given).largest_backward(grad, as_rows(x), norm, head.call.by_batch, rows)
+            grad_x = self.given.map(rows)
         else:
             sums = bn_relu_backward(grad, as_rows(x), *norm, head.call.by_batch)
             grad_x = self.pixels.map(grad)
@@ -308,13 +309,6 @@ class FusedStage(StageComputation):
     @property
     def _through(self) -> NormConvolution:
         return NormConvolution(self.pixels, self.scratch)
-
-    def _pool(self, norm: Norm) -> Tensor:
-        """relu(norm(features)) averaged over 2x2 pixels, [M / 4, C]."""
-        halved = self.pixels.halved
-        pooled = self.features.new_empty(halved.count, self.features.shape[1])
-        bn_relu_avg_pool(self.pixels.grid(self.features), *norm, halved.grid(pooled))
-        return pooled
 
     def _take_statistics(self, channels: slice) -> None:
         """The statistics of channels that have just been written, if anyone reads them."""

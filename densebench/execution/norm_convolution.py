@@ -1,7 +1,7 @@
 """A dense layer's norm-ReLU-3x3 over the rows of a stage, and its backward.
 
-In one pass each where the kernels take it: on a CPU, in float32 and float64, without dilation. Elsewhere operator
-by operator, the convolution being the library's, which reads relu(norm(x)) from memory.
+In one pass each where the kernels take it: images on a CPU, in float32 and float64, without dilation. Elsewhere
+operator by operator, the convolution being the library's, which reads relu(norm(x)) from memory.
 """
 
 from __future__ import annotations
@@ -35,7 +35,10 @@ class NormConvolution(NamedTuple):
     scratch: Scratch
 
     def takes(self, unit: ConvUnit, weight: Tensor, *rows: Tensor) -> bool:
-        """Whether `forward_into` and `backward` work in one pass. (A dense layer's padding is its dilation.)"""
+        """Whether `forward_into` and `backward` work in one pass. (A dense layer's padding is its dilation.)
+
+        The kernels have neither dilation nor depth.
+        """
         return unit.options.dilation == (1, 1) and library(weight, *rows) is not None
 
     def forward_into(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 
@@ -11,45 +12,43 @@ from torch import Tensor
 
 @dataclass(frozen=True)
 class Pixels:
-    """The pixels of a batch of maps, N x H x W."""
+    """The pixels of a batch of maps: N x H x W, of volumes N x D x H x W.
+
+    Attributes:
+        images: N.
+        size: (H, W) or (D, H, W).
+    """
 
     images: int
-    height: int
-    width: int
+    size: tuple[int, ...]
+
+    @property
+    def image(self) -> int:
+        """Pixels of one image."""
+        return math.prod(self.size)
 
     @property
     def count(self) -> int:
-        return self.images * self.height * self.width
-
-    @property
-    def size(self) -> tuple[int, int]:
-        """Height and width."""
-        return self.height, self.width
-
-    @property
-    def halved(self) -> Pixels:
-        """After 2x2 pooling with stride 2, which leaves out an odd last row or column."""
-        return Pixels(self.images, self.height // 2, self.width // 2)
+        return self.images * self.image
 
     def shape(self, channels: int) -> torch.Size:
         """As a map, [N, C, H, W]."""
-        return torch.Size((self.images, channels, self.height, self.width))
+        return torch.Size((self.images, channels, *self.size))
 
     def grid(self, rows: Tensor) -> Tensor:
         """A matrix [N H W, C] as [N, H, W, C]."""
-        return rows.view(self.images, self.height, self.width, rows.shape[1])
+        return rows.view(self.images, *self.size, rows.shape[1])
 
     def map(self, rows: Tensor) -> Tensor:
         """A matrix [N H W, C] as a channels-last map [N, C, H, W]."""
-        return self.grid(rows).permute(0, 3, 1, 2)
+        return self.grid(rows).movedim(-1, 1)
 
     def parts(self, pixels: int) -> Iterator[tuple[Pixels, slice]]:
         """Whole images, about so many pixels at a time, and which rows they are."""
-        image = self.height * self.width
-        step = max(1, round(pixels / max(1, image)))
+        step = max(1, round(pixels / max(1, self.image)))
         for start in range(0, self.images, step):
-            part = Pixels(min(step, self.images - start), self.height, self.width)
-            yield part, slice(start * image, start * image + part.count)
+            part = Pixels(min(step, self.images - start), self.size)
+            yield part, slice(start * self.image, start * self.image + part.count)
 
     def buffer(self, channels: int, like: Tensor) -> Tensor:
         """An uninitialized matrix [N H W, C] whose first columns a kernel can read with wide loads.

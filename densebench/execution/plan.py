@@ -10,11 +10,12 @@ from collections.abc import Hashable, Iterator
 from dataclasses import dataclass
 from typing import Any, Protocol, cast
 
-from torch import Tensor, nn
+from torch import Tensor
 
 from densebench.execution.batch_norm import NormCall, call_norm
 from densebench.execution.convolution import ConvOptions
 from densebench.kernels.norm import Norm
+from densebench.models.dimensions import BatchNorm, Conv
 from densebench.models.layers import DenseLayer, Transition
 from densebench.models.stage import FinalNorm, Stage
 
@@ -71,7 +72,8 @@ class ConvUnit(NormUnit):
         """That of the weight, if it is needed, in the parameter's shape; given as that or as a 1x1's matrix."""
         if not self.weight(needs):
             return {}
-        return {self.first + 2: grad if grad.dim() == 4 else grad.view(*grad.shape, 1, 1)}
+        ones = (1,) * len(self.options.padding)
+        return {self.first + 2: grad if grad.dim() > 2 else grad.view(*grad.shape, *ones)}
 
     def trained(self, needs: Flat) -> bool:
         """Whether any of its parameters needs a gradient."""
@@ -137,6 +139,11 @@ class StagePlan:
         return any(call.by_batch for call in readers)
 
     @property
+    def spatial_dims(self) -> int:
+        """2 for images, 3 for volumes."""
+        return len(self.layers[0].units[0].options.padding)
+
+    @property
     def buffers(self) -> list[Tensor | None]:
         """All that the norms read or move: running statistics and counters."""
         return [buffer for call in self.calls for buffer in (*call.running, call.norm.num_batches_tracked)]
@@ -154,30 +161,26 @@ class StagePlan:
             yield from layer.units
 
     def _tail(self, tail: Transition | FinalNorm) -> NormUnit:
-        norm = cast("nn.BatchNorm2d", tail.norm)
-        return (
-            self._conv_unit(norm, cast("nn.Conv2d", tail.conv))
-            if isinstance(tail, Transition)
-            else self._unit(norm)
-        )
+        norm = cast("BatchNorm", tail.norm)
+        return self._conv_unit(norm, cast("Conv", tail.conv)) if isinstance(tail, Transition) else self._unit(norm)
 
-    def _unit(self, norm: nn.BatchNorm2d) -> NormUnit:
+    def _unit(self, norm: BatchNorm) -> NormUnit:
         unit = NormUnit(self._call(norm), len(self.parameters))
         self.parameters += [norm.weight, norm.bias]
         return unit
 
-    def _conv_unit(self, norm: nn.BatchNorm2d, conv: nn.Conv2d) -> ConvUnit:
+    def _conv_unit(self, norm: BatchNorm, conv: Conv) -> ConvUnit:
         unit = ConvUnit(self._call(norm), len(self.parameters), ConvOptions.of(conv))
         self.parameters += [norm.weight, norm.bias, conv.weight]
         return unit
 
-    def _call(self, norm: nn.BatchNorm2d) -> NormCall:
+    def _call(self, norm: BatchNorm) -> NormCall:
         call = call_norm(norm)
         self.calls.append(call.copied() if self._copied else call)
         return self.calls[-1]
 
 
-def _norms_and_convs(layer: DenseLayer) -> Iterator[tuple[nn.BatchNorm2d, nn.Conv2d]]:
+def _norms_and_convs(layer: DenseLayer) -> Iterator[tuple[BatchNorm, Conv]]:
     yield layer.norm1, layer.conv1
     if layer.bottleneck:
         yield layer.norm2, layer.conv2

@@ -22,10 +22,12 @@ class DenseNetConfig:
         drop_rate: dropout on each layer's new channels, in training.
         num_classes: outputs of the classifier; None: features, no classifier.
         compression: share of the channels that a transition keeps (theta; below 1: DenseNet-C).
-        in_channels: channels of the input image.
+        in_channels: channels of the input.
+        spatial_dims: 2 for images, 3 for volumes (MONAI's name and networks): every kernel, stride and pool is
+            as long through the depth as across.
         stem: "imagenet" (7x7 stride 2, norm, ReLU, max-pool) or "cifar" (3x3 stride 1, nothing else).
         global_pool: average over the last feature map; False gives one prediction a pixel.
-        spatial_squeeze: drop the two spatial dimensions of a pooled output.
+        spatial_squeeze: drop the spatial dimensions of a pooled output.
         output_stride: input pixels per pixel of the last map, at most: once reached, transitions no longer
             pool and the later 3x3 convolutions are dilated instead (TF-Slim's option).
         initial_output_stride: stride of the ImageNet stem: 4, or 2 to leave out the max-pool.
@@ -42,6 +44,7 @@ class DenseNetConfig:
     num_classes: int | None = 1000
     compression: float = 0.5
     in_channels: int = 3
+    spatial_dims: int = 2
     stem: Stem = "imagenet"
     global_pool: bool = True
     spatial_squeeze: bool = True
@@ -76,6 +79,7 @@ class DenseNetConfig:
             raise ValueError(f"compression={self.compression} must be in (0, 1]: the share of channels kept")
         if not 0 <= self.drop_rate < 1:
             raise ValueError(f"drop_rate={self.drop_rate} must be in [0, 1)")
+        _one_of("spatial_dims", self.spatial_dims, (2, 3))
         _one_of("stem", self.stem, ("imagenet", "cifar"))
         _one_of("output_stride", self.output_stride, (32, 16, 8))
         _one_of("initial_output_stride", self.initial_output_stride, (4, 2))

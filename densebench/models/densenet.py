@@ -7,11 +7,11 @@ from collections import OrderedDict
 from typing import Any, TypeVar
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from densebench.counting import counted
 from densebench.models.config import DenseNetConfig
+from densebench.models.dimensions import KINDS, Conv
 from densebench.models.layers import DenseBlock, ReLU, Transition
 from densebench.models.stage import Stage, stages_of
 from densebench.registry import get_strategy
@@ -59,7 +59,7 @@ class Features(nn.Sequential):
 
 
 class DenseNet(nn.Module):
-    """A densely connected network for images.
+    """A densely connected network for images, or for volumes.
 
     Args:
         config: the architecture.
@@ -83,7 +83,7 @@ class DenseNet(nn.Module):
         return self.features.strategy
 
     def forward(self, input: Tensor) -> Tensor:
-        """Predictions for a batch of images.
+        """Predictions for a batch of images; of volumes, there is a depth before each height.
 
         Args:
             input: [N, in_channels, H, W].
@@ -124,7 +124,7 @@ class DenseNet(nn.Module):
     def _predict(self, features: Tensor) -> Tensor:
         config = self.config
         if config.global_pool:
-            features = F.adaptive_avg_pool2d(features, 1)
+            features = KINDS[config.spatial_dims].global_pool(features, 1)
         if config.num_classes is not None:
             # One linear map a pixel; a pooled map has one pixel.
             features = self.classifier(features.movedim(1, -1)).movedim(-1, 1)
@@ -134,15 +134,19 @@ class DenseNet(nn.Module):
         config = self.config
         if torch.compiler.is_compiling():
             return
-        if input.dim() != 4:
-            raise ValueError(f"input must be [N, {config.in_channels}, H, W], got shape {list(input.shape)}")
+        if input.dim() != 2 + config.spatial_dims:
+            sides, other = ("H, W", 3) if config.spatial_dims == 2 else ("D, H, W", 2)
+            remedy = f"; build the network with spatial_dims={other}" if input.dim() == 2 + other else ""
+            raise ValueError(
+                f"input must be [N, {config.in_channels}, {sides}], got shape {list(input.shape)}{remedy}"
+            )
         if input.shape[1] != config.in_channels:
             channels = counted(input.shape[1], "channel")
             raise ValueError(f"input has {channels}, the network takes in_channels={config.in_channels}")
         smallest = config.smallest_input()
         if min(input.shape[2:]) < smallest:
             raise ValueError(
-                f"input {input.shape[2]}x{input.shape[3]} is too small for a network of stride "
+                f"input {'x'.join(map(str, input.shape[2:]))} is too small for a network of stride "
                 f"{config.stage_strides()[-1]}: each side needs at least {counted(smallest, 'pixel')}"
             )
         _check_dtype_and_device(self, input)
@@ -179,28 +183,37 @@ def set_strategy(model: _M, name: str) -> _M:
 
 def _features(config: DenseNetConfig) -> OrderedDict[str, nn.Module]:
     first, *rest = config.stage_channels()
+    kinds = KINDS[config.spatial_dims]
     parts: OrderedDict[str, nn.Module] = OrderedDict()
     if config.stem == "imagenet":
-        parts["conv0"] = nn.Conv2d(config.in_channels, first, kernel_size=7, stride=2, padding=3, bias=False)
-        parts["norm0"] = nn.BatchNorm2d(first)
+        parts["conv0"] = kinds.conv(config.in_channels, first, kernel_size=7, stride=2, padding=3, bias=False)
+        parts["norm0"] = kinds.norm(first)
         parts["relu0"] = ReLU()
         if config.initial_output_stride == 4:
-            parts["pool0"] = nn.MaxPool2d(kernel_size=3, stride=2, padding=1)
+            parts["pool0"] = kinds.max_pool(kernel_size=3, stride=2, padding=1)
     else:
-        parts["conv0"] = nn.Conv2d(config.in_channels, first, kernel_size=3, padding=1, bias=False)
+        parts["conv0"] = kinds.conv(config.in_channels, first, kernel_size=3, padding=1, bias=False)
     strides = config.stage_strides()
     widths = [first, *rest]
     dilation = 1
     for number, layers in enumerate(config.block_config, 1):
         block = DenseBlock(
-            layers, widths[number - 1], config.growth_rate, config.bn_size, config.drop_rate, dilation
+            layers,
+            widths[number - 1],
+            config.growth_rate,
+            config.bn_size,
+            config.drop_rate,
+            dilation,
+            config.spatial_dims,
         )
         parts[f"denseblock{number}"] = block
         if number < len(config.block_config):
             pool = strides[number] > strides[number - 1]
-            parts[f"transition{number}"] = Transition(block.out_channels, config.compression, pool)
+            parts[f"transition{number}"] = Transition(
+                block.out_channels, config.compression, pool, config.spatial_dims
+            )
             dilation *= 1 if pool else 2
-    parts["norm5"] = nn.BatchNorm2d(widths[-1])
+    parts["norm5"] = kinds.norm(widths[-1])
     parts["relu5"] = ReLU()
     return parts
 
@@ -208,7 +221,7 @@ def _features(config: DenseNetConfig) -> OrderedDict[str, nn.Module]:
 def _initialize(network: nn.Module) -> None:
     """As torchvision: Kaiming normal convolutions, unit norms, zero classifier bias."""
     for module in network.modules():
-        if isinstance(module, nn.Conv2d):
+        if isinstance(module, Conv):
             nn.init.kaiming_normal_(module.weight)
         elif isinstance(module, nn.Linear):
             nn.init.zeros_(module.bias)

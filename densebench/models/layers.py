@@ -1,7 +1,8 @@
 """The parts of a DenseNet, each with its plain definition as `forward` (arXiv 1608.06993, section 3).
 
 Module and parameter names are torchvision's, so that its weights load. Shapes: N images, C channels,
-H x W pixels, k the growth rate.
+H x W pixels, k the growth rate. In a network of volumes there is a depth D before H: 3x3 stands for
+3x3x3, and [N, C, H, W] for [N, C, D, H, W].
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from densebench.models.config import compressed
+from densebench.models.dimensions import KINDS, BatchNorm, Conv
 
 
 class ReLU(nn.ReLU):
@@ -34,12 +36,12 @@ class DenseLayer(nn.Module):
     [N, in_channels, H, W] -> [N, growth_rate, H, W], the new channels only.
     """
 
-    norm1: nn.BatchNorm2d
+    norm1: BatchNorm
     relu1: nn.Module
-    conv1: nn.Conv2d
-    norm2: nn.BatchNorm2d
+    conv1: Conv
+    norm2: BatchNorm
     relu2: nn.Module
-    conv2: nn.Conv2d
+    conv2: Conv
 
     def __init__(
         self,
@@ -48,16 +50,18 @@ class DenseLayer(nn.Module):
         bn_size: int | None,
         drop_rate: float = 0.0,
         dilation: int = 1,
+        spatial_dims: int = 2,
     ) -> None:
         super().__init__()
-        parts: dict[str, nn.Module] = {"norm1": nn.BatchNorm2d(in_channels), "relu1": ReLU()}
+        kinds = KINDS[spatial_dims]
+        parts: dict[str, nn.Module] = {"norm1": kinds.norm(in_channels), "relu1": ReLU()}
         if bn_size is None:
-            parts["conv1"] = _conv3x3(in_channels, growth_rate, dilation)
+            parts["conv1"] = _conv3x3(kinds.conv, in_channels, growth_rate, dilation)
         else:
             width = bn_size * growth_rate
-            parts["conv1"] = nn.Conv2d(in_channels, width, kernel_size=1, bias=False)
-            parts |= {"norm2": nn.BatchNorm2d(width), "relu2": ReLU()}
-            parts["conv2"] = _conv3x3(width, growth_rate, dilation)
+            parts["conv1"] = kinds.conv(in_channels, width, kernel_size=1, bias=False)
+            parts |= {"norm2": kinds.norm(width), "relu2": ReLU()}
+            parts["conv2"] = _conv3x3(kinds.conv, width, growth_rate, dilation)
         self._consist_of(parts, drop_rate)
 
     @classmethod
@@ -80,7 +84,7 @@ class DenseLayer(nn.Module):
             self.add_module(name, part)
 
     @property
-    def conv3x3(self) -> nn.Conv2d:
+    def conv3x3(self) -> Conv:
         return self.conv2 if self.bottleneck else self.conv1
 
     def forward(self, input: Tensor) -> Tensor:
@@ -126,12 +130,14 @@ class DenseBlock(nn.Module):
         bn_size: int | None = 4,
         drop_rate: float = 0.0,
         dilation: int = 1,
+        spatial_dims: int = 2,
     ) -> None:
         super().__init__()
         layers = {}
         for index in range(num_layers):
             width = in_channels + index * growth_rate
-            layers[f"denselayer{index + 1}"] = DenseLayer(width, growth_rate, bn_size, drop_rate, dilation)
+            layer = DenseLayer(width, growth_rate, bn_size, drop_rate, dilation, spatial_dims)
+            layers[f"denselayer{index + 1}"] = layer
         self._consist_of(in_channels, layers)
 
     @classmethod
@@ -165,15 +171,17 @@ class Transition(nn.Sequential):
     [N, in_channels, H, W] -> [N, out_channels, H // 2, W // 2].
     """
 
-    def __init__(self, in_channels: int, compression: float = 0.5, pool: bool = True) -> None:
-        out_channels = compressed(in_channels, compression)
+    def __init__(
+        self, in_channels: int, compression: float = 0.5, pool: bool = True, spatial_dims: int = 2
+    ) -> None:
+        out_channels, kinds = compressed(in_channels, compression), KINDS[spatial_dims]
         parts: OrderedDict[str, nn.Module] = OrderedDict(
-            norm=nn.BatchNorm2d(in_channels),
+            norm=kinds.norm(in_channels),
             relu=ReLU(),
-            conv=nn.Conv2d(in_channels, out_channels, kernel_size=1, bias=False),
+            conv=kinds.conv(in_channels, out_channels, kernel_size=1, bias=False),
         )
         if pool:
-            parts["pool"] = nn.AvgPool2d(kernel_size=2, stride=2)
+            parts["pool"] = kinds.avg_pool(kernel_size=2, stride=2)
         super().__init__(parts)
 
     @classmethod
@@ -184,5 +192,5 @@ class Transition(nn.Sequential):
         return transition
 
 
-def _conv3x3(in_channels: int, out_channels: int, dilation: int) -> nn.Conv2d:
-    return nn.Conv2d(in_channels, out_channels, kernel_size=3, padding=dilation, dilation=dilation, bias=False)
+def _conv3x3(kind: type[Conv], in_channels: int, out_channels: int, dilation: int) -> Conv:
+    return kind(in_channels, out_channels, kernel_size=3, padding=dilation, dilation=dilation, bias=False)

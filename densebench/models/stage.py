@@ -12,6 +12,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from densebench.models.dimensions import BatchNorm, MaxPool
 from densebench.models.layers import DenseBlock, DenseLayer, Transition
 from densebench.registry import Part, Strategy, UnsupportedError
 
@@ -20,9 +21,9 @@ from densebench.registry import Part, Strategy, UnsupportedError
 class Head:
     """The stem's norm, ReLU and max-pool (None where the stem has no pool)."""
 
-    norm: nn.BatchNorm2d
+    norm: BatchNorm
     relu: nn.Module
-    pool: nn.MaxPool2d | None
+    pool: MaxPool | None
 
     def __call__(self, x: Tensor) -> Tensor:
         x = self.relu(self.norm(x))
@@ -33,7 +34,7 @@ class Head:
 class FinalNorm:
     """The norm and ReLU after the last block."""
 
-    norm: nn.BatchNorm2d
+    norm: BatchNorm
     relu: nn.Module
 
     def __call__(self, x: Tensor) -> Tensor:
@@ -139,8 +140,8 @@ def why_not_bypass(module: nn.Module) -> str | None:
     return None
 
 
-_HEADS = ((nn.BatchNorm2d, nn.ReLU, nn.MaxPool2d), (nn.BatchNorm2d, nn.ReLU), ())
-_TAILS = ((Transition,), (nn.BatchNorm2d, nn.ReLU), ())
+_HEADS = ((BatchNorm, nn.ReLU, MaxPool), (BatchNorm, nn.ReLU), ())
+_TAILS = ((Transition,), (BatchNorm, nn.ReLU), ())
 
 
 def stages_of(network: nn.Sequential) -> list[Stage | nn.Module]:

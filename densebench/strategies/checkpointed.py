@@ -14,6 +14,7 @@ from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
 from densebench.execution.batch_norm import call_norm, commit_copies
+from densebench.execution.convolution import ConvOptions, convolve
 from densebench.execution.structure import irregularity
 from densebench.models.layers import DenseLayer
 from densebench.models.stage import Stage
@@ -47,7 +48,7 @@ def _first_half(layer: DenseLayer) -> Callable[..., Tensor]:
     at the time of backward (`torch.func.functional_call` puts others back by then) may change what is recomputed.
     """
     norm, conv, call = layer.norm1, layer.conv1, call_norm(layer.norm1).copied()
-    gamma, beta, weight = norm.weight, norm.bias, conv.weight
+    gamma, beta, weight, options = norm.weight, norm.bias, conv.weight, ConvOptions.of(conv)
     versions: list[int] = []
 
     def run(*features: Tensor) -> Tensor:
@@ -60,7 +61,7 @@ def _first_half(layer: DenseLayer) -> Callable[..., Tensor]:
         if not recomputing:
             commit_copies([call])
         x = F.relu(x, inplace=not torch.is_grad_enabled())
-        return F.conv2d(x, weight, None, 1, conv.padding, conv.dilation)
+        return convolve(x, options, weight)
 
     return run
 
