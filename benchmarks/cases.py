@@ -15,6 +15,7 @@ from densebench.results import Case
 
 DEPTHS = (48, 68, 96, 136, 192)  # log-spaced
 IMAGE = (3, 224, 224)
+VOLUME = (1, 64, 64, 64)
 CAPACITIES_GIB = (8, 16, 24, 40, 80)
 CIFAR_DEPTHS = (100, 196, 292, 508, 700, 1000)  # 6n + 4, log-spaced
 
@@ -120,10 +121,11 @@ def _full_cpu() -> Profile:
             network_group("densenet121", "infer", 8, "cpu", both_formats=True),
             network_group("densenet_bc", "train", 64, "cpu", image=(3, 32, 32), both_formats=True),
             depth_group(DEPTHS, "cpu"),
+            network_group("densenet121", "train", 2, "cpu", image=VOLUME, both_formats=True),
             compiled_group(4, "cpu"),
         ),
         (*full_size(), *timelines(), *depth_predicted(), *cifar_depths()),
-        minutes=53,
+        minutes=55,
         limits=(*largest_batches(checked=True), *deepest_networks()),
     )
 
@@ -173,9 +175,12 @@ def _full_cuda() -> Profile:
             network_group("densenet161", "train", 64, "cuda", autocast="bfloat16"),
             network_group("densenet264", "train", 64, "cuda", autocast="bfloat16"),
             graph_group("densenet121", 64, "bfloat16"),
+            network_group(
+                "densenet121", "train", 32, "cuda", image=VOLUME, autocast="bfloat16", both_formats=True
+            ),
             compiled_group(64, "cuda", "bfloat16"),
         ),
-        minutes=25,
+        minutes=26,
     )
 
 
@@ -195,12 +200,14 @@ def network_group(
     mode: str,
     batch: int,
     device: str,
-    image: tuple[int, int, int] = IMAGE,
+    image: tuple[int, ...] = IMAGE,
     autocast: str | None = None,
     contenders: list[str] | None = None,
     both_formats: bool = False,
 ) -> Group:
     """One network and shape under every contender that has it, and ResNet-50 beside ImageNet networks.
+
+    `image` is [C, H, W], or [C, D, H, W] for the network of volumes.
 
     `both_formats` adds naive in the contiguous format: ratios are against the faster of the two. On a GPU that is
     done for all but the smallest batches. What compiles has a group of its own (`compiled_group`).
@@ -208,11 +215,14 @@ def network_group(
     names = contenders if contenders is not None else _without_compilers()
     both_formats = both_formats or (device == "cuda" and batch >= 64)
     case = Case("step", model, "naive", mode, batch, image, "float32", autocast, "channels_last", device=device)
+    if len(image) == 4:
+        case = replace(case, options={"spatial_dims": 3, "in_channels": image[0]})
     cases = [_with(case, name) for name in names if _has(name, case)]
     if both_formats:
         cases.insert(1, replace(case, memory_format="contiguous"))
     precision = autocast or "float32"
-    return Group(f"{mode} {model} {batch}x{image[1]}x{image[2]} {precision} {device}", tuple(cases))
+    size = "x".join(map(str, (batch, *image[1:])))
+    return Group(f"{mode} {model} {size} {precision} {device}", tuple(cases))
 
 
 def graph_group(model: str, batch: int, autocast: str | None) -> Group:
@@ -327,7 +337,9 @@ def _has(contender: str, case: Case) -> bool:
         return False  # nothing to offload, or nowhere
     if contender == "checkpointed_blocks" and case.mode == "infer":
         return False  # naive
-    return get_contender(contender).has(case.model)
+    return get_contender(contender).has(case.model) and (
+        len(case.input_shape) == 3 or get_contender(contender).volumes
+    )
 
 
 def _with(case: Case, contender: str) -> Case:

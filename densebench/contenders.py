@@ -37,6 +37,7 @@ class Contender:
         needs: a Python package that must be installed, or None.
         models: name prefix of the models it has; `only` these of them, if not None.
         compiles: whether its first step compiles.
+        volumes: whether it takes `spatial_dims=3`.
     """
 
     name: str
@@ -47,6 +48,7 @@ class Contender:
     models: str = "densenet"
     only: tuple[str, ...] | None = None
     compiles: bool = False
+    volumes: bool = True
 
     @property
     def module(self) -> str:
@@ -99,12 +101,16 @@ def get_contender(name: str) -> Contender:
     raise ValueError(f"unknown contender {name!r}; known: {', '.join(list_contenders())}")
 
 
-@contender("eager", summary="the network as it is", family="yardstick", models="resnet")
+@contender("eager", summary="the network as it is", family="yardstick", models="resnet", volumes=False)
 def _eager(model: str, **options: Any) -> nn.Module:
     return build_model(model, **options)
 
 
-_TORCHVISION = {"needs": "torchvision", "only": ("densenet121", "densenet161", "densenet169", "densenet201")}
+_TORCHVISION = {
+    "needs": "torchvision",
+    "only": ("densenet121", "densenet161", "densenet169", "densenet201"),
+    "volumes": False,
+}
 
 
 @contender("torchvision", summary="torchvision's implementation", **_TORCHVISION)
@@ -117,7 +123,7 @@ def _torchvision_checkpointed(model: str, **options: Any) -> nn.Module:
     return getattr(_import("torchvision").models, model)(memory_efficient=True, **options)
 
 
-@contender("timm", summary="timm's implementation", needs="timm", only=_TORCHVISION["only"])
+@contender("timm", summary="timm's implementation", needs="timm", only=_TORCHVISION["only"], volumes=False)
 def _timm(model: str, **options: Any) -> nn.Module:
     return _import("timm").create_model(model, **options)
 
@@ -128,9 +134,11 @@ def _timm(model: str, **options: Any) -> nn.Module:
     needs="monai",
     only=("densenet121", "densenet169", "densenet201", "densenet264"),
 )
-def _monai(model: str, spatial_dims: int = 2, num_classes: int = 1000, **options: Any) -> nn.Module:
-    build = getattr(_import("monai").networks.nets.densenet, model)  # volumes with spatial_dims=3
-    return build(spatial_dims=spatial_dims, in_channels=3, out_channels=num_classes, **options)
+def _monai(
+    model: str, spatial_dims: int = 2, in_channels: int = 3, num_classes: int = 1000, **options: Any
+) -> nn.Module:
+    build = getattr(_import("monai").networks.nets.densenet, model)
+    return build(spatial_dims=spatial_dims, in_channels=in_channels, out_channels=num_classes, **options)
 
 
 @contender("checkpointed_blocks", summary="naive, each dense block recomputed as a whole")

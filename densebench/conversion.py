@@ -15,6 +15,7 @@ from typing import TypeVar, cast
 from torch import Tensor, nn
 
 from densebench.models.densenet import Features
+from densebench.models.dimensions import BatchNorm, Conv
 from densebench.models.layers import DenseBlock, DenseLayer, NestedDenseLayer, ReLU, Transition
 from densebench.models.stage import why_not_bypass
 from densebench.registry import UnsupportedError, get_strategy
@@ -47,8 +48,8 @@ def convert(model: _M, strategy: str = "fused") -> _M:
     little less.
 
     Args:
-        model: one of the networks in `KNOWN`, or anything that contains some; for images, not volumes. Hooks on
-            what is replaced are to be registered afterwards.
+        model: one of the networks in `KNOWN`, or anything that contains some; for images or volumes. Hooks on what
+            is replaced are to be registered afterwards.
         strategy: see `densebench.list_strategies()`; `densebench.set_strategy` changes it later.
 
     Returns:
@@ -162,14 +163,15 @@ def _norm_relu_conv(name: str, parts: dict[str, nn.Module], number: str) -> dict
         if type(relu) is nn.ReLU and type(norm.drop) is nn.Identity:
             norm, relu = _norm_alone(cast("nn.BatchNorm2d", norm)), ReLU()
     for part, found, expected in (
-        ("norm", norm, nn.BatchNorm2d),
+        ("norm", norm, BatchNorm),
         ("relu", relu, nn.ReLU),
-        ("conv", conv, nn.Conv2d),
+        ("conv", conv, Conv),
     ):
         if not isinstance(found, expected):
             what = "missing" if found is None else f"a {type(found).__name__}"
             raise UnsupportedError(
-                f"{name}: {part}{number} is {what}; strategies take BatchNorm2d, ReLU and Conv2d"
+                f"{name}: {part}{number} is {what}; strategies take batch norms of images or "
+                "volumes, ReLU and convolutions"
             )
     return {f"norm{number}": norm, f"relu{number}": relu, f"conv{number}": conv}  # type: ignore[dict-item]
 

@@ -12,6 +12,7 @@ from collections.abc import Sequence
 _EXAMPLES = """examples:
   python -m densebench.predict densenet264 --batch 256 --memory 24GiB
   python -m densebench.predict densenet121 --batch 64 --autocast bf16 --optimizer adamw --memory 16GB --json
+  python -m densebench.predict densenet121 --spatial-dims 3 --size 96 --batch 4 --memory 24GiB
   python -m densebench.predict densenet121 --mode infer --batch 1 --strategy naive --device cpu
 
 Nothing is run and no GPU is needed. What a CUDA device adds (rounding, cuBLAS, 0.5 GiB for the driver) is taken
@@ -29,7 +30,13 @@ def parser() -> argparse.ArgumentParser:
     )
     command.add_argument("model", help="a network's name, e.g. densenet121, densenet264, densenet_bc, resnet50")
     command.add_argument("--batch", type=int, default=64, help="images in a step (default 64)")
-    command.add_argument("--size", type=int, help="side of the image (default 224; 32 for the CIFAR family)")
+    command.add_argument(
+        "--size", type=int, help="side of the image (default 224; 32 for the CIFAR family, 96 for volumes)"
+    )
+    command.add_argument("--channels", type=int, help="of the image (default 3; 1 for volumes)")
+    command.add_argument(
+        "--spatial-dims", type=int, choices=(2, 3), default=2, help="2 for images (the default), 3 for volumes"
+    )
     command.add_argument("--memory", help="of the card: 24GiB (24 x 2^30 bytes) or 24GB (24 x 10^9)")
     command.add_argument("--strategy", default="all", help="one strategy, or all (the default)")
     command.add_argument("--mode", default="train", help="train (the default), forward (with graph) or infer")

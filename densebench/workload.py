@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from densebench.contenders import get_contender
+from densebench.formats import CHANNELS_LAST
 from densebench.results import Case
 
 MODES = ("train", "forward", "infer")
@@ -177,7 +178,7 @@ def model_options(case: Case) -> dict[str, Any]:
 def _fake(tensor: Tensor, dtype: torch.dtype | None, memory_format: torch.memory_format | None) -> Tensor:
     dtype = dtype if dtype is not None and tensor.is_floating_point() else tensor.dtype
     empty = torch.empty_strided(tensor.shape, tensor.stride(), dtype=dtype, device="cpu")
-    if memory_format is not None and tensor.dim() == (5 if memory_format is torch.channels_last_3d else 4):
+    if memory_format is not None and memory_format is CHANNELS_LAST.get(tensor.dim()):
         empty = empty.contiguous(memory_format=memory_format)
     return nn.Parameter(empty, tensor.requires_grad) if isinstance(tensor, nn.Parameter) else empty
 
@@ -195,7 +196,7 @@ def _dtype(name: str | None) -> torch.dtype | None:
 def _memory_format(case: Case) -> torch.memory_format:
     if case.memory_format != "channels_last":
         return torch.contiguous_format
-    return torch.channels_last if len(case.input_shape) == 3 else torch.channels_last_3d
+    return CHANNELS_LAST[1 + len(case.input_shape)]
 
 
 def _bytes(tensors: Any) -> int:

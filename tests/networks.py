@@ -16,8 +16,10 @@ import torch
 from torch import Tensor, nn
 
 from densebench import registry
+from densebench.formats import CHANNELS_LAST
 from densebench.models import DenseBlock, DenseNet, DenseNetConfig, set_strategy
 from densebench.models.densenet import Features
+from densebench.models.dimensions import BatchNorm
 
 _M = TypeVar("_M", bound=nn.Module)
 
@@ -45,6 +47,10 @@ ARCHITECTURES: dict[str, tuple[dict[str, Any], int]] = {
     "per_pixel": ({"global_pool": False, "num_classes": 3}, 8),
     "features": ({"global_pool": False, "num_classes": None}, 8),
     "last_map_of_one_pixel": ({"block_config": (2, 2, 2)}, 4),
+    "volumes": ({"spatial_dims": 3, "growth_rate": 3, "num_init_features": 5}, 7),
+    "volumes_plain": ({"spatial_dims": 3, "bn_size": None, "block_config": (2, 1), "in_channels": 1}, 5),
+    "volumes_with_pool": ({"spatial_dims": 3, "stem": "imagenet", "block_config": (2, 1), "in_channels": 1}, 13),
+    "volumes_dilated": ({"spatial_dims": 3, "block_config": (1, 1, 1, 1, 1), "output_stride": 8}, 8),
 }
 
 
@@ -65,20 +71,27 @@ def lone_block(
     growth_rate: int = 4,
     bn_size: int | None = 2,
     drop_rate: float = 0.0,
+    spatial_dims: int = 2,
 ) -> Features:
     """A network that is one dense block without head or tail: what comes in and out is the strategy's own."""
     torch.manual_seed(0)
-    block = DenseBlock(layers, channels, growth_rate, bn_size, drop_rate)
+    block = DenseBlock(layers, channels, growth_rate, bn_size, drop_rate, spatial_dims=spatial_dims)
     network = Features(OrderedDict(denseblock1=block))
     draw_norms(network)
     return with_strategy(network.double(), strategy)
 
 
 def architecture(name: str, **options: Any) -> tuple[DenseNet, Tensor]:
-    """A network of `ARCHITECTURES` and a batch of three images for it."""
+    """A network of `ARCHITECTURES` and a batch of three images (or volumes) for it."""
     chosen, size = ARCHITECTURES[name]
     network = small(**{**chosen, **options})
-    return network, images(3, size, network.config.in_channels)
+    return network, images(3, size, network.config.in_channels, dims=network.config.spatial_dims)
+
+
+def channels_last(network: _M, x: Tensor, device: torch.device | str | None = None) -> tuple[_M, Tensor]:
+    """Both in channels-last memory."""
+    chosen: Any = {"device": device, "memory_format": CHANNELS_LAST[x.dim()]}
+    return network.to(**chosen), x.to(**chosen)
 
 
 def images(
@@ -88,10 +101,12 @@ def images(
     *,
     dtype: torch.dtype = torch.float64,
     seed: int = 1,
+    dims: int = 2,
 ) -> Tensor:
-    """[batch, channels, size, size]; like images, and unlike `randn`, without mean zero."""
+    """[batch, channels, size, size], or with three sizes; like images, and unlike `randn`, without mean zero."""
     generator = torch.Generator().manual_seed(seed)
-    return (torch.randn(batch, channels, size, size, generator=generator, dtype=torch.float64) + 0.5).to(dtype)
+    shape = (batch, channels, *(size,) * dims)
+    return (torch.randn(shape, generator=generator, dtype=torch.float64) + 0.5).to(dtype)
 
 
 def draw_norms(network: nn.Module) -> None:
@@ -120,8 +135,8 @@ def align_masks(network: nn.Module) -> None:
             norm.bias[1::2] = -5.0
 
 
-def norms(network: nn.Module) -> list[nn.BatchNorm2d]:
-    return [module for module in network.modules() if isinstance(module, nn.BatchNorm2d)]
+def norms(network: nn.Module) -> list[BatchNorm]:
+    return [module for module in network.modules() if isinstance(module, BatchNorm)]
 
 
 def with_strategy(network: _M, strategy: str) -> _M:

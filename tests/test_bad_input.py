@@ -38,6 +38,7 @@ CONFIGS: dict[str, tuple[dict[str, Any], str]] = {
     "NaN compression": ({"compression": float("nan")}, "compression=nan must be in"),
     "everything dropped": ({"drop_rate": 1.0}, r"drop_rate=1\.0 must be in \[0, 1\)"),
     "negative dropout": ({"drop_rate": -0.1}, r"drop_rate=-0\.1 must be in \[0, 1\)"),
+    "signals": ({"spatial_dims": 1}, "spatial_dims=1 is not one of 2, 3"),
     "unknown stem": ({"stem": "mnist"}, "stem='mnist' is not one of 'imagenet', 'cifar'"),
     "output stride of 7": ({"output_stride": 7}, "output_stride=7 is not one of 32, 16, 8"),
     "initial stride of 3": ({"initial_output_stride": 3}, "initial_output_stride=3 is not one of 4, 2"),
@@ -117,7 +118,11 @@ def _wrong(*shape: int, dtype: torch.dtype = torch.float64, device: str = "cpu")
 
 INPUTS: dict[str, tuple[Callable[[], Tensor], type[Exception], str]] = {
     "one image": (_wrong(3, 32, 32), ValueError, r"input must be \[N, 3, H, W\], got shape \[3, 32, 32\]"),
-    "video": (_wrong(2, 3, 4, 9, 9), ValueError, r"input must be \[N, 3, H, W\], got shape \[2, 3, 4, 9, 9\]"),
+    "video": (
+        _wrong(2, 3, 4, 9, 9),
+        ValueError,
+        r"input must be \[N, 3, H, W\], got shape \[2, 3, 4, 9, 9\]; build the network with spatial_dims=3",
+    ),
     "gray": (_wrong(2, 1, 32, 32), ValueError, "input has 1 channel, the network takes in_channels=3"),
     "channels last": (_wrong(2, 9, 9, 3), ValueError, "input has 9 channels, the network takes in_channels=3"),
     "too small": (
@@ -153,6 +158,34 @@ def test_wrong_input(every_strategy: str, name: str, call: str) -> None:
     with pytest.raises(kind, match=message):
         getattr(network, call)(make())
     _assert_unchanged(network, before)
+
+
+VOLUMES: dict[str, tuple[tuple[int, ...], str]] = {
+    "one volume": ((3, 9, 9, 9), r"input must be \[N, 3, D, H, W\], got shape \[3, 9, 9, 9\]; .* spatial_dims=2"),
+    "a row of numbers": ((2, 3), r"input must be \[N, 3, D, H, W\], got shape \[2, 3\]$"),
+    "a thin one": ((2, 3, 4, 32, 32), "input 4x32x32 is too small for a network of stride 8: each side needs at"),
+}
+
+
+@pytest.mark.parametrize("name", VOLUMES)
+def test_wrong_volume(every_strategy: str, name: str) -> None:
+    shape, message = VOLUMES[name]
+    network = small(every_strategy, stem="imagenet", block_config=(1, 1), spatial_dims=3)
+    before = _state(network)
+    with pytest.raises(ValueError, match=message):
+        network(torch.ones(shape, dtype=torch.float64))
+    _assert_unchanged(network, before)
+
+
+@pytest.mark.parametrize("dims", [2, 3])
+def test_maps_of_another_rank(every_strategy: str, dims: int) -> None:
+    """A block takes no other, whatever could be made of it: PyTorch's convolutions take a map without a batch."""
+    network = lone_block(every_strategy, spatial_dims=dims)
+    for other in {2, 3, 4} - {dims + 2}:
+        with pytest.raises((ValueError, RuntimeError), match=r"[Ee]xpected|must match"):
+            network(torch.ones(2, 5, *(4,) * (other - 2), dtype=torch.float64))
+    with pytest.raises((ValueError, RuntimeError), match=r"[Ee]xpected|must match"):
+        network(torch.ones(2, 5, *(4,) * (5 - dims), dtype=torch.float64))
 
 
 @pytest.mark.parametrize("shape", [(2, 3), (2, 1, 64, 64)])
@@ -223,6 +256,11 @@ def _layer(old: DenseLayer) -> DenseLayer:
 PARTS: dict[str, tuple[str, Callable[[Any], nn.Module], str]] = {
     "group norm": ("denseblock2.denselayer1.norm1", lambda m: nn.GroupNorm(1, m.num_features), "is GroupNorm"),
     "instance norm": ("denseblock1.denselayer2.norm2", lambda m: nn.InstanceNorm2d(m.num_features), "is Instance"),
+    "norm of volumes": (
+        "denseblock2.denselayer2.norm1",
+        lambda m: nn.BatchNorm3d(m.num_features),
+        "is BatchNorm3d",
+    ),
     "GELU": ("denseblock1.denselayer1.relu1", lambda _: nn.GELU(), "is GELU"),
     "bias": ("denseblock1.denselayer1.conv1", lambda m: _conv(m, 1, bias=True), "has a bias"),
     "groups": ("denseblock1.denselayer1.conv2", lambda m: _conv(m, groups=2), "has a bias, groups"),

@@ -13,7 +13,7 @@ from densebench import UnsupportedError, assert_equivalent
 from densebench.registry import list_strategies
 from tests.comparison import HUNDRED_STEPS
 from tests.gpu.runs import repeatable
-from tests.networks import ARCHITECTURES, architecture, images, lone_block, small, with_strategy
+from tests.networks import ARCHITECTURES, architecture, channels_last, images, lone_block, small, with_strategy
 
 FORMATS = {"contiguous": torch.contiguous_format, "channels_last": torch.channels_last}
 
@@ -31,9 +31,10 @@ def test_every_architecture(
 ) -> None:
     """Two optimizer steps in float64; in evaluation too, as one fine-tunes with frozen statistics."""
     network, x = architecture(name)
-    chosen = FORMATS[memory_format]
-    network = with_strategy(network.train(training).to(device, memory_format=chosen), strategy)
-    x = x.to(device, memory_format=chosen)
+    network, x = network.train(training).to(device), x.to(device)
+    if memory_format == "channels_last":
+        network, x = channels_last(network, x)
+    network = with_strategy(network, strategy)
     differences = assert_equivalent(network, strategy, _steps(x), learning_rate=0.05)
     names = {difference.name.removeprefix("step 1: ") for difference in differences}
     assert {"output", "loss", "input gradient", "gradient features.conv0.weight"} <= names

@@ -219,6 +219,16 @@ def test_random_numbers_are_drawn_alike_for_every_strategy(strategy: str) -> Non
         assert torch.equal(a, b), name
 
 
+def test_a_network_of_volumes_is_monais() -> None:
+    """MONAI's DenseNet-121 for one channel and two classes has 11,244,674 parameters."""
+    network = _on_meta("densenet121", spatial_dims=3, in_channels=1, num_classes=2)
+    assert _parameters(network) == 11_244_674
+    assert network(torch.empty(2, 1, 64, 33, 96, device="meta")).shape == (2, 2)
+    assert network.end_points(torch.empty(2, 1, 64, 64, 96, device="meta"))["denseblock4"].shape == (
+        2, 1024, 2, 2, 3
+    )  # fmt: skip
+
+
 def test_widths_strides_and_smallest_input() -> None:
     config = DenseNetConfig()
     assert config.stage_channels() == [64, 128, 256, 512, 1024]
@@ -228,21 +238,22 @@ def test_widths_strides_and_smallest_input() -> None:
     assert densebench.densenet_x((2,), compression=0.7).config.compression == 0.7
 
 
+@pytest.mark.parametrize("dims", [2, 3])
 @pytest.mark.parametrize("stem", ["imagenet", "cifar"])
 @pytest.mark.parametrize("initial", [4, 2])
 @pytest.mark.parametrize("output_stride", [32, 16, 8])
-def test_smallest_input_is_the_smallest(stem: str, initial: int, output_stride: int) -> None:
+def test_smallest_input_is_the_smallest(stem: str, initial: int, output_stride: int, dims: int) -> None:
     """One pixel less and a pooling has nothing to pool; so much and the last map has a pixel."""
     if stem == "cifar" and initial == 2:
         with pytest.raises(ValueError, match="initial_output_stride belongs to stem='imagenet'"):
             DenseNetConfig(stem="cifar", initial_output_stride=2)
         return
     options = {"stem": stem, "initial_output_stride": initial, "output_stride": output_stride}
-    network = small(**options, block_config=(1, 1, 1, 1), global_pool=False).eval()
+    network = small(**options, block_config=(1, 1, 1, 1), global_pool=False, spatial_dims=dims).eval()
     side = network.config.smallest_input()
-    assert min(network(images(1, side)).shape[2:]) >= 1
+    assert min(network(images(1, side, dims=dims)).shape[2:]) >= 1
     if side > 1:
         with pytest.raises(ValueError, match="is too small"):
-            network(images(1, side - 1))
-        with pytest.raises(RuntimeError, match=r"[Oo]utput size|too small"):
-            network.features(images(1, side - 1))
+            network(images(1, side - 1, dims=dims))
+        with pytest.raises(RuntimeError, match=r"[Oo]utput size|too small|smaller than kernel"):
+            network.features(images(1, side - 1, dims=dims))

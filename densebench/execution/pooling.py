@@ -38,8 +38,15 @@ class Pooling(NamedTuple):
 
     @classmethod
     def transition(cls, before: Pixels) -> Pooling:
-        """Averages of two pixels a side; an odd last one is left out."""
-        return cls(before, Pixels(before.images, tuple(side // 2 for side in before.size)))
+        """Averages of two pixels a side; an odd last one is left out.
+
+        Raises:
+            RuntimeError: as PyTorch's pooling, if nothing is left.
+        """
+        size = tuple(side // 2 for side in before.size)
+        if min(size) < 1:
+            raise RuntimeError(f"maps of {'x'.join(map(str, before.size))} are too small to be pooled by two")
+        return cls(before, Pixels(before.images, size))
 
     def largest(self, x: Tensor, norm: Norm, out: Tensor) -> None:
         """The maxima, into `out`."""

@@ -61,6 +61,8 @@ def _check(options: argparse.Namespace) -> None:
         raise ValueError(f"a batch of {options.batch} has nothing to predict; give --batch 1 or more")
     if options.size is not None and options.size < 1:
         raise ValueError(f"an image of {options.size} pixels a side; give --size 1 or more")
+    if options.channels is not None and options.channels < 1:
+        raise ValueError(f"an image of {options.channels} channels; give --channels 1 or more")
     if options.memory is not None:
         parse_size(options.memory)
     get_gpu(options.gpu)
@@ -69,11 +71,9 @@ def _check(options: argparse.Namespace) -> None:
 
 
 def _predict(options: argparse.Namespace, strategy: str, progress: Callable[[str], None]) -> Prediction:
-    size = options.size or (32 if options.model in _SMALL_IMAGES else 224)
-    channels = 1 if options.model == "densenet_d2l" else DenseNetConfig.in_channels
     return predict_memory(
         options.model,
-        (options.batch, channels, size, size),
+        (options.batch, *_image(options)),
         strategy,
         options.mode,
         dtype=options.dtype,
@@ -84,6 +84,15 @@ def _predict(options: argparse.Namespace, strategy: str, progress: Callable[[str
         gpu=options.gpu,
         progress=progress,
     )
+
+
+def _image(options: argparse.Namespace) -> tuple[int, ...]:
+    """The shape of one image, [C, H, W], or of a volume, [C, D, H, W]."""
+    volume = options.spatial_dims == 3
+    size = options.size or (32 if options.model in _SMALL_IMAGES else 96 if volume else 224)
+    gray = volume or options.model == "densenet_d2l"
+    channels = options.channels or (1 if gray else DenseNetConfig.in_channels)
+    return (channels, *(size,) * options.spatial_dims)
 
 
 def table(

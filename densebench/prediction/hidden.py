@@ -15,11 +15,12 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch._prims_common import suggest_memory_format
 
+from densebench.formats import CHANNELS_LAST
 from densebench.kernels.library import WORKSPACE
 
 aten = torch.ops.aten
-_CHANNELS_LAST = {4: torch.channels_last, 5: torch.channels_last_3d}
 
 # oneDNN's scratchpad of a forward convolution in channels-last: constant but for the widest 1x1.
 ONEDNN_SCRATCH_BYTES = 12_336
@@ -71,10 +72,10 @@ def _convolution(
         return _columns_bytes(backend, x, weight, out, stride, padding)
     if backend != "Mkldnn":
         return 0
-    blocked_weight = _blocked(weight, 0, 1)
     if _runs_channels_last(x, weight):
-        # Maps are used as they lie; the weight is reordered into oneDNN's blocks.
-        return blocked_weight + _dense_copy(x) + ONEDNN_SCRATCH_BYTES
+        # Maps are used as they lie; the weight is reordered into oneDNN's blocks of filters.
+        return _blocked(weight, 0) + _dense_copy(x) + ONEDNN_SCRATCH_BYTES
+    blocked_weight = _blocked(weight, 0, 1)
     # Input, weight and output in blocks of channels; then the output in its own layout beside the blocked one.
     blocked_x, blocked_out = _blocked_map(x), _blocked(out, 1)
     return max(blocked_x + blocked_weight + blocked_out - out.nbytes, blocked_out)
@@ -154,16 +155,14 @@ def _columns_bytes(
 
 
 def _runs_channels_last(x: Tensor, weight: Tensor) -> bool:
-    """oneDNN runs in channels-last if the input or the weight lies that way."""
-    last = _CHANNELS_LAST.get(x.dim())
-    return last is not None and any(
-        tensor.is_contiguous(memory_format=last) and not tensor.is_contiguous() for tensor in (x, weight)
-    )
+    """oneDNN runs in channels-last if the input or the weight lies that way; of one channel, strides tell."""
+    last = CHANNELS_LAST.get(x.dim())
+    return last is not None and any(suggest_memory_format(tensor) is last for tensor in (x, weight))
 
 
 def _dense_copy(x: Tensor) -> int:
     """The copy that is made of a map which is not dense in channels-last, such as a slice of a wider one."""
-    return 0 if x.is_contiguous(memory_format=_CHANNELS_LAST[x.dim()]) else x.nbytes
+    return 0 if x.is_contiguous(memory_format=CHANNELS_LAST[x.dim()]) else x.nbytes
 
 
 def _blocked_map(x: Tensor) -> int:

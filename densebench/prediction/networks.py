@@ -17,6 +17,7 @@ from torch._subclasses.fake_tensor import (
 )
 from torch.utils._pytree import tree_leaves
 
+from densebench.formats import CHANNELS_LAST
 from densebench.models import build_model, list_models, set_strategy
 from densebench.models.densenet import Features
 from densebench.prediction.trace import StepTrace, trace_step
@@ -72,10 +73,10 @@ def trace_network(
         PredictionError: if the network cannot run that input, or PyTorch cannot trace it.
     """
     shape = checked_shape(input_shape)
-    network = _named(model) if isinstance(model, str) else model
+    network = _named(model, shape[1:]) if isinstance(model, str) else model
     mode_of_tensors = FakeTensorMode(allow_non_fake_inputs=True)
     last = (memory_format or default_format(model)) == "channels_last"
-    layout = _CHANNELS_LAST.get(len(shape)) if last else None
+    layout = CHANNELS_LAST.get(len(shape)) if last else None
     with mode_of_tensors:
         copy = _copy(network, dtype, layout)
         if strategy is not None and (strategy != "naive" or any(isinstance(m, Features) for m in copy.modules())):
@@ -87,15 +88,12 @@ def trace_network(
             return trace_step(AnyWorkload(copy, input, mode, autocast), device)
 
 
-_CHANNELS_LAST = {4: torch.channels_last, 5: torch.channels_last_3d}
-
-
 def default_format(model: Model) -> str:
     """Channels-last for networks by name, as they are measured; else as the module's own weights lie."""
     if isinstance(model, str):
         return "channels_last"
     for parameter in model.parameters():
-        last = _CHANNELS_LAST.get(parameter.dim())
+        last = CHANNELS_LAST.get(parameter.dim())
         if last and parameter.is_contiguous(memory_format=last) and not parameter.is_contiguous():
             return "channels_last"
     return "contiguous"
@@ -147,11 +145,14 @@ def in_a_line(value: Any) -> str:
 
 
 @functools.lru_cache(maxsize=4)
-def _named(name: str) -> nn.Module:
+def _named(name: str, input_shape: tuple[int, ...]) -> nn.Module:
+    """A DenseNet of that name for an input [C, H, W] or [C, D, H, W]; a ResNet is for images of three channels."""
     if name not in list_models():
         raise ValueError(f"unknown model {name!r}; known: {', '.join(list_models())}")
+    fits = name.startswith("densenet") and len(input_shape) in (3, 4)
+    options = {"in_channels": input_shape[0], "spatial_dims": len(input_shape) - 1} if fits else {}
     with torch.device("meta"):
-        return build_model(name)
+        return build_model(name, **options)
 
 
 def _copy(network: nn.Module, dtype: torch.dtype | None, layout: torch.memory_format | None) -> nn.Module:

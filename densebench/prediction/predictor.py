@@ -111,7 +111,7 @@ def predict_memory(
 
     Args:
         model: a name of `densebench.list_models()`, or any module whose forward takes one tensor.
-        input_shape: with the batch: [N, C, H, W] or [N, C, D, H, W].
+        input_shape: with the batch: [N, C, H, W] or [N, C, D, H, W], for which a DenseNet by name is built.
         strategy: one of `densebench.list_strategies()`; None: naive for a name, a module's own.
         mode: "train", "forward" (with graph, no backward) or "infer".
         dtype: of parameters and input, e.g. "bfloat16"; None: float32 for a name, a module's own.

@@ -17,6 +17,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from densebench.formats import CHANNELS_LAST
+
 try:
     from torch._C import _DisableTorchDispatch
     from torch._subclasses.fake_tensor import FakeTensor, in_kernel_invocation_manager
@@ -181,7 +183,7 @@ def _plain_norm(x: Any, weight: Any) -> bool:
 def _format(x: Tensor) -> torch.memory_format | None:
     """The one memory format in which x is dense; None where it is in both (or neither), as maps of 1x1 are."""
     contiguous = x.is_contiguous()
-    last = {4: torch.channels_last, 5: torch.channels_last_3d}.get(x.dim())
+    last = CHANNELS_LAST.get(x.dim())
     if last is None:
         return torch.contiguous_format if contiguous else None
     channels_last = x.is_contiguous(memory_format=last)

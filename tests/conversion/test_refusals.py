@@ -82,7 +82,7 @@ def _another_name(network: nn.Module) -> None:
 @pytest.mark.parametrize(
     ("change", "said"),
     [
-        (_another_norm, "features.denseblock1.denselayer2: norm1 is a GroupNorm; strategies take BatchNorm2d"),
+        (_another_norm, "features.denseblock1.denselayer2: norm1 is a GroupNorm; strategies take batch norms"),
         (_another_activation, "features.transition1: relu is a SiLU"),
         (_without_activation, "features.denseblock1.denselayer1: relu2 is missing"),
         (_a_bias, "denseblock2.denselayer1.conv2 has a bias"),
@@ -149,9 +149,9 @@ def test_blocks_that_do_not_stand_in_a_sequence(container: type[nn.Module]) -> N
         convert(model)
 
 
-def test_volumes_are_refused() -> None:
-    with pytest.raises(UnsupportedError, match="norm1 is a BatchNorm3d; strategies take BatchNorm2d"):
-        convert(theirs(monai, spatial_dims=3))
+def test_signals_are_refused() -> None:
+    with pytest.raises(UnsupportedError, match="norm1 is a BatchNorm1d; strategies take batch norms of images"):
+        convert(theirs(monai, spatial_dims=1))
 
 
 def test_dropout_of_whole_channels_is_refused() -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import pickle
 from collections.abc import Callable
+from typing import Any
 
 import pytest
 import torch
@@ -24,6 +25,17 @@ def test_the_same_numbers(build: Callable[..., nn.Module], every_strategy: str) 
     assert {module.strategy for module in ours.modules() if isinstance(module, Features)} == {every_strategy}
     for seed, mode in enumerate((True, True, False)):
         x = images(3, 32, seed=seed)
+        expected, actual = (step(each.train(mode), x) for each in (network, ours))
+        assert_same(actual, expected)
+
+
+@pytest.mark.parametrize("size", [32, (33, 40, 34)])
+def test_volumes(every_strategy: str, size: Any) -> None:
+    network = theirs(monai, spatial_dims=3, in_channels=1)
+    ours = convert(copy.deepcopy(network), every_strategy)
+    for seed, mode in enumerate((True, False)):
+        x = images(2, 40, 1, seed=seed, dims=3)
+        x = x[..., :32, :32, :32] if size == 32 else x[..., :33, :, :34]
         expected, actual = (step(each.train(mode), x) for each in (network, ours))
         assert_same(actual, expected)
 

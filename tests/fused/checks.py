@@ -13,6 +13,7 @@ import densebench
 from densebench.kernels import passes
 from densebench.kernels.channel_statistics import channel_statistics
 from densebench.models import DenseNet
+from tests import test_pooling
 from tests.comparison import assert_as_naive, everything, step
 from tests.kernels.problems import PROBLEMS, Shape
 from tests.networks import images, lone_block, norms, small
@@ -70,6 +71,20 @@ def several_steps() -> None:
 @check
 def evaluation() -> None:
     _equivalent(_imagenet().eval(), images(3, 24))
+
+
+@check
+def volumes() -> None:
+    """Of an odd depth before the stem's pool, and before the transition's."""
+    network = small(spatial_dims=3, stem="imagenet", block_config=(2, 1), growth_rate=5)
+    _equivalent(network, images(2, 9, dims=3))
+    assert network.features(images(2, 9, dims=3)).shape[2:] == (1, 1, 1)
+
+
+@check
+def pools_of_volumes() -> None:
+    test_pooling.test_maximum((5, 7, 6))
+    test_pooling.test_maximum_with_nan_and_infinity()
 
 
 @check

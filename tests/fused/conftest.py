@@ -16,6 +16,7 @@ from densebench.execution import (
     fused_stage,
     norm_convolution,
     pixels,
+    pooling,
     shared_statistics,
 )
 from densebench.kernels import compiled
@@ -39,7 +40,7 @@ def call_launchers(monkeypatch: pytest.MonkeyPatch) -> None:
     """The strategy calls the launchers instead of the CPU path; its buffers have the padded rows of a GPU's."""
     launched = {name: one.cuda for name, one in IMPLEMENTATIONS.items() if one.cuda is not None}
     replaced = set()
-    for module in (fused_stage, norm_convolution, shared_statistics, feature_gradient):
+    for module in (fused_stage, norm_convolution, shared_statistics, feature_gradient, pooling):
         for name in launched.keys() & vars(module).keys():
             monkeypatch.setattr(module, name, _launched(name, launched[name]))
             replaced.add(name)

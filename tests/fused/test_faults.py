@@ -18,6 +18,7 @@ NORM, TILES, VECTORS = "execution.batch_norm", "kernels.rows", "kernels.norm"
 PASSES, PRODUCTS, CONVOLUTIONS = (f"kernels/{name}.c" for name in ("passes", "products", "convolutions"))
 ROWS, BLOCKS = "kernels/rows.h", "kernels/blocks.h"
 FUSED, STAGE, GRADIENT = "strategies.fused", "execution.fused_stage", "execution.feature_gradient"
+POOLING = "execution.pooling"
 PRODUCT = "FeatureGradient.through_product"
 FAULTS = [
     # What the statistics do to the gradient
@@ -136,8 +137,18 @@ FAULTS = [
     Fault("pooled by three", "kernels.bn_relu_pool", "_cpu_avg", "activate(x[images], norm, scratch), 2)",
           "activate(x[images], norm, scratch), 2, divisor_override=3)", "evaluation"),
     Fault("incoming gradient as the buffer", GRADIENT, "FeatureGradient.start_with",
-          "self.pixels.grid(self.buffer)[...] = grad.permute(0, 2, 3, 1)",
-          "self.buffer = grad.permute(0, 2, 3, 1).flatten(0, 2)", "incoming_gradient"),
+          "self.pixels.grid(self.buffer)[...] = grad.movedim(1, -1)",
+          "self.buffer = grad.movedim(1, -1).flatten(0, 2)", "incoming_gradient"),
+    # Volumes: pooling through the depth
+    Fault("the plane before left out", POOLING, "Pooling.largest", "largest.shape[1] - 1", "0", "volumes"),
+    Fault("last of equal planes", POOLING, "_takes_over", "value > earlier", "value >= earlier",
+          "pools_of_volumes"),
+    Fault("NaN takes nothing over", POOLING, "_takes_over", ".logical_or_(value.isnan())", "", "pools_of_volumes"),
+    Fault("two planes get one gradient", POOLING, "_to_the_largest", "shared.masked_fill_(~kept, 0)", "pass",
+          "volumes"),
+    Fault("sum of planes as mean", POOLING, "Pooling.mean", ".mul_(0.5)", "", "volumes"),
+    Fault("gradient of a plane in no mean", POOLING, "Pooling.mean_backward", "even[:, odd.shape[1] :].zero_()",
+          "pass", "volumes"),
     # The same in Triton's kernels
     Fault("triton: columns beyond the last", "kernels.bn_relu_conv1x1", "_kernel",
           "tl.where(kept[None, :], a, 0.0)", "a", "triton_values"),

@@ -26,7 +26,7 @@ from densebench.prediction.hidden import hidden_on_cpu
 from densebench.replay import tracks
 from densebench.step_tracker import StepTracker
 from tests.comparison import Quantities, everything, upstream
-from tests.fused.test_triton_networks import NETWORKS
+from tests.fused.test_triton_networks import NETWORKS, batch_for
 from tests.networks import images, lone_block, norms, small
 from tests.replays import STEPS, Counts, Pair, assert_same_bits, infer, tracks_in, train
 
@@ -45,13 +45,13 @@ def launches_of(step: int) -> Iterator[None]:
 @pytest.mark.parametrize("name", NETWORKS)
 def test_launches_are_played_back(name: str, variant: str) -> None:
     """From the third step on nothing is decided: not one launch is made anew."""
-    options, size = NETWORKS[name]
+    options, _ = NETWORKS[name]
     pair = Pair(small(**options), variant)
     for number in range(STEPS):
         with launches_of(number):
-            found = train(pair.replayed, images(2, size, seed=number))
+            found = train(pair.replayed, batch_for(name, seed=number))
         with mock.patch.object(autograd, "replayable", return_value=False):
-            assert_same_bits(found, train(pair.plain, images(2, size, seed=number)), f"in step {number + 1}")
+            assert_same_bits(found, train(pair.plain, batch_for(name, seed=number)), f"in step {number + 1}")
     assert [track.refusal for track in tracks_in(pair.replayed)] == [None] * 2 * len(
         pair.replayed.features.stages()
     )

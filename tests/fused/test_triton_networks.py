@@ -6,34 +6,44 @@ a GPU; the rest of the code is the same.
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
+from torch import Tensor
 
 import densebench
 from tests.networks import images, small
 
 pytestmark = pytest.mark.usefixtures("as_on_a_gpu")
-NETWORKS = {
+NETWORKS: dict[str, tuple[dict[str, Any], int]] = {
     "bottleneck": ({}, 8),
     "imagenet stem": ({"stem": "imagenet", "block_config": (2, 1), "growth_rate": 5}, 20),
     "plain": ({"bn_size": None, "block_config": (2, 1)}, 8),
     "dilated": ({"stem": "imagenet", "block_config": (1, 1, 2), "output_stride": 8}, 16),
     "dropout": ({"drop_rate": 0.3, "block_config": (2, 1)}, 8),
     "odd map": ({"block_config": (2, 2), "growth_rate": 3}, 9),
+    "volumes": ({"spatial_dims": 3, "stem": "imagenet", "block_config": (2, 1), "growth_rate": 5}, 11),
 }
+
+
+def batch_for(name: str, count: int = 2, seed: int = 1) -> Tensor:
+    """Images or volumes for one of the networks."""
+    options, size = NETWORKS[name]
+    return images(count, size, seed=seed, dims=options.get("spatial_dims", 2))
 
 
 @pytest.mark.parametrize("variant", ["fused", "fused_recompute"])
 @pytest.mark.parametrize("name", NETWORKS)
 def test_training_step(name: str, variant: str) -> None:
-    options, size = NETWORKS[name]
-    densebench.assert_equivalent(small(**options), variant, images(2, size))
+    options, _ = NETWORKS[name]
+    densebench.assert_equivalent(small(**options), variant, batch_for(name))
 
 
-@pytest.mark.parametrize("name", ["imagenet stem", "plain"])
+@pytest.mark.parametrize("name", ["imagenet stem", "plain", "volumes"])
 def test_evaluation(name: str) -> None:
-    options, size = NETWORKS[name]
-    densebench.assert_equivalent(small(**options).eval(), "fused", images(2, size))
+    options, _ = NETWORKS[name]
+    densebench.assert_equivalent(small(**options).eval(), "fused", batch_for(name))
 
 
 @pytest.mark.parametrize("training", [True, False])

@@ -24,13 +24,12 @@ from tests.gpu.runs import (
     repeatable,
     train_step,
 )
-from tests.networks import ARCHITECTURES, architecture
+from tests.networks import ARCHITECTURES, architecture, channels_last
 
 
 def _check(strategy: str, name: str, precision: str, device: torch.device) -> None:
     network, x = architecture(name)
-    network = network.float().to(device, memory_format=torch.channels_last)
-    x = x.float().to(device, memory_format=torch.channels_last)
+    network, x = channels_last(network.float(), x.float(), device)
     found = check_errors(strategy, network, x, PRECISIONS[precision])
     assert set(found) == {"output", "input", "gradient", "buffer"}
     assert max(error for error, _ in found.values()) > 1e-9, "nothing was rounded"
@@ -44,7 +43,7 @@ def test_every_architecture_in_low_precision(strategy: str, name: str, precision
 
 
 @pytest.mark.parametrize("precision", PRECISIONS)
-@pytest.mark.parametrize("name", ["odd", "initial_stride_2"])
+@pytest.mark.parametrize("name", ["odd", "initial_stride_2", "volumes"])
 def test_low_precision_rehearsed(strategy: str, name: str, precision: str) -> None:
     _check(strategy, name, precision, CPU)
 

@@ -75,6 +75,7 @@ def describe(case: Case) -> str:
 
 # Small enough to run in a second, and still maps, not parameters, make the peak. Options of `densenet_x`.
 _SHORT: dict[str, Any] = {"block_config": (4, 8), "growth_rate": 32, "num_classes": 10}
+_VOLUMES: dict[str, Any] = {"spatial_dims": 3, "in_channels": 1}
 
 
 def combinations() -> list[Case]:
@@ -107,6 +108,8 @@ def _of_strategies() -> Iterator[Case]:
         {"options": {**_SHORT, "bn_size": None}},
         {"options": {**_SHORT, "drop_rate": 0.2}},
         {"options": {**_SHORT, "block_config": (3, 6, 3), "output_stride": 8}},
+        {"options": {**_SHORT, **_VOLUMES}, "input_shape": (1, 40, 40, 40), "batch": 2},
+        {"options": {**_SHORT, **_VOLUMES}, "input_shape": (1, 40, 40, 40), "batch": 4, "mode": "infer"},
     ]
     for changes in settings:
         for name in list_strategies():

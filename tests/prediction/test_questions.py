@@ -108,10 +108,9 @@ def test_options_that_are_none(option: dict[str, Any], named: str | None) -> Non
 @pytest.mark.parametrize(
     ("shape", "named"),
     [
-        ((2, 4, 224, 224), "input has 4 channels"),
         ((2, 3, 16, 16), "too small"),
         ((1, 3, 32, 32), "more than 1 value per channel"),
-        ((2, 3, 32, 32, 32), "must be"),
+        ((2, 1, 32, 32, 32, 32), "must be"),
     ],
 )
 def test_a_network_that_cannot_run_that_input(shape: tuple[int, ...], named: str) -> None:
@@ -119,6 +118,15 @@ def test_a_network_that_cannot_run_that_input(shape: tuple[int, ...], named: str
     with pytest.raises(PredictionError, match=named) as caught:
         densebench.predict_memory("densenet121", shape)
     assert str(list(shape)) in str(caught.value)
+
+
+def test_a_name_is_built_for_the_shape() -> None:
+    """Of any channels, and for volumes."""
+    volumes = densebench.densenet121(spatial_dims=3, in_channels=1)
+    of_module = densebench.predict_memory(volumes, (2, 1, 32, 32, 32), "naive", memory_format="channels_last")
+    of_name = densebench.predict_memory("densenet121", (2, 1, 32, 32, 32))
+    assert of_name.peak_bytes == of_module.peak_bytes
+    assert densebench.predict_memory("densenet121", (2, 4, 64, 64)).peak_bytes > 0
 
 
 class _Calls(nn.Module):
@@ -199,6 +207,12 @@ def test_table(capsys: pytest.CaptureFixture[str]) -> None:
     assert "tracing" not in shown.out
 
 
+def test_volumes(capsys: pytest.CaptureFixture[str]) -> None:
+    arguments = ["densenet121", "--spatial-dims", "3", "--size", "32", "--batch", "2", "--strategy", "fused"]
+    assert predict.main(arguments) == 0
+    assert "train 2x1x32x32x32" in capsys.readouterr().out
+
+
 def test_json(capsys: pytest.CaptureFixture[str]) -> None:
     assert predict.main([*SMALL, "--json"]) == 0
     data = json.loads(capsys.readouterr().out)
@@ -214,6 +228,8 @@ def test_json(capsys: pytest.CaptureFixture[str]) -> None:
         (["densenet121", "--strategy", "foo"], "known: all, naive"),
         (["densenet121", "--size", "20", "--strategy", "naive"], "too small"),
         ([*SMALL, "--autocast", "int8"], "unknown dtype"),
+        ([*SMALL, "--channels", "0"], "give --channels 1 or more"),
+        (["resnet50", "--spatial-dims", "3", "--strategy", "naive"], "resnet50 cannot run an input of [64, 1, 96"),
     ],
 )
 def test_bad_questions_end_in_one_line(
@@ -239,7 +255,12 @@ def test_models_are_built_once(monkeypatch: pytest.MonkeyPatch) -> None:
     networks._named.cache_clear()
     built: list[str] = []
     build = networks.build_model
-    monkeypatch.setattr(networks, "build_model", lambda name: (built.append(name), build(name))[1])
+
+    def counted(name: str, **options: Any) -> nn.Module:
+        built.append(name)
+        return build(name, **options)
+
+    monkeypatch.setattr(networks, "build_model", counted)
     for strategy in densebench.list_strategies():
         densebench.predict_memory("densenet_d2l", (2, 1, 64, 64), strategy)
     assert built == ["densenet_d2l"]
