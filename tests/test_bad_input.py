@@ -257,7 +257,7 @@ PARTS: dict[str, tuple[str, Callable[[Any], nn.Module], str]] = {
     "group norm": ("denseblock2.denselayer1.norm1", lambda m: nn.GroupNorm(1, m.num_features), "is GroupNorm"),
     "instance norm": ("denseblock1.denselayer2.norm2", lambda m: nn.InstanceNorm2d(m.num_features), "is Instance"),
     "norm of volumes": (
-        "denseblock2.denselayer2.norm1",
+        "denseblock1.denselayer2.norm1",
         lambda m: nn.BatchNorm3d(m.num_features),
         "is BatchNorm3d",
     ),
