@@ -7,8 +7,6 @@ A contender builds a module that takes the same images. Those that run the same 
 from __future__ import annotations
 
 import functools
-import importlib
-import importlib.util
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
@@ -20,6 +18,7 @@ from torch.utils.checkpoint import checkpoint
 
 from densebench.models import build_model
 from densebench.models.layers import DenseBlock
+from densebench.peers import import_peer, why_not_importable
 from densebench.registry import get_strategy, list_strategies
 
 Family = Literal["strategy", "peer", "yardstick"]
@@ -60,7 +59,7 @@ class Contender:
         """What keeps it from running here, with the remedy; None if nothing does."""
         if self.family == "strategy":
             return get_strategy(self.name).missing()
-        return None if self.needs is None else _why_not_importable(self.needs)
+        return None if self.needs is None else why_not_importable(self.needs)
 
     def has(self, model: str) -> bool:
         """Whether it has a network of that name."""
@@ -115,17 +114,17 @@ _TORCHVISION = {
 
 @contender("torchvision", summary="torchvision's implementation", **_TORCHVISION)
 def _torchvision(model: str, **options: Any) -> nn.Module:
-    return getattr(_import("torchvision").models, model)(**options)
+    return getattr(import_peer("torchvision").models, model)(**options)
 
 
 @contender("torchvision_checkpointed", summary="torchvision with memory_efficient=True", **_TORCHVISION)
 def _torchvision_checkpointed(model: str, **options: Any) -> nn.Module:
-    return getattr(_import("torchvision").models, model)(memory_efficient=True, **options)
+    return getattr(import_peer("torchvision").models, model)(memory_efficient=True, **options)
 
 
 @contender("timm", summary="timm's implementation", needs="timm", only=_TORCHVISION["only"], volumes=False)
 def _timm(model: str, **options: Any) -> nn.Module:
-    return _import("timm").create_model(model, **options)
+    return import_peer("timm").create_model(model, **options)
 
 
 @contender(
@@ -137,7 +136,7 @@ def _timm(model: str, **options: Any) -> nn.Module:
 def _monai(
     model: str, spatial_dims: int = 2, in_channels: int = 3, num_classes: int = 1000, **options: Any
 ) -> nn.Module:
-    build = getattr(_import("monai").networks.nets.densenet, model)
+    build = getattr(import_peer("monai").networks.nets.densenet, model)
     return build(spatial_dims=spatial_dims, in_channels=in_channels, out_channels=num_classes, **options)
 
 
@@ -224,40 +223,3 @@ class _Offloaded(nn.Module):
     def forward(self, input: Tensor) -> Tensor:
         with torch.autograd.graph.save_on_cpu(pin_memory=input.is_cuda):
             return self.network(input)
-
-
-@functools.cache
-def _why_not_importable(package: str) -> str | None:
-    if importlib.util.find_spec(package) is None:
-        return f"{package} is not installed; pip install 'densebench[peers]'"
-    try:
-        _import(package)
-    except Exception as error:  # there, but broken
-        return f"{package} cannot be imported: {(str(error) or type(error).__name__).splitlines()[0]}"
-    return None
-
-
-@functools.cache
-def _import(package: str) -> Any:
-    """A peer's package, also beside a CPU-only torch.
-
-    torchvision's Python code registers shape rules for two operators of its compiled library; where that
-    library does not load, importing needs at least their schemas. timm and MONAI import torchvision.
-    """
-    if package == "monai":
-        _import("torchvision") if importlib.util.find_spec("torchvision") else None
-        importlib.import_module("monai.networks.nets.densenet")
-    elif package == "timm":
-        _import("torchvision")
-    elif package == "torchvision":
-        try:
-            return importlib.import_module(package)
-        except RuntimeError:
-            library = torch.library.Library("torchvision", "DEF")
-            library.define("nms(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")
-            library.define("qnms(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")
-            _kept_libraries.append(library)
-    return importlib.import_module(package)
-
-
-_kept_libraries: list[torch.library.Library] = []  # a collected library takes its schemas with it

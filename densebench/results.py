@@ -256,7 +256,7 @@ class RunStore:
             folder.mkdir(parents=True, exist_ok=True)
             with self.path.open("a", encoding="utf-8"):
                 pass
-            _end_torn_line(self.path)
+            end_torn_line(self.path)
         except OSError as error:
             raise StoreError(
                 f"cannot write results to {folder} ({error.strerror}); choose another with --densebench-out"
@@ -296,7 +296,7 @@ class RunStore:
         record = dataclasses.replace(record, run=self.folder.name, created=created)
         line = (record.to_json() + "\n").encode()
         try:
-            _append_durably(self.path, line)
+            append_durably(self.path, line)
         except OSError as error:
             raise StoreError(
                 f"cannot write to {self.path} ({error.strerror}); what was measured before is there, "
@@ -308,7 +308,7 @@ class RunStore:
         return read_records([self.path])
 
 
-def _append_durably(path: Path, line: bytes) -> None:
+def append_durably(path: Path, line: bytes) -> None:
     """Append a line and wait until the disk has it; a line that was cut short is taken back."""
     with path.open("ab", buffering=0) as file:
         size = file.tell()
@@ -322,7 +322,7 @@ def _append_durably(path: Path, line: bytes) -> None:
             raise
 
 
-def _end_torn_line(path: Path) -> None:
+def end_torn_line(path: Path) -> None:
     """End a line that a killed process left unfinished, so that the next record starts a new one."""
     with path.open("rb+") as file:
         if file.seek(0, os.SEEK_END) and (file.seek(-1, os.SEEK_END), file.read(1))[1] != b"\n":

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import torch
 
-from densebench import contenders
+from densebench import contenders, peers
 from densebench.contenders import get_contender, list_contenders
 from densebench.measure.memory import measure_peak
 from densebench.measure.steps import forget_compiled
@@ -28,7 +28,7 @@ OWN = [name for name in PEERS if not get_contender(name).needs and not get_conte
 @pytest.fixture(autouse=True)
 def forget_what_was_importable() -> Iterator[None]:
     yield
-    contenders._why_not_importable.cache_clear()
+    peers.why_not_importable.cache_clear()
 
 
 def test_strategies_come_first() -> None:
@@ -48,7 +48,7 @@ def test_a_name_is_taken_once() -> None:
 
 @pytest.mark.parametrize("name", PACKAGED)
 def test_a_missing_package_says_how_to_install_it(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    contenders._why_not_importable.cache_clear()
+    peers.why_not_importable.cache_clear()
     monkeypatch.setattr(importlib.util, "find_spec", lambda package: None)
     needs = get_contender(name).needs
     assert get_contender(name).missing() == f"{needs} is not installed; pip install 'densebench[peers]'"
@@ -58,8 +58,8 @@ def test_a_broken_package_says_why(monkeypatch: pytest.MonkeyPatch) -> None:
     def broken(package: str) -> Any:
         raise ImportError(f"lib{package}.so: cannot open shared object file\nsecond line")
 
-    contenders._why_not_importable.cache_clear()
-    monkeypatch.setattr(contenders, "_import", broken)
+    peers.why_not_importable.cache_clear()
+    monkeypatch.setattr(peers, "import_peer", broken)
     assert get_contender("timm").missing() == (
         "timm cannot be imported: libtimm.so: cannot open shared object file"
     )
