@@ -108,12 +108,17 @@ def _train(options: argparse.Namespace) -> int:
 def _draw(folder: Path) -> None:
     from densebench.report.figure_learning import write_curves
 
-    path = write_curves(folder)
-    if path is not None:
-        print(path)
+    try:
+        path = write_curves(folder)
+    except OSError as error:
+        print(f"densebench.train: cannot draw the curves in {folder} ({error.strerror})", file=sys.stderr)
+    else:
+        print(path or f"no epoch was finished: nothing is drawn in {folder}")
 
 
 def _fail(message: str, code: int) -> int:
+    if "\n" in message:  # from a process that reads images: its traceback comes before the sentence
+        message = message.strip().splitlines()[-1].partition("Error: ")[2]
     print(f"densebench.train: {message}", file=sys.stderr)
     return code
 

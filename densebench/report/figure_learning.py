@@ -133,7 +133,7 @@ def _setting(record: EpochRecord) -> str:
     size = CROSS.join(map(str, images["shape"][1:]))
     precision = f"{options['autocast']} autocast" if options["autocast"] else "float32"
     optimizer = f"{options['optimizer']} lr {options['lr']:g}"
-    device = record.environment.get("device", options["device"])
+    device = record.environment["device"]
     what = f"{model_name(options['model'])} on {images['source']}"
     return f"{what}, batch {options['batch']} at {size}, {optimizer}, {precision}, {device}"
 

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import torch
 
+from densebench.counting import counted
 from densebench.measure.device import release_memory, tune
 from densebench.measure.outcome import is_out_of_memory
 from densebench.models import DenseNet, DenseNetConfig, build_model
@@ -54,7 +55,7 @@ def train(settings: Settings, say: Say) -> str:
     for name in names:
         try:
             records += _train_by(name, network, images, settings, folder, say)
-        except (UnsupportedError, RuntimeError) as error:
+        except (RuntimeError, MemoryError) as error:
             failed[name] = _reason(error, settings, alone=len(names) == 1)
             say(f"{name}: {failed[name]}")
             release_memory(settings.device)
@@ -116,7 +117,7 @@ def _train_by(
     if folder is not None and settings.resume:
         records = _go_on(training, folder.folder, name)
     if training.epochs_done >= settings.epochs:
-        say(f"{name}: {training.epochs_done} epochs are done")
+        say(f"{name}: nothing left to do after {counted(training.epochs_done, 'epoch')}")
         return records
     peak = training.activation_bytes()
     while training.epochs_done < settings.epochs:

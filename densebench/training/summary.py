@@ -48,7 +48,7 @@ def _title(first: EpochRecord) -> list[str]:
     optimizer += f" weight decay {options['weight_decay']:g}" if options["weight_decay"] is not None else ""
     start = options["weights"] or f"seed {options['seed']}"
     setting = f"batch {options['batch']}, {optimizer}, {_precision(first)}, from {start}"
-    where = first.environment.get("device", options["device"])
+    where = first.environment["device"]
     texts = (f"{options['model']} on {images['source']}: {counts}", f"{setting}, on {where}")
     return [line for text in texts for line in _wrapped(text)]
 
@@ -84,9 +84,8 @@ def _apart(runs: Mapping[str, Sequence[EpochRecord]]) -> str:
         epochs = [*epochs[: _MOST_EPOCHS - 1], last]
     found = [("at the first step", spread(runs, 1, 0))]
     found += [(f"at the end of epoch {epoch}", spread(runs, epoch, -1)) for epoch in epochs]
-    words = ", ".join(
-        f"{value:.1e} {where}" if value else f"0 {where}" for where, value in found if value is not None
-    )
+    words = ", ".join(f"{value:.1e} {where}" for where, value in found if value is not None)
+    words = words.replace("0.0e+00 ", "0 ")
     precision = _precision(next(iter(runs.values()))[0])
     return (
         f"The losses lie apart by {words}. The strategies compute the same in another order, and {precision} "

@@ -30,9 +30,8 @@ def load_weights(network: nn.Module, path: str) -> str | None:
     note = None
     if _only_classes_differ(own, state):
         outputs, classes = (len(tensors[_HEAD[0]]) for tensors in (state, own))
-        note = (
-            f"the classifier starts anew: {path} has {counted(outputs, 'output')}, the images {classes:,} classes"
-        )
+        had = counted(outputs, "output")
+        note = f"the classifier starts anew: {path} has {had}, the images have {classes:,} classes"
         state |= {name: own[name] for name in _HEAD}
     wrong = _misfit(own, state)
     if wrong:

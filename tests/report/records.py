@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from densebench.results import Case, Record, Timeline, Timing
+from densebench.training.records import EpochRecord
 
 GIB = 2**30
 MIB = 2**20
@@ -289,3 +290,29 @@ def write(records: Iterable[Record], path: Path) -> Path:
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text("".join(record.to_json() + "\n" for record in records), encoding="utf-8")
     return path
+
+
+def learning_run(strategies: Sequence[str] = STRATEGIES, epochs: int = 3, steps: int = 50) -> list[EpochRecord]:
+    """A training run whose strategies learn nearly the same."""
+    return [
+        EpochRecord(
+            strategy=name,
+            epoch=epoch,
+            step_losses=tuple(
+                2.3 / (epoch + step / steps) + 0.01 * at + 0.1 * math.sin(step) for step in range(steps)
+            ),
+            train_loss=2.3 / epoch,
+            train_accuracy=0.25 * epoch,
+            test_loss=None if epoch == 1 else 2.3 / epoch,
+            test_accuracy=0.1 + 0.2 * epoch,
+            seconds=12.0,
+            images_per_s=100.0,
+            peak_delta_bytes=(24 - 4 * at) * MIB,
+            options={"model": "densenet121", "batch": 32, "optimizer": "sgd", "lr": 0.1, "autocast": None},
+            images={"source": "synthetic images", "shape": [3, 224, 224]},
+            environment={"device": "Synthetic CPU (8 threads)"},
+            created="2026-11-29T00:00:00+00:00",
+        )
+        for at, name in enumerate(strategies)
+        for epoch in range(1, epochs + 1)
+    ]

@@ -16,6 +16,7 @@ from densebench.report.figure_answer import paint_answer
 from densebench.report.figure_batch import paint_batches
 from densebench.report.figure_depth import exponent, fitted, paint_depth
 from densebench.report.figure_kernels import paint_kernels
+from densebench.report.figure_learning import paint_learning
 from densebench.report.figure_prediction import both, paint_prediction
 from densebench.report.figure_strategies import paint_strategies
 from densebench.report.figure_timeline import paint_timelines
@@ -23,7 +24,8 @@ from densebench.report.kernels import operators
 from densebench.report.selection import comparisons, ladders, timeline_groups
 from densebench.report.style import RC, Roster
 from densebench.results import Record
-from tests.report.records import cpu_run, gpu_run, make_case, power_law, timed
+from densebench.training.records import by_strategy
+from tests.report.records import cpu_run, gpu_run, learning_run, make_case, power_law, timed
 
 Paint = Callable[[float], Canvas]
 
@@ -50,6 +52,7 @@ def _paints(records: list[Record]) -> dict[str, Paint]:
 GPU, CPU = _paints(gpu_run()), _paints(cpu_run())
 PAINTS = [pytest.param(paint, id=f"gpu-{name}") for name, paint in GPU.items()]
 PAINTS += [pytest.param(paint, id=f"cpu-{name}") for name, paint in CPU.items()]
+PAINTS += [pytest.param(lambda width: paint_learning(by_strategy(learning_run()), width), id="learning")]
 
 
 def _draw(paint: Paint, width: float) -> Canvas:
