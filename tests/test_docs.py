@@ -56,7 +56,7 @@ def test_named_paths_exist(repository: Path) -> None:
     assert [path for path in paths if not (repository / path).exists()] == []
 
 
-@pytest.mark.parametrize("module", ["report", "predict", "kernels.compile_report"])
+@pytest.mark.parametrize("module", ["report", "predict", "train", "kernels.compile_report"])
 def test_commands_in_the_readme_answer(module: str, repository: Path) -> None:
     assert f"python -m densebench.{module}" in (repository / "README.md").read_text(encoding="utf-8")
     command = [sys.executable, "-m", f"densebench.{module}", "--help"]

@@ -100,29 +100,34 @@ def network() -> nn.Module:
     return build_model("densenet_d2l", num_classes=3).double()
 
 
-def expected_losses(epochs: int) -> list[list[float]]:
-    """What plain PyTorch makes of naive, step by step."""
+def expected_epochs(epochs: int) -> list[tuple[list[float], int]]:
+    """What plain PyTorch makes of naive: the loss of each step, and how many images were recognized, by epoch."""
     model = network()
     optimizer = torch.optim.SGD(model.parameters(), 0.1)
     found = []
+    data: Any = DOUBLES.train
     for epoch in range(1, epochs + 1):
         order = loop._order(22, 7, epoch)
-        found.append([])
+        steps, right = [], 0
         for batch in (order[at : at + 4] for at in range(0, 20, 4)):
-            loss = F.cross_entropy(model(DOUBLES.train.images[batch]), DOUBLES.train.labels[batch])  # type: ignore
+            outputs = model(data.images[batch])
+            loss = F.cross_entropy(outputs, data.labels[batch])
             optimizer.zero_grad()
             loss.backward()
             optimizer.step()
-            found[-1].append(loss.item())
+            steps.append(loss.item())
+            right += int((outputs.argmax(1) == data.labels[batch]).sum())
+        found.append((steps, right))
     return found
 
 
 def test_the_curve_in_float64_is_that_of_plain_pytorch(every_strategy: str) -> None:
     training = Training(network(), every_strategy, DOUBLES, SETTINGS)
     records = [training.run_epoch(1, lambda line: None) for _ in range(2)]
-    for record, expected in zip(records, expected_losses(2), strict=True):
-        assert record.step_losses == pytest.approx(expected, rel=1e-9)
-        assert record.train_loss == pytest.approx(sum(expected) / 5)
+    for record, (steps, right) in zip(records, expected_epochs(2), strict=True):
+        assert record.step_losses == pytest.approx(steps, rel=1e-9)
+        assert record.train_loss == pytest.approx(sum(steps) / 5)
+        assert record.train_accuracy == right / 20
 
 
 def test_accuracies_and_test_losses_are_counted(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -4,14 +4,16 @@ from __future__ import annotations
 
 import shutil
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 
+from densebench.training import command as command_module
 from densebench.training.checkpoints import save_weights
 from densebench.training.errors import TrainingError
 from densebench.training.loop import Training
-from densebench.training.records import read_epochs
+from densebench.training.records import RunFolder, read_epochs
 from tests.training.conftest import Command, losses, needs_torchvision
 
 pytestmark = needs_torchvision()
@@ -119,6 +121,29 @@ def test_interrupted_runs_keep_finished_epochs(
     assert out == f"{tmp_path / 'run' / 'curves.svg'}\n"
     assert drawing_command(*options, "--resume")[0] == 0
     assert len(losses(tmp_path / "run")) == 3
+
+
+@pytest.mark.parametrize("owner", [RunFolder, command_module], ids=["record", "checkpoint"])
+def test_interrupted_between_record_and_checkpoint(
+    owner: Any, idx_folder: Path, tmp_path: Path, command: Command, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Whichever of the two is missing, the epoch is run again: the curve has no hole."""
+    name = "append" if owner is RunFolder else "save_checkpoint"
+    plain = getattr(owner, name)
+    calls: list[Any] = []
+
+    def interrupted(*arguments: Any) -> None:
+        calls.append(arguments)
+        if len(calls) == 2:
+            raise KeyboardInterrupt
+        plain(*arguments)
+
+    options = [idx_folder, "--epochs", 3, "--out", tmp_path / "run"]
+    with monkeypatch.context() as patch:
+        patch.setattr(owner, name, interrupted)
+        assert command(*options)[0] == 130
+    assert command(*options, "--resume")[0] == 0
+    assert [record.epoch for record in read_epochs(tmp_path / "run")] == [1, 2, 3]
 
 
 def test_weights_are_written_whole_or_not_at_all(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
