@@ -82,7 +82,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         code = _train(options)
     except KeyboardInterrupt:
-        kept = f"; finished epochs are in {options.out}, and --resume goes on" if options.out else ""
+        kept = f"; finished epochs are kept in {options.out}, and --resume goes on" if options.out else ""
         code = _fail(f"interrupted{kept}", INTERRUPTED)
     if options.out and code != USAGE:
         _draw(Path(options.out))
@@ -113,7 +113,8 @@ def _draw(folder: Path) -> None:
     except OSError as error:
         print(f"densebench.train: cannot draw the curves in {folder} ({error.strerror})", file=sys.stderr)
     else:
-        print(path or f"no epoch was finished: nothing is drawn in {folder}")
+        if path is not None:
+            print(path)
 
 
 def _fail(message: str, code: int) -> int:

@@ -19,7 +19,7 @@ from densebench.training.records import FILE, EpochRecord, by_strategy, read_epo
 
 TITLE = "Learning curves"
 _POINTS = 40  # that a curve of losses is smoothed to tell apart
-_THINNEST, _WIDER = 1.2, 1.5  # points
+_THINNEST, _WIDER = 1.5, 1.6  # points
 Run = Sequence[EpochRecord]
 
 

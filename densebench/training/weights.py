@@ -35,7 +35,9 @@ def load_weights(network: nn.Module, path: str) -> str | None:
         state |= {name: own[name] for name in _HEAD}
     wrong = _misfit(own, state)
     if wrong:
-        raise TrainingError(f"--weights {path} does not fit: {wrong}; give the --model that it is of")
+        raise TrainingError(
+            f"--weights {path} does not fit: {wrong}; give the --model it is of, and images of as many channels"
+        )
     network.load_state_dict(state)
     return note
 

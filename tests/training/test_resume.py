@@ -116,7 +116,7 @@ def test_interrupted_runs_keep_finished_epochs(
         patch.setattr(Training, "_step", interrupted)
         code, out, err = drawing_command(*options)
     assert code == 130
-    assert err.endswith(f"interrupted; finished epochs are in {tmp_path / 'run'}, and --resume goes on\n")
+    assert err.endswith(f"interrupted; finished epochs are kept in {tmp_path / 'run'}, and --resume goes on\n")
     assert set(losses(tmp_path / "run")) == {("fused", 1)}
     assert out == f"{tmp_path / 'run' / 'curves.svg'}\n"
     assert drawing_command(*options, "--resume")[0] == 0
