@@ -10,6 +10,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from densebench.execution.autograd import LAYERS_A_NODE
 from densebench.execution.computation import StageComputation
+from densebench.prediction.networks import trace_network
 from tests.comparison import upstream
 from tests.networks import images, lone_block
 
@@ -57,3 +58,15 @@ def test_after_a_backward_that_failed(strategy: str) -> None:
     with pytest.raises(RuntimeError, match="announced"), _Failing():
         output.backward(upstream(output))
     assert not BUFFERS & vars(computation).keys()
+
+
+@pytest.mark.parametrize("shape", [(2, 3, 64, 64), (2, 3, 32, 32, 32)], ids=["images", "volumes"])
+@pytest.mark.parametrize("name", ["fused", "fused_recompute"])
+def test_what_layers_keep_is_gone_when_the_stem_goes_back(name: str, shape: tuple[int, ...]) -> None:
+    """The stem's map is the largest of all: of volumes it would make the peak, beside the first block's."""
+    trace = trace_network("densenet121", shape, name, "train", device="cpu")
+    stem = 1 + [operation.name for operation in trace.operations].index(
+        "densebench.bn_relu_max_pool_backward.default"
+    )
+    kept = [one for one in trace.allocations if one.born <= trace.forward_end and one.died > stem]
+    assert [one.operation for one in kept if one.nbytes > 10_000] == ["aten.convolution.default"]

@@ -58,7 +58,7 @@ def _refuse_tangents(tensors: Sequence[Tensor | None]) -> None:
 
 
 class _Part:
-    """Some consecutive layers, with the way in before the first of all and the way out after the last."""
+    """Some consecutive layers, or none; with the way in before the first of all and the way out after the last."""
 
     def __init__(self, layers: list[LayerPlan], parameters: slice, first: bool, last: bool) -> None:
         self.layers = layers
@@ -132,8 +132,15 @@ def _converted(tensors: Sequence[Any], dtypes: dict[int, torch.dtype]) -> Sequen
 
 
 def _parts(plan: StagePlan) -> Iterator[_Part]:
-    """The plan's layers, a few at a time; parameters of head and tail go with the first and last of them."""
+    """The plan's head by itself, then its layers, a few at a time; the tail's parameters go with the last.
+
+    A node's saved tensors live until it ends. The head's map may be the largest of all, and its backward is to find
+    the layers' gone.
+    """
     layers, start, done = iter(plan.layers), 0, 0
+    if plan.head is not None:
+        start = plan.layers[0].parameters.start
+        yield _Part([], slice(0, start), first=True, last=False)
     while chunk := list(islice(layers, LAYERS_A_NODE)):
         done += len(chunk)
         last = done == len(plan.layers)
