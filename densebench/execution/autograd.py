@@ -134,8 +134,8 @@ def _converted(tensors: Sequence[Any], dtypes: dict[int, torch.dtype]) -> Sequen
 def _parts(plan: StagePlan) -> Iterator[_Part]:
     """The plan's head by itself, then its layers, a few at a time; the tail's parameters go with the last.
 
-    A node's saved tensors live until it ends. The head's map may be the largest of all, and its backward is to find
-    the layers' gone.
+    A node's saved tensors live until it ends. The head's map may be the largest of all, and its backward is to
+    find the layers' gone.
     """
     layers, start, done = iter(plan.layers), 0, 0
     if plan.head is not None:
