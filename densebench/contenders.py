@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from densebench.models import build_model
+from densebench.models.dimensions import BatchNorm
 from densebench.models.layers import DenseBlock
 from densebench.peers import import_peer, why_not_importable
 from densebench.registry import get_strategy, list_strategies
@@ -189,21 +190,21 @@ class _RecomputedBlock(DenseBlock):
     """A block that keeps its input alone, and does not count the recomputation as a batch of its own."""
 
     def forward(self, input: Tensor) -> Tensor:
-        norms = [module for module in self.modules() if isinstance(module, nn.BatchNorm2d)]
+        norms = [module for module in self.modules() if isinstance(module, BatchNorm)]
         contexts = functools.partial(_first_and_again, norms)
         output: Tensor = checkpoint(super().forward, input, use_reentrant=False, context_fn=contexts)
         return output
 
 
 def _first_and_again(
-    norms: list[nn.BatchNorm2d],
+    norms: list[BatchNorm],
 ) -> tuple[AbstractContextManager[Any], AbstractContextManager[Any]]:
     """The contexts of a block's forward and of its recomputation."""
     return nullcontext(), _buffers_kept(norms)
 
 
 @contextmanager
-def _buffers_kept(norms: list[nn.BatchNorm2d]) -> Iterator[None]:
+def _buffers_kept(norms: list[BatchNorm]) -> Iterator[None]:
     """Batch norms inside use the statistics of their batch, as before, and leave their own alone."""
     buffers = [buffer for norm in norms for buffer in norm.buffers()]
     saved = [buffer.clone() for buffer in buffers]

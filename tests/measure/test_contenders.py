@@ -18,7 +18,7 @@ from densebench.measure.validation import Checks
 from densebench.prediction import trace_case
 from densebench.registry import list_strategies
 from densebench.workload import build_workload
-from tests.measure.cases import small_case
+from tests.measure.cases import OPTIONS, small_case
 
 PEERS = [name for name in list_contenders() if get_contender(name).family == "peer"]
 PACKAGED = [name for name in PEERS if get_contender(name).needs]
@@ -86,9 +86,13 @@ def test_which_networks_a_contender_has(name: str, model: str, has: bool) -> Non
     assert get_contender(name).has(model) is has
 
 
+@pytest.mark.parametrize("volumes", [False, True], ids=["images", "volumes"])
 @pytest.mark.parametrize("name", OWN)
-def test_peers_of_our_own_compute_what_naive_does(name: str) -> None:
-    verdict = Checks().check(small_case(name, dtype="float64"))
+def test_peers_of_our_own_compute_what_naive_does(name: str, volumes: bool) -> None:
+    if volumes and not get_contender(name).volumes:
+        pytest.skip(f"{name} takes images only")
+    shape = {"input_shape": (3, 8, 8, 8), "options": {**OPTIONS, "spatial_dims": 3}} if volumes else {}
+    verdict = Checks().check(small_case(name, dtype="float64", **shape))
     assert verdict is not None
     assert verdict.wrong is None
     assert measure_peak(lambda: build_workload(small_case(name)), torch.device("cpu"), 1).peak_delta_bytes
