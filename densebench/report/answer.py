@@ -45,7 +45,7 @@ class Answer:
         figures: the numbers beneath it.
         comparison: the comparison it was read from, None if there is none.
         winner: its strategy, None if no strategy has results.
-        elsewhere: the same sentence for every other device in the records.
+        elsewhere: the same sentence for volumes, and for every other device in the records.
     """
 
     sentence: str
@@ -57,11 +57,11 @@ class Answer:
 
 def answer(measured: Sequence[Comparison], predicted: Sequence[Comparison]) -> Answer:
     """Read the answer from the first comparison that has one; predictions count only where nothing was run."""
-    told: dict[str, tuple[Comparison, Row]] = {}
+    told: dict[tuple[str, int], tuple[Comparison, Row]] = {}
     for comparison in measured or predicted:
         winner = best(comparison)
         if winner is not None:
-            told.setdefault(comparison.device, (comparison, winner))
+            told.setdefault((comparison.device, len(comparison.case.input_shape)), (comparison, winner))
     if told:
         (comparison, winner), *others = told.values()
         elsewhere = tuple(_sentence(*other) for other in others)

@@ -173,10 +173,11 @@ def _setting_key(record: Record) -> str:
 
 
 def _interest(comparison: Comparison) -> tuple[object, ...]:
-    """Sort key: what a reader asks first comes first. Training on a GPU, large images, DenseNet-121."""
+    """Sort key: what a reader asks first comes first. Training on a GPU, large images, DenseNet-121; then volumes."""
     case = comparison.case
     pixels = case.input_shape[-1] * case.input_shape[-2]
     return (
+        len(case.input_shape),
         case.mode != "train",
         case.device != "cuda",
         -pixels,

@@ -134,6 +134,16 @@ def test_each_device_has_its_sentence() -> None:
     assert f"0.60{CROSS}" in said.elsewhere[0]
 
 
+def test_volumes_have_their_sentence_after_images() -> None:
+    volumes = {"input_shape": (1, 512, 512, 512), "options": {"spatial_dims": 3, "in_channels": 1}}
+    said = _answer([*_pair(0.3, 0.8, **volumes), *_pair(0.2, 0.9)])
+    assert f"0.20{CROSS} the activation memory" in said.sentence
+    (other,) = said.elsewhere
+    assert f"0.30{CROSS} the activation memory" in other
+    assert "spatial_dims=3), batch" in other
+    assert CROSS.join(["512"] * 3) in other
+
+
 def test_without_records_nothing_is_claimed() -> None:
     assert "no comparison" in _answer([]).sentence
     lonely = timed(make_case("torchvision"), GIB, [0.1] * 5)
