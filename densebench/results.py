@@ -46,7 +46,7 @@ class Case:
         model: a name of `densebench.list_models()`, or of an operator for kernels.
         strategy: a strategy's name, or that of another contender.
         mode: "train" (forward and backward), "forward" (with graph) or "infer" (without).
-        batch: images; `input_shape` is that of one image, [C, H, W].
+        batch: images; `input_shape` is that of one image, [C, H, W], or of a volume, [C, D, H, W].
         dtype: of parameters and input; `autocast` the dtype of autocast, or None.
         source: "measured" on `device`, or "predicted" for it without running.
         options: whatever else makes the case, e.g. {"depth": 48}.

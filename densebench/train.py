@@ -119,7 +119,8 @@ def _draw(folder: Path) -> None:
 
 def _fail(message: str, code: int) -> int:
     if "\n" in message:  # from a process that reads images: its traceback comes before the sentence
-        message = message.strip().splitlines()[-1].partition("Error: ")[2]
+        last = message.strip().splitlines()[-1]
+        message = last.partition("Error: ")[2] or last
     print(f"densebench.train: {message}", file=sys.stderr)
     return code
 

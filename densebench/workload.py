@@ -29,7 +29,7 @@ class Workload:
 
     Args:
         model: the network; it is put in training or evaluation mode as `mode` says.
-        input: [N, C, H, W].
+        input: [N, C, H, W] or [N, C, D, H, W].
         mode: "train" (forward and backward), "forward" (with graph, no backward) or "infer" (without graph).
         autocast: dtype of autocast, or None.
 

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from torch.nn.utils import parametrizations, prune
 
 from densebench import UnsupportedError, get_strategy, registry, set_strategy
+from densebench.prediction.networks import trace_network
 from tests.comparison import TIGHT, Quantities, assert_same, buffers, everything, play, step, upstream
 from tests.networks import images, lone_block, small, with_strategy
 
@@ -171,14 +172,21 @@ def test_32_parameters_given_from_outside(strategy: str) -> None:
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-@pytest.mark.parametrize("bn_size", [4, None], ids=["bottleneck", "plain"])
-def test_35_dtypes_under_autocast(strategy: str, dtype: torch.dtype, bn_size: int | None) -> None:
-    """Every output, gradient and statistic has naive's dtype (values: test_equivalence.py)."""
-    network = small(stem="imagenet", bn_size=bn_size, global_pool=False, num_classes=None).float()
+@pytest.mark.parametrize("stride", [4, 2], ids=["pooled", "not pooled"])
+@pytest.mark.parametrize(("bn_size", "dims"), [(4, 2), (None, 2), (4, 3)], ids=["bottleneck", "plain", "volumes"])
+def test_35_dtypes_under_autocast(
+    strategy: str, dtype: torch.dtype, bn_size: int | None, dims: int, stride: int
+) -> None:
+    """Every output, gradient and statistic has naive's dtype (values: test_equivalence.py).
+
+    Of volumes most are float32 on a CPU, where autocast pools them in that.
+    """
+    options = {"initial_output_stride": stride, "spatial_dims": dims, "global_pool": False, "num_classes": None}
+    network = small(stem="imagenet", bn_size=bn_size, **options).float()
 
     def dtypes(name: str) -> dict[str, torch.dtype | None]:
         chosen = with_strategy(copy.deepcopy(network), name)
-        x = images(2, 40, dtype=torch.float32).requires_grad_()
+        x = images(2, 40 if dims == 2 else 12, dtype=torch.float32, dims=dims).requires_grad_()
         with torch.autocast("cpu", dtype):
             points = chosen.end_points(x)
             output = chosen(x)
@@ -190,6 +198,17 @@ def test_35_dtypes_under_autocast(strategy: str, dtype: torch.dtype, bn_size: in
     expected = dtypes("naive")
     assert dtypes(strategy) == expected
     assert set(expected.values()) >= {dtype, torch.float32}
+
+
+def test_35_no_map_is_copied_to_another_dtype(strategy: str) -> None:
+    """Autocast has every map in 16 bits where convolutions read it; copies of it would be slow, and wide."""
+
+    def widest_copy(name: str) -> int:
+        shape = (64, 3, 64, 64)
+        trace = trace_network("densenet121", shape, name, "train", autocast=torch.bfloat16, device="cuda")
+        return max(one.nbytes for one in trace.allocations if one.operation.startswith("aten._to_copy"))
+
+    assert widest_copy(strategy) <= widest_copy("naive")
 
 
 def test_35_autocast_switched_off_inside(every_strategy: str) -> None:

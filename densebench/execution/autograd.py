@@ -1,10 +1,10 @@
 """Autograd for a strategy that computes a stage itself: a short chain of nodes over shared buffers.
 
 The computation writes features into one buffer and gradients into another, layer by layer. To autograd it is
-a chain of nodes of a few layers each; the first also enters the stage, the last also leaves it. What passes
-between nodes are empty tokens, since the maps stand in the buffers. There are several nodes so that gradients
-of parameters can be accumulated and freed (and, under DDP, sent) while backward goes on: held until its end
-they would grow with the square of the depth, as the parameters do.
+a chain of nodes of a few layers each, before them one of the head's own; the first enters the stage, the last
+leaves it. What passes between nodes are empty tokens, since the maps stand in the buffers. There are several
+nodes so that gradients of parameters can be accumulated and freed (and, under DDP, sent) while backward goes on:
+held until its end they would grow with the square of the depth, as the parameters do.
 """
 
 from __future__ import annotations

@@ -26,9 +26,13 @@ class ConvOptions(NamedTuple):
 
 
 def convolve(a: Tensor, options: ConvOptions, weight: Tensor) -> Tensor:
-    """The convolution of a with a weight in the dtype that it is to compute in."""
-    convolution = _CONVOLUTION[weight.dim()]
-    return convolution(a.to(weight.dtype), weight, None, 1, options.padding, options.dilation)
+    """The convolution of a with a weight in the dtype that it is to compute in; for code without autocast."""
+    return convolve_as_given(a.to(weight.dtype), options, weight)
+
+
+def convolve_as_given(a: Tensor, options: ConvOptions, weight: Tensor) -> Tensor:
+    """The convolution as its module calls it."""
+    return _CONVOLUTION[weight.dim()](a, weight, None, 1, options.padding, options.dilation)
 
 
 def product(a: Tensor, weight: Tensor) -> Tensor:

@@ -20,7 +20,7 @@ from densebench.execution.norm_convolution import NormConvolution
 from densebench.execution.pixels import Pixels, Scratch
 from densebench.execution.plan import ConvUnit, Gradients, LayerPlan, NormUnit, StagePlan
 from densebench.execution.pooling import Pooling
-from densebench.execution.precision import compute_dtype
+from densebench.execution.precision import compute_dtype, pooled_dtype
 from densebench.execution.shared_statistics import MeanAndVar, SharedStatistics
 from densebench.formats import CHANNELS_LAST, memory_format_of
 from densebench.kernels import compiled
@@ -45,6 +45,7 @@ class FusedStage(StageComputation):
         gradient: of the features, in a buffer of its own.
         statistics: of the features' channels, shared by all their readers.
         given, pixels: those of the stage's input, and of its block.
+        dtype, pooled_dtype: of the block's input, and of a transition's output.
     """
 
     def __init__(self, stage: Stage, x: Tensor, recompute: bool) -> None:
@@ -55,13 +56,15 @@ class FusedStage(StageComputation):
         self.transition_pool = isinstance(stage.tail, Transition) and hasattr(stage.tail, "pool")
         self.given = Pixels(x.shape[0], tuple(x.shape[2:]))
         self.pixels = Pooling.stem(self.given).after if self.stem_pool else self.given
+        self.dtype = pooled_dtype(x, x.dtype) if self.stem_pool else x.dtype
+        self.pooled_dtype = pooled_dtype(x, self.compute)
         self.observed: list[Observed]
 
     def signature(self) -> Hashable:
         if any(call.moves_running_statistics and call.norm.momentum is None for call in self.plan.calls):
             return None  # cumulative averages: their momentum is another in every step
-        pools = (self.stem_pool, self.transition_pool)
-        return (self.recompute, self.compute, self.format, pools, self.given, self.plan.signature)
+        pools, dtypes = (self.stem_pool, self.transition_pool), (self.compute, self.dtype, self.pooled_dtype)
+        return (self.recompute, dtypes, self.format, pools, self.given, self.plan.signature)
 
     def settings(self) -> Hashable:
         precision, library = matmul_precision(self.compute), torch.backends.cudnn.enabled
@@ -70,7 +73,7 @@ class FusedStage(StageComputation):
     # Forward
 
     def enter(self, x: Tensor, parameters: Window, keep: bool) -> list[Tensor]:
-        channels, like = self.plan.channels, x.new_empty(0, dtype=torch.promote_types(x.dtype, self.compute))
+        channels, like = self.plan.channels, x.new_empty(0, dtype=torch.promote_types(self.dtype, self.compute))
         self.statistics = SharedStatistics.empty(self.plan, x)
         self.scratch = Scratch()
         kept: list[Tensor] = []
@@ -188,7 +191,7 @@ class FusedStage(StageComputation):
                 pooling = Pooling.transition(pixels)
                 pixels, pooled = pooling.after, pooling.mean(features, norm)
                 kept += [] if self.recompute else [pooled]
-                rows = product(pooled.to(self.compute), tail.matrix(parameters))
+                rows = product(pooled.to(self.compute), tail.matrix(parameters)).to(self.pooled_dtype)
             else:
                 weight = tail.matrix(parameters)
                 rows = features.new_empty(pixels.count, weight.shape[0], dtype=self.compute)
@@ -296,8 +299,8 @@ class FusedStage(StageComputation):
         x = x.contiguous(memory_format=CHANNELS_LAST[x.dim()])
         norm = head.reading((mean, var), parameters)
         if self.stem_pool:
-            rows = x.new_empty(self.given.count, x.shape[1])
-            sums = Pooling.stem(self.given).largest_backward(grad, as_rows(x), norm, head.call.by_batch, rows)
+            pooling = Pooling.stem(self.given)
+            rows, sums = pooling.largest_backward(grad, as_rows(x), norm, head.call.by_batch)
             grad_x = self.given.map(rows)
         else:
             sums = bn_relu_backward(grad, as_rows(x), *norm, head.call.by_batch)

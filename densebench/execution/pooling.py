@@ -57,20 +57,18 @@ class Pooling(NamedTuple):
         largest = self.after.grid(out)
         largest.copy_(even)
         for first, others in ((0, odd), (1, odd[:, : largest.shape[1] - 1])):
-            part = _within(largest, first, others)
-            torch.maximum(part, others, out=part)
+            if others.shape[1]:
+                part = _within(largest, first, others)
+                torch.maximum(part, others, out=part)
 
-    def largest_backward(self, grad: Tensor, x: Tensor, norm: Norm, by_batch: bool, grad_x: Tensor) -> Sums:
-        """From the gradient of the maxima to that of x, all of which is written."""
+    def largest_backward(self, grad: Tensor, x: Tensor, norm: Norm, by_batch: bool) -> tuple[Tensor, Sums]:
+        """From the gradient of the maxima to that of x."""
+        grad_planes = self.after.grid(grad)
         if self._deep:
-            maxima = self._largest_of_planes(x, norm)
-            grad_planes = _to_the_largest(self.after.grid(grad), maxima)
-            del maxima
-        else:
-            grad_planes = self.after.grid(grad)
-        return bn_relu_max_pool_backward(
-            grad_planes.flatten(0, -4), self._planes(x), *norm, by_batch, self._planes(grad_x)
-        )
+            grad_planes = _to_the_largest(grad_planes, self._largest_of_planes(x, norm)).flatten(0, 1)
+        grad_x = x.new_empty(x.shape)  # as large as the largest map there is, so not before the planes are done
+        sums = bn_relu_max_pool_backward(grad_planes, self._planes(x), *norm, by_batch, self._planes(grad_x))
+        return grad_x, sums
 
     def mean(self, x: Tensor, norm: Norm) -> Tensor:
         """The averages, in the dtype of x."""
@@ -93,7 +91,8 @@ class Pooling(NamedTuple):
             even, odd = _even_and_odd(grad_planes)
             torch.mul(self.after.grid(grad), 0.5, out=odd)
             _within(even, 0, odd).copy_(odd)
-            even[:, odd.shape[1] :].zero_()  # an odd last plane is in no average
+            if even.shape[1] > odd.shape[1]:  # an odd last plane is in no average
+                even[:, -1].zero_()
         else:
             grad_planes = self.after.grid(grad)
         return bn_relu_avg_pool_backward(
@@ -135,19 +134,22 @@ def _to_the_largest(grad: Tensor, planes: Tensor) -> Tensor:
     As PyTorch's pooling does: a value takes the place of an earlier one if it is larger, or NaN.
     """
     even, odd = _even_and_odd(planes)
-    before, after = odd[:, : grad.shape[1] - 1], odd  # of planes 2, 4, ...; of planes 0, 2, ...
-    largest = even.clone()
-    kept = _takes_over(_within(even, 1, before), before)  # plane 2d against the one before it
-    _within(largest, 1, before).copy_(torch.where(kept, _within(even, 1, before), before))
-    taken = _takes_over(after, _within(largest, 0, after))  # plane 2d + 1 against the larger of these
     made = torch.empty_like(planes, dtype=grad.dtype)
     grad_even, grad_odd = _even_and_odd(made)
     grad_even.copy_(grad)
-    _within(grad_even, 0, after).masked_fill_(taken, 0)
-    grad_odd.copy_(_within(grad, 0, after)).masked_fill_(~taken, 0)
-    shared = _within(grad_even, 1, before)
-    _within(grad_odd, 0, before).add_(shared.masked_fill(kept, 0))
-    shared.masked_fill_(~kept, 0)
+    largest, later = even.clone(), even[:, 1:]  # which have a plane before them; empty where the depth is 2 or 1
+    before = _within(odd, 0, later)
+    if later.shape[1]:
+        kept = _takes_over(later, before)
+        largest[:, 1:] = torch.where(kept, later, before)
+    if odd.shape[1]:
+        taken = _takes_over(odd, _within(largest, 0, odd))
+        grad_odd.copy_(_within(grad, 0, odd)).masked_fill_(~taken, 0)
+        _within(grad_even, 0, odd).masked_fill_(taken, 0)
+    if later.shape[1]:
+        shared = grad_even[:, 1:]
+        _within(grad_odd, 0, later).add_(shared.masked_fill(kept, 0))
+        shared.masked_fill_(~kept, 0)
     return made
 
 

@@ -1,8 +1,9 @@
-"""Which dtype convolutions compute in, for code that runs them with autocast switched off."""
+"""Which dtypes autocast chooses, for code that runs with autocast switched off."""
 
 from __future__ import annotations
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 
@@ -15,3 +16,13 @@ def compute_dtype(x: Tensor) -> torch.dtype:
     if torch.is_autocast_enabled(device) and x.dtype != torch.float64:
         return torch.get_autocast_dtype(device)
     return x.dtype
+
+
+def pooled_dtype(x: Tensor, dtype: torch.dtype) -> torch.dtype:
+    """The dtype that pooling gives a map of x's rank and device and of some dtype now.
+
+    On a CPU autocast pools volumes in float32, and gives out that; PyTorch is asked.
+    """
+    if x.dim() != 5 or x.device.type != "cpu" or not torch.is_autocast_enabled("cpu"):
+        return dtype
+    return F.avg_pool3d(torch.ones(1, 1, 1, 1, 1, dtype=dtype), 1).dtype

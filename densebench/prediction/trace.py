@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 import contextlib
+from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cached_property
+from typing import Any
 
 import numpy as np
+import torch
 from numpy.typing import NDArray
+from torch.overrides import TorchFunctionMode
 
 from densebench.kernels import compiled
 from densebench.prediction.cuda import rounded
@@ -147,13 +151,13 @@ def trace_step(work: Workload, device: str = "cpu") -> StepTrace:
     """Trace one step of a workload on fake tensors; call inside the FakeTensorMode of its tensors.
 
     Gradients exist before the step, so that they are a constant as in any step but the first. The tensors lie on a
-    CPU whatever the device, but for CUDA nothing chooses what is compiled for a CPU only.
+    CPU whatever the device, but for CUDA nothing chooses what is compiled for a CPU only, and volumes are pooled
+    in the dtype that they have.
     """
     work.allocate_gradients()
     tensors = {**dict(work.model.named_parameters()), **dict(work.model.named_buffers())}
     owners = {storage_key(tensor): name for name, tensor in tensors.items()}
-    elsewhere = compiled.using(None) if device == "cuda" else contextlib.nullcontext()
-    with elsewhere, StepTracker(hidden_on_cpu, owners, rule_for) as tracker:
+    with _as_on(device), StepTracker(hidden_on_cpu, owners, rule_for) as tracker:
         output = work.forward()
         forward_end = tracker.event
         if work.mode == "train":
@@ -168,3 +172,23 @@ def trace_step(work: Workload, device: str = "cpu") -> StepTrace:
         forward_end,
         device,
     )
+
+
+@contextlib.contextmanager
+def _as_on(device: str) -> Iterator[None]:
+    if device != "cuda":
+        yield
+        return
+    with compiled.using(None), _PoolsAsOnCuda():
+        yield
+
+
+class _PoolsAsOnCuda(TorchFunctionMode):
+    """On a CPU autocast pools volumes in float32, and maps become twice as large; on a GPU it does not."""
+
+    POOLS = ("max_pool3d", "max_pool3d_with_indices", "avg_pool3d", "adaptive_avg_pool3d", "adaptive_max_pool3d")
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        alone = torch.autocast("cpu", enabled=False) if func.__name__ in self.POOLS else contextlib.nullcontext()
+        with alone:
+            return func(*args, **(kwargs or {}))

@@ -14,8 +14,9 @@ from densebench.report.drawing import WIDE, Canvas, Picture, canvas, draw, name_
 from densebench.report.files import write_whole
 from densebench.report.style import Look, Roster
 from densebench.report.tables import Column, Table, build
-from densebench.report.units import CROSS, memory, model_name, number
+from densebench.report.units import memory, number
 from densebench.training.records import FILE, EpochRecord, by_strategy, read_epochs
+from densebench.training.summary import conditions
 
 TITLE = "Learning curves"
 _POINTS = 40  # that a curve of losses is smoothed to tell apart
@@ -129,13 +130,7 @@ def _beneath(handles: Sequence[Line2D]) -> float:
 
 
 def _setting(record: EpochRecord) -> str:
-    options, images = record.options, record.images
-    size = CROSS.join(map(str, images["shape"][1:]))
-    precision = f"{options['autocast']} autocast" if options["autocast"] else "float32"
-    optimizer = f"{options['optimizer']} lr {options['lr']:g}"
-    device = record.environment["device"]
-    what = f"{model_name(options['model'])} on {images['source']}"
-    return f"{what}, batch {options['batch']} at {size}, {optimizer}, {precision}, {device}"
+    return "; ".join(conditions(record))
 
 
 def _memory(run: Run) -> str:

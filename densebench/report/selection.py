@@ -173,7 +173,7 @@ def _setting_key(record: Record) -> str:
 
 
 def _interest(comparison: Comparison) -> tuple[object, ...]:
-    """Sort key: what a reader asks first comes first. Training on a GPU, large images, DenseNet-121; then volumes."""
+    """Sort key: what a reader asks first comes first. Images, training, a GPU, large ones, DenseNet-121."""
     case = comparison.case
     pixels = case.input_shape[-1] * case.input_shape[-2]
     return (

@@ -14,7 +14,7 @@ from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
 from densebench.execution.batch_norm import call_norm, commit_copies
-from densebench.execution.convolution import ConvOptions, convolve
+from densebench.execution.convolution import ConvOptions, convolve_as_given
 from densebench.execution.structure import irregularity
 from densebench.models.layers import DenseLayer
 from densebench.models.stage import Stage
@@ -61,7 +61,7 @@ def _first_half(layer: DenseLayer) -> Callable[..., Tensor]:
         if not recomputing:
             commit_copies([call])
         x = F.relu(x, inplace=not torch.is_grad_enabled())
-        return convolve(x, options, weight)
+        return convolve_as_given(x, options, weight)
 
     return run
 

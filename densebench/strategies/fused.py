@@ -61,7 +61,7 @@ def fused(stage: Stage, x: Tensor, recompute: Recompute = "nothing") -> Tensor:
 
     Args:
         stage: the stage.
-        x: [N, C, H, W], on a CPU or a CUDA device.
+        x: [N, C, H, W] or [N, C, D, H, W], on a CPU or a CUDA device.
         recompute: "bottleneck" recomputes each bottleneck output [N H W, 4 k] in backward.
 
     Raises:

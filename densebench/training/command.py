@@ -58,6 +58,7 @@ def train(settings: Settings, say: Say) -> str:
         except (RuntimeError, MemoryError) as error:
             failed[name] = _reason(error, settings, alone=len(names) == 1)
             say(f"{name}: {failed[name]}")
+        if name in failed:  # out of the handler: its traceback holds the network and a step's graph
             release_memory(settings.device)
     if not records:
         raise TrainingError("no strategy could be trained: " + "; ".join(failed.values()))
@@ -124,10 +125,10 @@ def _train_by(
         record = training.run_epoch(peak, say)
         records.append(record)
         if folder is not None:
-            # The record first: an epoch that is recorded but not saved is run and recorded again.
+            # The checkpoint last: an epoch that is recorded but not saved is run and recorded again.
             folder.append(record)
-            save_checkpoint(training.state(), folder.folder, name)
             save_weights(training.network, folder.folder, name)
+            save_checkpoint(training.state(), folder.folder, name)
         say(
             f"{name}: epoch {record.epoch} of {settings.epochs}, loss {record.train_loss:.4f}, "
             f"test accuracy {100 * record.test_accuracy:.1f} %, {record.seconds:.1f} s"
@@ -140,6 +141,11 @@ def _go_on(training: Training, folder: Path, name: str) -> list[EpochRecord]:
     state = load_checkpoint(folder, name)
     if state is None:
         return []
+    if state.get("run") != training.run():
+        raise TrainingError(
+            f"the checkpoint of {name} in {folder} is another run's, or its images have changed; "
+            "choose another --out"
+        )
     training.load_state(state)
     earlier = by_strategy(read_epochs(folder)).get(name, [])
     return [record for record in earlier if record.epoch <= training.epochs_done]

@@ -97,10 +97,15 @@ class Training:
             created=datetime.now(UTC).isoformat(timespec="seconds"),
         )
 
+    def run(self) -> dict[str, Any]:
+        """What the whole curve depends on: options and images."""
+        return {"options": self.settings.of_the_curve(), "images": self.images.facts()}
+
     def state(self) -> dict[str, Any]:
         """All that the next epoch depends on. Its batches come from the seed and its number, so no RNG does."""
         parts: dict[str, Any] = {"network": self.network, "optimizer": self.optimizer, "scaler": self.scaler}
-        return {"epochs_done": self.epochs_done, **{name: part.state_dict() for name, part in parts.items()}}
+        states = {name: part.state_dict() for name, part in parts.items()}
+        return {"run": self.run(), "epochs_done": self.epochs_done, **states}
 
     def load_state(self, state: dict[str, Any]) -> None:
         """Go on from a `state`."""

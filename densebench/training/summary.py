@@ -9,6 +9,7 @@ from densebench.training.records import EpochRecord, by_strategy
 
 WIDTH = 80
 MIB = 2**20
+CROSS = "\N{MULTIPLICATION SIGN}"
 _MOST_EPOCHS = 6  # whose losses are compared one by one
 _COLUMNS = "{:<18}{:>12}{:>10}{:>12}{:>9}{:>11}{:>8}"
 
@@ -21,7 +22,7 @@ def table(records: Sequence[EpochRecord], failed: Mapping[str, str]) -> list[str
         failed: by strategy, why it was not trained.
     """
     runs = by_strategy(records)
-    lines = [*_title(records[0]), ""]
+    lines = [*(line for words in conditions(records[0]) for line in _wrapped(words)), ""]
     heads = ("strategy", "activations", "images/s", "train loss", "accuracy", "test loss", "acc.")
     lines.append(_COLUMNS.format(*heads))
     lines += [_row(run[-1]) for run in runs.values()]
@@ -37,9 +38,10 @@ def spread(runs: Mapping[str, Sequence[EpochRecord]], epoch: int, step: int) -> 
     return max(losses) - min(losses) if len(losses) > 1 else None
 
 
-def _title(first: EpochRecord) -> list[str]:
+def conditions(first: EpochRecord) -> tuple[str, str]:
+    """What was trained on what, and how: all that a learning curve depends on, in words."""
     options, images = first.options, first.images
-    shape = "x".join(map(str, images["shape"]))
+    shape = CROSS.join(map(str, images["shape"]))
     counts = (
         f"{images['train']:,} to train and {images['test']:,} to test on, {images['classes']} classes, {shape}"
     )
@@ -48,9 +50,7 @@ def _title(first: EpochRecord) -> list[str]:
     optimizer += f" weight decay {options['weight_decay']:g}" if options["weight_decay"] is not None else ""
     start = options["weights"] or f"seed {options['seed']}"
     setting = f"batch {options['batch']}, {optimizer}, {_precision(first)}, from {start}"
-    where = first.environment["device"]
-    texts = (f"{options['model']} on {images['source']}: {counts}", f"{setting}, on {where}")
-    return [line for text in texts for line in _wrapped(text)]
+    return f"{options['model']} on {images['source']}: {counts}", f"{setting}, on {first.environment['device']}"
 
 
 def _row(last: EpochRecord) -> str:

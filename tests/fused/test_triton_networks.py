@@ -24,6 +24,8 @@ NETWORKS: dict[str, tuple[dict[str, Any], int]] = {
     "dropout": ({"drop_rate": 0.3, "block_config": (2, 1)}, 8),
     "odd map": ({"block_config": (2, 2), "growth_rate": 3}, 9),
     "volumes": ({"spatial_dims": 3, "stem": "imagenet", "block_config": (2, 1), "growth_rate": 5}, 11),
+    "volumes of an even depth": ({"spatial_dims": 3, "stem": "imagenet", "block_config": (1, 1)}, 13),
+    "thin volumes": ({"spatial_dims": 3, "stem": "imagenet", "block_config": (2,), "growth_rate": 5}, 5),
 }
 
 

@@ -129,6 +129,19 @@ def test_a_name_is_built_for_the_shape() -> None:
     assert densebench.predict_memory("densenet121", (2, 4, 64, 64)).peak_bytes > 0
 
 
+@pytest.mark.parametrize("name", ["naive", "fused"])
+def test_autocast_of_volumes_is_the_devices(name: str) -> None:
+    """On a CPU it pools in float32, on a GPU in 16 bits: half of the maps' bytes."""
+    shape = (2, 1, 64, 64, 64)
+    half, whole = (
+        densebench.predict_memory("densenet121", shape, name, autocast=autocast).activation_bytes
+        for autocast in ("bfloat16", None)
+    )
+    assert half < 0.65 * whole
+    on_cpu = densebench.predict_memory("densenet121", shape, name, autocast="bfloat16", device="cpu")
+    assert on_cpu.activation_bytes > 1.1 * half
+
+
 class _Calls(nn.Module):
     def __init__(self, function: Any) -> None:
         super().__init__()

@@ -309,7 +309,13 @@ def learning_run(strategies: Sequence[str] = STRATEGIES, epochs: int = 3, steps:
             images_per_s=100.0,
             peak_delta_bytes=(24 - 4 * at) * MIB,
             options={"model": "densenet121", "batch": 32, "optimizer": "sgd", "lr": 0.1, "autocast": None},
-            images={"source": "synthetic images", "shape": [3, 224, 224]},
+            images={
+                "source": "synthetic images",
+                "train": 4096,
+                "test": 512,
+                "classes": 10,
+                "shape": [3, 224, 224],
+            },
             environment={"device": "Synthetic CPU (8 threads)"},
             created="2026-11-29T00:00:00+00:00",
         )

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import re
+import weakref
 from pathlib import Path
 from typing import Any
 
@@ -243,16 +244,22 @@ def test_mixed_precision(idx_folder: Path, tmp_path: Path, command: Command) -> 
 def test_out_of_memory_is_a_result(idx_folder: Path, command: Command, monkeypatch: pytest.MonkeyPatch) -> None:
     plain = Training.activation_bytes
 
+    living: list[weakref.ref[Training]] = []
+    released: list[bool] = []
+
     def too_much(self: Training) -> int:
         if self.strategy == "naive":
+            living.append(weakref.ref(self))
             raise torch.OutOfMemoryError("CUDA out of memory")
         return plain(self)
 
     monkeypatch.setattr(Training, "activation_bytes", too_much)
+    monkeypatch.setattr(command_module, "release_memory", lambda _: released.append(living[-1]() is None))
     code, out, err = command(idx_folder, "--strategy", "naive,fused")
     assert code == 0
     assert "naive: did not fit in memory; lower --batch (it is 8)" in " ".join(out.split())
     assert re.search(r"^fused .*MiB", out, re.MULTILINE)
+    assert released == [True], "memory is released while the failed network is still held"
     code, out, err = command(idx_folder, "--strategy", "naive")
     assert (code, out) == (2, "")
     assert "no strategy could be trained: did not fit in memory" in err

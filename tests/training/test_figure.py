@@ -25,7 +25,8 @@ def test_curves_are_written(idx_folder: Path, tmp_path: Path, drawing_command: C
     for record in read_epochs(out):
         assert record.strategy in text
         assert f"activations {memory(record.peak_delta_bytes)}" in text
-    assert "DenseNet of d2l.ai on MNIST-format images" in text
+    for words in ("densenet_d2l on MNIST-format images", "to train and", "sgd lr 0.1", "from seed 0"):
+        assert words in text
     copy = tmp_path / "copy"
     copy.mkdir()
     shutil.copy(out / "training.jsonl", copy)

@@ -13,7 +13,7 @@ from densebench.training import command as command_module
 from densebench.training.checkpoints import save_weights
 from densebench.training.errors import TrainingError
 from densebench.training.loop import Training
-from densebench.training.records import RunFolder, read_epochs
+from densebench.training.records import FILE, RunFolder, read_epochs
 from tests.training.conftest import Command, losses, needs_torchvision
 
 pytestmark = needs_torchvision()
@@ -123,12 +123,12 @@ def test_interrupted_runs_keep_finished_epochs(
     assert len(losses(tmp_path / "run")) == 3
 
 
-@pytest.mark.parametrize("owner", [RunFolder, command_module], ids=["record", "checkpoint"])
-def test_interrupted_between_record_and_checkpoint(
-    owner: Any, idx_folder: Path, tmp_path: Path, command: Command, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize("name", ["append", "save_weights", "save_checkpoint"])
+def test_interrupted_after_an_epoch(
+    name: str, idx_folder: Path, tmp_path: Path, command: Command, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Whichever of the two is missing, the epoch is run again: the curve has no hole."""
-    name = "append" if owner is RunFolder else "save_checkpoint"
+    """Whatever is missing of record, weights and checkpoint, the epoch is run again: nothing has a hole."""
+    owner: Any = RunFolder if name == "append" else command_module
     plain = getattr(owner, name)
     calls: list[Any] = []
 
@@ -138,12 +138,28 @@ def test_interrupted_between_record_and_checkpoint(
             raise KeyboardInterrupt
         plain(*arguments)
 
-    options = [idx_folder, "--epochs", 3, "--out", tmp_path / "run"]
+    options = [idx_folder, "--epochs", 2]
+    assert command(*options, "--out", tmp_path / "whole")[0] == 0
     with monkeypatch.context() as patch:
         patch.setattr(owner, name, interrupted)
-        assert command(*options)[0] == 130
-    assert command(*options, "--resume")[0] == 0
-    assert [record.epoch for record in read_epochs(tmp_path / "run")] == [1, 2, 3]
+        assert command(*options, "--out", tmp_path / "run")[0] == 130
+    assert command(*options, "--out", tmp_path / "run", "--resume")[0] == 0
+    assert [record.epoch for record in read_epochs(tmp_path / "run")] == [1, 2]
+    whole, resumed = (torch.load(tmp_path / run / "fused.pt") for run in ("whole", "run"))
+    assert all(torch.equal(resumed[key], value) for key, value in whole.items())
+
+
+def test_a_checkpoint_knows_its_run(idx_folder: Path, tmp_path: Path, command: Command) -> None:
+    """Where the records are gone, nothing else tells."""
+    options = [idx_folder, "--epochs", 1, "--out", tmp_path / "run"]
+    assert command(*options)[0] == 0
+    (tmp_path / "run" / FILE).write_text("")
+    code, _, err = command(*options, "--resume", "--seed", 5)
+    assert code == 2
+    assert "the checkpoint of fused in" in err
+    assert "is another run's, or its images have changed" in err
+    code, _, err = command(*options, "--resume", "--limit", 12)
+    assert (code, "is another run's" in err) == (2, True)
 
 
 def test_weights_are_written_whole_or_not_at_all(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
