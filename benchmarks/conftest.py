@@ -11,7 +11,8 @@ from typing import Any
 import pytest
 import torch
 
-from benchmarks.cases import Group, Profile, profile
+from benchmarks.cases import Group
+from benchmarks.profiles import Profile, profile
 from benchmarks.suite import DATA, Suite, choose_device, run_folder
 from densebench.contenders import get_contender
 from densebench.counting import counted

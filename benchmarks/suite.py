@@ -11,7 +11,8 @@ from typing import Any
 
 import torch
 
-from benchmarks.cases import Group, Profile
+from benchmarks.cases import Group
+from benchmarks.profiles import Profile
 from densebench.measure.runner import Runner
 from densebench.measure.validation import Checks
 from densebench.measure.worker import run_isolated

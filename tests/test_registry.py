@@ -56,7 +56,7 @@ def test_new_file_is_found(tree: Path) -> None:
         "-c",
         "import densebench\n"
         "from densebench.contenders import list_contenders\n"
-        "from benchmarks.cases import profile\n"
+        "from benchmarks.profiles import profile\n"
         "print(densebench.__file__)\n"
         "print(*densebench.list_strategies())\n"
         "print(*list_contenders())\n"

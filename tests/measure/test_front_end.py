@@ -17,7 +17,7 @@ import pytest
 
 from benchmarks import conftest as front_end
 from benchmarks import suite as suite_module
-from benchmarks.cases import profile
+from benchmarks.profiles import profile
 from benchmarks.suite import Suite, choose_device, run_folder
 from densebench.measure.environment import environment
 from densebench.registry import list_strategies

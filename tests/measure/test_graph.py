@@ -9,7 +9,8 @@ from typing import Any
 import pytest
 import torch
 
-from benchmarks.cases import graph_group, profile
+from benchmarks.cases import graph_group
+from benchmarks.profiles import profile
 from densebench.measure.graph import WARM_UPS, Graphed, why_no_graph
 from densebench.registry import list_strategies
 from densebench.workload import Workload, build_workload

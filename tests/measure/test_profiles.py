@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import pytest
 
-from benchmarks.cases import DEPTHS, Profile, profile
+from benchmarks.cases import DEPTHS
 from benchmarks.conftest import _name
+from benchmarks.profiles import Profile, profile
 from densebench.contenders import get_contender
 from densebench.registry import list_strategies
 from densebench.workload import model_options

@@ -308,7 +308,17 @@ def learning_run(strategies: Sequence[str] = STRATEGIES, epochs: int = 3, steps:
             seconds=12.0,
             images_per_s=100.0,
             peak_delta_bytes=(24 - 4 * at) * MIB,
-            options={"model": "densenet121", "batch": 32, "optimizer": "sgd", "lr": 0.1, "autocast": None},
+            options={
+                "model": "densenet121",
+                "batch": 32,
+                "optimizer": "sgd",
+                "lr": 0.1,
+                "autocast": None,
+                "momentum": 0.9,
+                "weight_decay": 1e-4,
+                "weights": None,
+                "seed": 0,
+            },
             images={
                 "source": "synthetic images",
                 "train": 4096,
