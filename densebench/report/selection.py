@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 
@@ -116,7 +116,7 @@ def comparisons(records: Sequence[Record], roster: Roster, source: str = "measur
     that is a yardstick (ResNet) stands in each comparison of its setting.
     """
     steps = [r for r in records if r.case.kind == "step" and r.case.source == source]
-    run_shown = need_names(steps)
+    run_shown = need_names(steps, _setting)
     settings: dict[str, list[Record]] = {}
     for record in steps:
         settings.setdefault(_setting_key(record), []).append(record)
@@ -167,9 +167,18 @@ def _time_ratio(record: Record, base: Record | None) -> Ratio | None:
 
 
 def _setting_key(record: Record) -> str:
+    return f"{record.run} {_setting(record)}"
+
+
+def _setting(record: Record) -> str:
     case = record.case
-    shared = (record.run, case.mode, case.batch, case.input_shape, case.dtype, case.autocast, case.cuda_graph)
-    return json.dumps([*shared, case.device, device_of(record), case.options], sort_keys=True)
+    shared = (case.mode, case.batch, case.input_shape, case.dtype, case.autocast, case.cuda_graph)
+    return json.dumps([*shared, case.device, _place(record), case.options], sort_keys=True)
+
+
+def _place(record: Record) -> str:
+    """Where a record was made; nothing that is predicted says where."""
+    return "" if record.case.source == "predicted" else device_of(record)
 
 
 def _interest(comparison: Comparison) -> tuple[object, ...]:
@@ -212,12 +221,14 @@ def once(records: Iterable[Record]) -> list[Record]:
     return kept
 
 
-def need_names(records: Iterable[Record]) -> bool:
-    """Whether runs must be named: two of them were made on one device, or predict (no title says where)."""
+def need_names(records: Iterable[Record], title: Callable[[Record], str] = _place) -> bool:
+    """Whether runs must be named: records of two of them come under one title.
+
+    Titles say at least where: on which device, or that it is predicted.
+    """
     runs: dict[str, set[str]] = {}
     for record in records:
-        place = "" if record.case.source == "predicted" else device_of(record)
-        runs.setdefault(place, set()).add(record.run)
+        runs.setdefault(title(record), set()).add(record.run)
     return any(len(names) > 1 for names in runs.values())
 
 

@@ -147,6 +147,15 @@ def test_runs_are_named_where_their_machines_do_not_tell_them_apart() -> None:
     assert [setting.rpartition(", ")[2] for setting in settings] == ["machine A", "machine B"]
 
 
+def test_runs_of_other_settings_need_no_names() -> None:
+    """One device, images in one run and volumes in another: their titles differ as it is."""
+    one, two = of_two_runs("machine A")[:2], of_two_runs("machine A")[2:]
+    volumes = {"input_shape": (1, 64, 64, 64), "options": {"spatial_dims": 3, "in_channels": 1}}
+    two = [dataclasses.replace(record, case=dataclasses.replace(record.case, **volumes)) for record in two]
+    settings = [comparison.setting for comparison in found([*one, *two])]
+    assert [setting.rpartition(", ")[2] for setting in settings] == ["machine A", "machine A"]
+
+
 def test_runs_that_predict_otherwise_are_named() -> None:
     one = make_record(make_case(source="predicted"), peak_delta_bytes=7, environment={"device": "machine A"})
     two = dataclasses.replace(one, run="two", peak_delta_bytes=8, environment={"device": "machine B"})
