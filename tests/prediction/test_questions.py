@@ -7,6 +7,7 @@ import json
 import subprocess
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -16,8 +17,10 @@ from torch import Tensor, nn
 
 import densebench
 from densebench import predict
-from densebench.prediction import Prediction, PredictionError, cache, networks
+from densebench.prediction import Prediction, PredictionError, cache, command, networks
 from densebench.prediction.sizes import parse_size, size_note
+from densebench.results import Case, Record
+from tests.report.records import timing_of
 
 SMALL = ["densenet_d2l", "--size", "64", "--strategy", "naive"]
 
@@ -218,6 +221,28 @@ def test_table(capsys: pytest.CaptureFixture[str]) -> None:
     assert "2GB = 1.86 GiB" in shown.out
     assert "tracing" in shown.err
     assert "tracing" not in shown.out
+
+
+def _timed(strategy: str, seconds: float, **changes: Any) -> Record:
+    case = Case("step", "densenet121", strategy, "train", 8, (3, 224, 224), memory_format="channels_last")
+    timing = timing_of([seconds] * 3)
+    return Record(replace(case, **changes), "ok", run="one", group="g", time_s=timing)
+
+
+def test_times_are_measured_ones_of_the_network() -> None:
+    """Over naive in its faster format; volumes are another network, whose times images do not tell."""
+    records = [_timed("naive", 1.0), _timed("naive", 2.0, memory_format="contiguous"), _timed("fused", 0.7)]
+    images, volumes = (
+        {name: densebench.predict_memory("densenet121", shape, name) for name in ("naive", "fused")}
+        for shape in ((2, 3, 64, 64), (2, 1, 32, 32, 32))
+    )
+    times, source = command.relative_times(images, records)
+    assert (times, source) == ({"naive": 1.0, "fused": 0.7}, "measured on cpu at batch 8, float32")
+    assert command.relative_times(images, records[::-1])[0] == times
+    times, source = command.relative_times(volumes, records)
+    assert source.startswith("not measured: the floors")
+    of_volumes = [replace(record, case=replace(record.case, input_shape=(1, 64, 64, 64))) for record in records]
+    assert command.relative_times(volumes, of_volumes)[0] == {"naive": 1.0, "fused": 0.7}
 
 
 def test_volumes(capsys: pytest.CaptureFixture[str]) -> None:
