@@ -20,7 +20,7 @@ _EPILOG = """DATA is one of
   random: synthetic images with made-up labels
 Nothing is downloaded, and images are not augmented: each is resized and its middle cut out; colors are normalized
 as torchvision's weights want them, gray values lie in [0, 1]. What an epoch has left over for an incomplete batch
-is left out.
+is left out. A file that is no image is found when it is read, not before.
 
 examples:
   the network of d2l.ai on Fashion-MNIST, by every strategy:

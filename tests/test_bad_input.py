@@ -117,7 +117,11 @@ def _wrong(*shape: int, dtype: torch.dtype = torch.float64, device: str = "cpu")
 
 
 INPUTS: dict[str, tuple[Callable[[], Tensor], type[Exception], str]] = {
-    "one image": (_wrong(3, 32, 32), ValueError, r"input must be \[N, 3, H, W\], got shape \[3, 32, 32\]"),
+    "one image": (
+        _wrong(3, 32, 32),
+        ValueError,
+        r"input must be \[N, 3, H, W\], got shape \[3, 32, 32\]; give a batch",
+    ),
     "video": (
         _wrong(2, 3, 4, 9, 9),
         ValueError,
@@ -161,7 +165,8 @@ def test_wrong_input(every_strategy: str, name: str, call: str) -> None:
 
 
 VOLUMES: dict[str, tuple[tuple[int, ...], str]] = {
-    "one volume": ((3, 9, 9, 9), r"input must be \[N, 3, D, H, W\], got shape \[3, 9, 9, 9\]; .* spatial_dims=2"),
+    "one volume": ((3, 9, 9, 9), r"must be \[N, 3, D, H, W\], got shape \[3, 9, 9, 9\]; give a batch, x\[None\]"),
+    "images": ((2, 3, 9, 9), r"got shape \[2, 3, 9, 9\]; build the network with spatial_dims=2"),
     "a row of numbers": ((2, 3), r"input must be \[N, 3, D, H, W\], got shape \[2, 3\]$"),
     "a thin one": ((2, 3, 4, 32, 32), "input 4x32x32 is too small for a network of stride 8: each side needs at"),
 }

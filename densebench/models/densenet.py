@@ -135,10 +135,10 @@ class DenseNet(nn.Module):
         if torch.compiler.is_compiling():
             return
         if input.dim() != 2 + config.spatial_dims:
-            sides, other = ("H, W", 3) if config.spatial_dims == 2 else ("D, H, W", 2)
-            remedy = f"; build the network with spatial_dims={other}" if input.dim() == 2 + other else ""
+            sides = "H, W" if config.spatial_dims == 2 else "D, H, W"
             raise ValueError(
-                f"input must be [N, {config.in_channels}, {sides}], got shape {list(input.shape)}{remedy}"
+                f"input must be [N, {config.in_channels}, {sides}], got shape {list(input.shape)}"
+                f"{_remedy_for_rank(config, input)}"
             )
         if input.shape[1] != config.in_channels:
             channels = counted(input.shape[1], "channel")
@@ -225,6 +225,14 @@ def _initialize(network: nn.Module) -> None:
             nn.init.kaiming_normal_(module.weight)
         elif isinstance(module, nn.Linear):
             nn.init.zeros_(module.bias)
+
+
+def _remedy_for_rank(config: DenseNetConfig, input: Tensor) -> str:
+    if input.dim() == 1 + config.spatial_dims and input.shape[0] == config.in_channels:
+        return "; give a batch, x[None] is one of a single input"
+    if input.dim() in (4, 5):
+        return f"; build the network with spatial_dims={input.dim() - 2}"
+    return ""
 
 
 def _check_dtype_and_device(network: DenseNet, input: Tensor) -> None:

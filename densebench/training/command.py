@@ -47,7 +47,7 @@ def train(settings: Settings, say: Say) -> str:
     network = _network(settings, images, preset, say)
     folder = None
     if settings.out is not None:
-        folder = RunFolder(Path(settings.out), settings.of_the_curve(), settings.resume)
+        folder = RunFolder(Path(settings.out), settings.strategies(), settings.of_the_curve(), settings.resume)
     tune(settings.device)
     records: list[EpochRecord] = []
     failed: dict[str, str] = {}

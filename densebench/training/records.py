@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -68,6 +68,7 @@ class RunFolder:
 
     Args:
         folder: created if missing.
+        strategies: to be trained by.
         options: of the run, as in `EpochRecord`.
         resume: go on with the run that is there, instead of refusing to.
 
@@ -75,10 +76,16 @@ class RunFolder:
         TrainingError: if it cannot be written, holds another run, or none to resume.
     """
 
-    def __init__(self, folder: Path, options: Mapping[str, Any], resume: bool) -> None:
+    def __init__(self, folder: Path, strategies: Sequence[str], options: Mapping[str, Any], resume: bool) -> None:
         self.folder, self.path = folder, folder / FILE
         if resume and not self.path.is_file():
             raise TrainingError(f"--resume: there is no run in {folder}; leave --resume out to start one")
+        written = (*(f"{name}{end}" for name in strategies for end in (".pt", ".checkpoint")), "curves.svg")
+        taken = next((name for name in written if (folder / name).exists()), None)
+        if taken is not None and not self.path.is_file():
+            raise TrainingError(
+                f"{folder} holds {taken}, which is no run's and would be written over; choose another --out"
+            )
         try:
             folder.mkdir(parents=True, exist_ok=True)
             with self.path.open("a", encoding="utf-8"):

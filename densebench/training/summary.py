@@ -72,7 +72,7 @@ def _notes(records: Sequence[EpochRecord]) -> list[str]:
     notes = (
         f"after epoch {after}; train: over that epoch's steps; test: after it",
         "activations: peak of a step beyond parameters, gradients, buffers and images",
-        "images/s: of this one run, loading included; no benchmark, which is pytest benchmarks/",
+        "images/s: of that epoch alone, loading included; no benchmark, which is pytest benchmarks/",
     )
     return [line for note in notes for line in _wrapped(note)]
 

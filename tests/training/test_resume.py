@@ -149,6 +149,16 @@ def test_interrupted_after_an_epoch(
     assert all(torch.equal(resumed[key], value) for key, value in whole.items())
 
 
+def test_nothing_of_somebody_elses_is_written_over(idx_folder: Path, tmp_path: Path, command: Command) -> None:
+    mine = tmp_path / "mine"
+    mine.mkdir()
+    (mine / "fused.pt").write_text("precious")
+    code, _, err = command(idx_folder, "--out", mine)
+    assert code == 2
+    assert f"{mine} holds fused.pt, which is no run's and would be written over; choose another --out" in err
+    assert [(path.name, path.read_text()) for path in mine.iterdir()] == [("fused.pt", "precious")]
+
+
 def test_a_checkpoint_knows_its_run(idx_folder: Path, tmp_path: Path, command: Command) -> None:
     """Where the records are gone, nothing else tells."""
     options = [idx_folder, "--epochs", 1, "--out", tmp_path / "run"]
