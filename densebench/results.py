@@ -253,10 +253,7 @@ class RunStore:
         self.path = folder / "cases.jsonl"
         self._claim: IO[bytes] | None = None
         try:
-            folder.mkdir(parents=True, exist_ok=True)
-            with self.path.open("a", encoding="utf-8"):
-                pass
-            end_torn_line(self.path)
+            make_appendable(self.path)
         except OSError as error:
             raise StoreError(
                 f"cannot write results to {folder} ({error.strerror}); choose another with --densebench-out"
@@ -322,8 +319,11 @@ def append_durably(path: Path, line: bytes) -> None:
             raise
 
 
-def end_torn_line(path: Path) -> None:
-    """End a line that a killed process left unfinished, so that the next record starts a new one."""
+def make_appendable(path: Path) -> None:
+    """Make a file of lines, and its folder, if there is none; end a line that a killed process left unfinished."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with path.open("ab"):
+        pass
     with path.open("rb+") as file:
         if file.seek(0, os.SEEK_END) and (file.seek(-1, os.SEEK_END), file.read(1))[1] != b"\n":
             file.write(b"\n")

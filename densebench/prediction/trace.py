@@ -189,6 +189,7 @@ class _PoolsAsOnCuda(TorchFunctionMode):
     POOLS = ("max_pool3d", "max_pool3d_with_indices", "avg_pool3d", "adaptive_avg_pool3d", "adaptive_max_pool3d")
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        alone = torch.autocast("cpu", enabled=False) if func.__name__ in self.POOLS else contextlib.nullcontext()
-        with alone:
+        if getattr(func, "__name__", "") not in self.POOLS:
+            return func(*args, **(kwargs or {}))
+        with torch.autocast("cpu", enabled=False):
             return func(*args, **(kwargs or {}))

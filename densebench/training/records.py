@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from densebench.results import append_durably, end_torn_line
+from densebench.results import append_durably, make_appendable
 from densebench.training.errors import TrainingError
 
 FILE = "training.jsonl"
@@ -87,10 +87,7 @@ class RunFolder:
                 f"{folder} holds {taken}, which is no run's and would be written over; choose another --out"
             )
         try:
-            folder.mkdir(parents=True, exist_ok=True)
-            with self.path.open("a", encoding="utf-8"):
-                pass
-            end_torn_line(self.path)
+            make_appendable(self.path)
         except OSError as error:
             raise TrainingError(f"cannot write to {folder} ({error.strerror}); choose another --out") from None
         if not resume and self.path.stat().st_size:
