@@ -1,4 +1,4 @@
-"""Products that stand for 1x1 convolutions: on float32 CUDA tensors they are run as such."""
+"""Products that stand for 1x1 convolutions: in float32 they are run as such."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from densebench.execution import convolution
 @pytest.mark.parametrize("as_convolution", [False, True])
 def test_products_and_their_weight_gradient(monkeypatch: pytest.MonkeyPatch, as_convolution: bool) -> None:
     """Operands as the strategy hands them over: a dense matrix, a slice of rows, a transposed weight."""
-    monkeypatch.setattr(convolution, "_obeys_other_switch", lambda a: as_convolution)
+    monkeypatch.setattr(convolution, "_is_left_to_convolutions", lambda a: as_convolution)
     generator = torch.Generator().manual_seed(0)
     wide, grad = (torch.randn(35, n, generator=generator, dtype=torch.float64) for n in (12, 7))
     weight = torch.randn(7, 9, generator=generator, dtype=torch.float64)

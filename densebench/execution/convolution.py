@@ -36,18 +36,15 @@ def convolve_as_given(a: Tensor, options: ConvOptions, weight: Tensor) -> Tensor
 
 
 def product(a: Tensor, weight: Tensor) -> Tensor:
-    """a W^T [M, N] of a [M, C] and W [N, C], computed as precisely as the 1x1 convolution that it stands for.
-
-    On CUDA a matrix product of float32 obeys another switch (TF32) than a convolution does.
-    """
-    if not _obeys_other_switch(a):
+    """a W^T [M, N] of a [M, C] and W [N, C], computed as precisely as the 1x1 convolution that it stands for."""
+    if not _is_left_to_convolutions(a):
         return a @ weight.t()
     return as_rows(F.conv2d(as_map(a), weight.contiguous()[:, :, None, None]))
 
 
 def product_weight_gradient(grad: Tensor, a: Tensor) -> Tensor:
     """The gradient [N, C] of the product's weight, from that of the product [M, N]."""
-    if not _obeys_other_switch(a):
+    if not _is_left_to_convolutions(a):
         return grad.t() @ a
     weight = a.new_empty(grad.shape[1], a.shape[1], 1, 1)
     _, grad_weight, _ = torch.ops.aten.convolution_backward(
@@ -56,8 +53,13 @@ def product_weight_gradient(grad: Tensor, a: Tensor) -> Tensor:
     return grad_weight.flatten(1)
 
 
-def _obeys_other_switch(a: Tensor) -> bool:
-    return a.is_cuda and a.dtype == torch.float32
+def _is_left_to_convolutions(a: Tensor) -> bool:
+    """On CUDA a matrix product of float32 obeys another switch (TF32) than a convolution does.
+
+    On CPUs PyTorch's matrix products are MKL's, which on AMD's processors leave wide vectors unused; its
+    convolutions are oneDNN's, which do not.
+    """
+    return a.dtype == torch.float32 and (a.is_cuda or torch.backends.mkldnn.is_available())
 
 
 def convolution_backward(
