@@ -13,9 +13,9 @@
 #include "rows.h"
 
 #if defined(__AVX512F__)
-enum { VECTOR_BYTES = 64, BLOCK_ROWS = 8 };
+enum { VECTOR_BYTES = 64, BLOCK_ROWS = 8 }; /* of 32 registers, 16 for sums */
 #elif defined(__AVX__)
-enum { VECTOR_BYTES = 32, BLOCK_ROWS = 4 }; /* of 16 registers, 8 for sums */
+enum { VECTOR_BYTES = 32, BLOCK_ROWS = 6 }; /* of 16 registers, 12 for sums */
 #else
 enum { VECTOR_BYTES = 16, BLOCK_ROWS = 4 };
 #endif
@@ -39,13 +39,23 @@ enum {
 /* May be loaded from the address of any REAL. */
 typedef REAL Vector __attribute__((vector_size(VECTOR_BYTES), aligned(sizeof(REAL)), may_alias));
 
+/* What comparing vectors gives: all bits of a lane, or none. */
+typedef __typeof__((Vector){0} <= (Vector){0}) Mask;
+
+/* As many values as a block has columns. */
+typedef struct {
+    Vector at[VECTORS];
+} Row;
+
 /* Sums in registers... */
 typedef struct {
-    Vector at[BLOCK_ROWS][VECTORS];
+    Row rows[BLOCK_ROWS];
 } Block;
 
-/* ... and in memory, where what is done to them runs along rows. */
-typedef struct {
+/* ... and in memory, where a block has fewer rows or columns than there is room for. */
+typedef union {
+    Block block;
+    Row rows[BLOCK_ROWS];
     REAL at[BLOCK_ROWS][BLOCK_COLUMNS];
 } Lines;
 
@@ -54,6 +64,23 @@ INLINE int64_t least(int64_t a, int64_t b) { return a < b ? a : b; }
 INLINE int64_t blocks(int64_t values, int64_t block) { return (values + block - 1) / block; }
 
 INLINE int64_t padded(int64_t values, int64_t block) { return blocks(values, block) * block; }
+
+/* As relu_backward: values where z may be positive, or NaN. */
+INLINE Vector rectified(Vector values, Vector z) { return (Vector)((Mask)values & ~(Mask)(z <= 0)); }
+
+INLINE Row load(const REAL *at) {
+    Row row;
+    for (int v = 0; v < VECTORS; v++) row.at[v] = *(const Vector *)(at + v * LANES);
+    return row;
+}
+
+/* A row's sums, counted on in double. */
+INLINE void count(double *totals, Row sums) {
+    REAL values[BLOCK_COLUMNS];
+    memcpy(values, &sums, sizeof values);
+#pragma omp simd
+    for (int c = 0; c < BLOCK_COLUMNS; c++) totals[c] += values[c];
+}
 
 /* From one row of a tile to the next: an odd number of cache lines, or all of them would share a few sets. */
 INLINE int64_t tile_stride(int64_t columns) {
@@ -83,32 +110,33 @@ INLINE Block chain(const REAL *at, int64_t row, int64_t step, int64_t depth, con
 #pragma GCC unroll 8
         for (int i = 0; i < BLOCK_ROWS; i++)
 #pragma GCC unroll 2
-            for (int v = 0; v < vectors; v++) sum.at[i][v] += at[i * row + k * step] * values[v];
+            for (int v = 0; v < vectors; v++) sum.rows[i].at[v] += at[i * row + k * step] * values[v];
     }
     return sum;
 }
 
 INLINE void add(Block *total, Block sum) {
     for (int i = 0; i < BLOCK_ROWS; i++)
-        for (int v = 0; v < VECTORS; v++) total->at[i][v] += sum.at[i][v];
+        for (int v = 0; v < VECTORS; v++) total->rows[i].at[v] += sum.rows[i].at[v];
 }
 
-INLINE Lines multiply_vectors(Left left, const REAL *panel, int vectors) {
+/* A left operand's sums with a panel's values, where k goes on from tap to tap. */
+INLINE Block multiply(Left left, const REAL *panel, int vectors) {
     Block total = {0};
     for (int64_t tap = 0; tap < left.taps; tap++, panel += left.depth * BLOCK_COLUMNS)
         for (int64_t k = 0; k < left.depth; k += CHAIN)
             add(&total, chain(left.at + left.shifts[tap] + k, left.row, 1, least(CHAIN, left.depth - k),
                               panel + k * BLOCK_COLUMNS, BLOCK_COLUMNS, vectors));
-    Lines lines;
-    memcpy(&lines, &total, sizeof lines);
-    return lines;
+    return total;
 }
 
-/* A left operand's sums with a panel's values, where k goes on from tap to tap; for at least so many columns, and what
- * is beyond them goes nowhere. On its own, or what its callers hold would take registers from the sums. */
-static APART Lines multiply(Left left, const REAL *panel, int64_t columns) {
-    return columns <= LANES ? multiply_vectors(left, panel, 1) : multiply_vectors(left, panel, VECTORS);
+/* For at least so many columns; what is beyond them goes nowhere. */
+INLINE Lines multiply_some(Left left, const REAL *panel, int64_t columns) {
+    return (Lines){columns <= LANES ? multiply(left, panel, 1) : multiply(left, panel, VECTORS)};
 }
+
+/* Whether that is all of a block, which then need not go through memory. */
+INLINE int is_whole(int64_t rows, int64_t columns) { return rows == BLOCK_ROWS && columns == BLOCK_COLUMNS; }
 
 /* relu(norm(x)) of some columns; `scale` and `shift` are theirs. */
 INLINE void normalize(const REAL *x, int64_t x_stride, int64_t rows, int64_t columns, const REAL *scale,
@@ -165,27 +193,43 @@ INLINE Finish part_of(Finish all, int64_t row, int64_t column) {
     return part;
 }
 
-INLINE void finish(REAL (*product)[BLOCK_COLUMNS], int64_t rows, int64_t columns, Finish to) {
-    double value[BLOCK_COLUMNS] = {0}, square[BLOCK_COLUMNS] = {0};
-    for (int64_t i = 0; i < rows; i++) {
-        REAL *y = product[i];
-        if (to.scale)
-#pragma omp simd
-            for (int64_t c = 0; c < columns; c++) y[c] = relu(y[c] * to.scale[c] + to.shift[c]);
-        memcpy(to.out + i * to.stride, y, columns * sizeof(REAL));
-        if (to.pivot)
-#pragma omp simd
-            for (int64_t c = 0; c < columns; c++) {
-                double apart = (double)y[c] - (double)to.pivot[c];
-                value[c] += apart;
-                square[c] += apart * apart;
-            }
+/* Some whole rows of a block; all of them, where their number is a constant, on their way out of the registers. What
+ * they meet is loaded first: after a store a compiler cannot know that what it has seen is still there. */
+INLINE void finish_rows(const Row *product, int64_t rows, Finish to) {
+    Row scale = {0}, shift = {0}, pivot = {0}, sum = {0}, squares = {0};
+    if (to.scale) scale = load(to.scale), shift = load(to.shift);
+    if (to.pivot) pivot = load(to.pivot);
+#pragma GCC unroll 8
+    for (int64_t i = 0; i < rows; i++)
+#pragma GCC unroll 2
+        for (int v = 0; v < VECTORS; v++) {
+            Vector y = product[i].at[v];
+            if (to.scale) y = y * scale.at[v] + shift.at[v], y = rectified(y, y);
+            *(Vector *)(to.out + i * to.stride + v * LANES) = y;
+            if (!to.pivot) continue;
+            Vector apart = y - pivot.at[v];
+            sum.at[v] += apart;
+            squares.at[v] += apart * apart;
+        }
+    if (to.pivot) count(to.values, sum), count(to.squares, squares);
+}
+
+/* So many of a block's rows, from one on, and of its columns. */
+INLINE void finish(const Lines *product, int64_t row, int64_t rows, int64_t columns, Finish to) {
+    if (columns == BLOCK_COLUMNS) {
+        finish_rows(product->rows + row, rows, to);
+        return;
     }
-    if (to.pivot)
+    for (int64_t i = 0; i < rows; i++)
 #pragma omp simd
         for (int64_t c = 0; c < columns; c++) {
-            to.values[c] += value[c];
-            to.squares[c] += square[c];
+            REAL y = product->at[row + i][c];
+            if (to.scale) y = relu(y * to.scale[c] + to.shift[c]);
+            to.out[i * to.stride + c] = y;
+            if (!to.pivot) continue;
+            double apart = (double)y - (double)to.pivot[c];
+            to.values[c] += apart;
+            to.squares[c] += apart * apart;
         }
 }
 
@@ -209,23 +253,42 @@ typedef struct {
     double *dz, *dz_x; /* a thread's sums of dz and of dz * (x - mean) */
 } Backward;
 
-INLINE void relu_norm_backward_block(REAL (*grad)[BLOCK_COLUMNS], int64_t rows, int64_t columns, Backward to) {
-    REAL sum_dz[BLOCK_COLUMNS] = {0}, sum_dz_x[BLOCK_COLUMNS] = {0};
+/* Some whole rows of a block of it. */
+INLINE void pass_rows(const Row *grad, int64_t rows, Backward to) {
+    Row mean = load(to.mean), scale = load(to.scale), sum_dz = {0}, sum_dz_x = {0};
+#pragma GCC unroll 8
+    for (int64_t i = 0; i < rows; i++) {
+        Row x = load(to.x + i * to.x_stride), a = load(to.a + i * to.a_stride);
+#pragma GCC unroll 2
+        for (int v = 0; v < VECTORS; v++) {
+            Vector dz = rectified(grad[i].at[v], a.at[v]), passed = scale.at[v] * dz;
+            sum_dz.at[v] += dz;
+            sum_dz_x.at[v] += dz * (x.at[v] - mean.at[v]);
+            if (!to.grad_x) continue;
+            Vector *grad_x = (Vector *)(to.grad_x + i * to.grad_x_stride + v * LANES);
+            if (to.accumulates) passed += *grad_x;
+            *grad_x = passed;
+        }
+    }
+    count(to.dz, sum_dz), count(to.dz_x, sum_dz_x);
+}
+
+/* So many of a block's rows, from one on, and of its columns. */
+INLINE void pass(const Lines *grad, int64_t row, int64_t rows, int64_t columns, Backward to) {
+    if (columns == BLOCK_COLUMNS) {
+        pass_rows(grad->rows + row, rows, to);
+        return;
+    }
     for (int64_t i = 0; i < rows; i++) {
         const REAL *x = to.x + i * to.x_stride, *a = to.a + i * to.a_stride;
         REAL *grad_x = to.grad_x ? to.grad_x + i * to.grad_x_stride : NULL;
 #pragma omp simd
         for (int64_t c = 0; c < columns; c++) {
-            REAL dz = relu_backward(grad[i][c], a[c]);
-            sum_dz[c] += dz;
-            sum_dz_x[c] += dz * (x[c] - to.mean[c]);
+            REAL dz = relu_backward(grad->at[row + i][c], a[c]);
+            to.dz[c] += dz;
+            to.dz_x[c] += (double)dz * (x[c] - to.mean[c]);
             if (grad_x) grad_x[c] = (to.accumulates ? grad_x[c] : 0) + to.scale[c] * dz;
         }
-    }
-#pragma omp simd
-    for (int64_t c = 0; c < columns; c++) {
-        to.dz[c] += sum_dz[c];
-        to.dz_x[c] += sum_dz_x[c];
     }
 }
 
@@ -239,7 +302,7 @@ static APART void add_weight_gradient(const REAL *g, int64_t g_stride, int64_t r
                                      : chain(g + n, 1, g_stride, rows, a, a_stride, VECTORS);
         for (int i = 0; i < BLOCK_ROWS; i++)
             for (int v = 0; v < VECTORS; v++)
-                *(Vector *)(grad_weight + (n + i) * grad_weight_stride + v * LANES) += sum.at[i][v];
+                *(Vector *)(grad_weight + (n + i) * grad_weight_stride + v * LANES) += sum.rows[i].at[v];
     }
 }
 

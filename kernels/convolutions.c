@@ -147,19 +147,24 @@ static void find_pivot(Maps maps, const REAL *x, int64_t x_stride, int64_t image
     }
     for (int64_t n = 0; n < maps.outputs; n += BLOCK_COLUMNS) {
         int64_t width = least(BLOCK_COLUMNS, maps.outputs - n);
-        pivot_of(multiply(rows_of(a, depth, depth), panels + n * depth, width), width, pivot + n);
+        pivot_of(multiply_some(rows_of(a, depth, depth), panels + n * depth, width), width, pivot + n);
     }
 }
 
+/* Where a run of pixels lies. */
+INLINE Finish finish_at(Strip strip, Run run, Finish all) { return part_of(all, strip.before + run.pixel, 0); }
+
 /* A block of the convolution, from a pixel of the tile on, to where its pixels lie. */
-INLINE void finish_block(Maps maps, Strip strip, int64_t start, Lines product, int64_t columns, Finish all, int64_t n) {
-    for (Run run = run_from(maps, strip, start, 0); run.rows; run = run_from(maps, strip, start, run.row + run.rows)) {
-        Finish to = part_of(all, strip.before + run.pixel, n);
-        if (columns == BLOCK_COLUMNS)
-            finish(product.at + run.row, run.rows, BLOCK_COLUMNS, to);
-        else
-            finish(product.at + run.row, run.rows, columns, to);
+static APART void multiply_and_finish(const Maps *maps, const Strip *strip, int64_t start, const Left *left,
+                                      const REAL *panel, int64_t columns, const Finish *all) {
+    Run run = run_from(*maps, *strip, start, 0);
+    if (is_whole(run.rows, columns)) {
+        finish_rows(multiply(*left, panel, VECTORS).rows, BLOCK_ROWS, finish_at(*strip, run, *all));
+        return;
     }
+    Lines product = multiply_some(*left, panel, columns);
+    for (; run.rows; run = run_from(*maps, *strip, start, run.row + run.rows))
+        finish(&product, run.row, run.rows, columns, finish_at(*strip, run, *all));
 }
 
 /* out [images, height, width, outputs] = the convolution of relu(norm(x)), x [images, height, width, columns].
@@ -196,9 +201,9 @@ WIDE void relu_norm_convolution(const REAL *x, int64_t x_stride, int64_t images,
                 for (int64_t p = 0; p < strip.pixels; p += BLOCK_ROWS) {
                     ask(&ahead);
                     Left left = {tile + p * maps.stride, maps.stride, columns, maps.around, TAPS};
-                    int64_t wide = least(BLOCK_COLUMNS, outputs - n);
-                    Lines sum = multiply(left, panels + n * TAPS * columns, wide);
-                    finish_block(maps, strip, p, sum, wide, all, n);
+                    Finish to = part_of(all, 0, n);
+                    multiply_and_finish(&maps, &strip, p, &left, panels + n * TAPS * columns,
+                                        least(BLOCK_COLUMNS, outputs - n), &to);
                 }
         }
     }
@@ -239,8 +244,27 @@ INLINE void add_taps(Maps maps, Strip strip, const REAL *g, const REAL *a, REAL 
                                     padded_columns, ahead);
 }
 
-/* A strip's gradient of relu(norm(x)) for a panel's columns, and through the norm from there; `to` is where the
- * strip begins, `to.a` its tile. */
+/* What the gradient meets at a run of pixels; `to` is where the strip begins, `to.a` its tile. */
+INLINE Backward backward_at(Maps maps, int64_t start, Run run, Backward to) {
+    to.x += run.pixel * to.x_stride, to.grad_x += run.pixel * to.grad_x_stride;
+    to.a += (start + run.row + maps.line + 1) * to.a_stride;
+    return to;
+}
+
+/* A block of the gradient of relu(norm(x)), from a pixel of the tile on, through the norm from there. */
+static APART void multiply_and_pass(const Maps *maps, const Strip *strip, int64_t start, const Left *left,
+                                    const REAL *panel, int64_t columns, const Backward *to) {
+    Run run = run_from(*maps, *strip, start, 0);
+    if (is_whole(run.rows, columns)) {
+        pass_rows(multiply(*left, panel, VECTORS).rows, BLOCK_ROWS, backward_at(*maps, start, run, *to));
+        return;
+    }
+    Lines grad = multiply_some(*left, panel, columns);
+    for (; run.rows; run = run_from(*maps, *strip, start, run.row + run.rows))
+        pass(&grad, run.row, run.rows, columns, backward_at(*maps, start, run, *to));
+}
+
+/* A strip's gradient of relu(norm(x)) for a panel's columns; `to` as above. */
 INLINE void pass_to_input(Maps maps, Strip strip, const REAL *g, const REAL *panel, int64_t columns, Backward to,
                           Ahead *ahead) {
     int64_t shifts[SIDE]; /* taps of one line lie side by side, as values of a dense tile do */
@@ -248,16 +272,7 @@ INLINE void pass_to_input(Maps maps, Strip strip, const REAL *g, const REAL *pan
     for (int64_t p = 0; p < strip.pixels; p += BLOCK_ROWS) {
         ask(ahead);
         Left left = {g + p * maps.outputs, maps.outputs, SIDE * maps.outputs, shifts, SIDE};
-        Lines grad = multiply(left, panel, columns);
-        for (Run run = run_from(maps, strip, p, 0); run.rows; run = run_from(maps, strip, p, run.row + run.rows)) {
-            Backward part = to;
-            part.x += run.pixel * to.x_stride, part.grad_x += run.pixel * to.grad_x_stride;
-            part.a += (p + run.row + maps.line + 1) * to.a_stride;
-            if (columns == BLOCK_COLUMNS)
-                relu_norm_backward_block(grad.at + run.row, run.rows, BLOCK_COLUMNS, part);
-            else
-                relu_norm_backward_block(grad.at + run.row, run.rows, columns, part);
-        }
+        multiply_and_pass(&maps, &strip, p, &left, panel, columns, &to);
     }
 }
 

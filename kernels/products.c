@@ -5,21 +5,14 @@
  * has one fixed order: as many threads, the same bits. Unlike there, multiply-adds are contracted.
  *
  * A library's product is handed relu(norm(x)) through memory, and hands back its gradient that way. Here a tile of
- * rows is normalized and multiplied while it lies in the second cache, and what becomes of a product - statistics,
- * the next norm, the norm's backward - is done to a block of it that has just left the registers, while the rows of
- * the next tile are on their way.
+ * rows is normalized and multiplied while it lies in the caches, and what becomes of a product - statistics, the next
+ * norm, the norm's backward - is done to a block of it on its way out of the registers, while the rows of the next
+ * tile are on their way in. Forward a tile is small enough for the first cache, and the weight's panels come from the
+ * second; backward the weight's gradient wants many rows.
  */
 #include "blocks.h"
 
-enum {
-    MOST_TILE_ROWS = 128,
-    TILE_BYTES = 256 * 1024 /* of x; measured with 1 MiB of second cache a core */
-};
-
-static int64_t tile_rows(int64_t columns) {
-    int64_t rows = TILE_BYTES / (int64_t)sizeof(REAL) / columns / BLOCK_ROWS * BLOCK_ROWS;
-    return rows < BLOCK_ROWS ? BLOCK_ROWS : least(rows, MOST_TILE_ROWS);
-}
+enum { FORWARD_ROWS = 2 * BLOCK_ROWS, BACKWARD_ROWS = 16 * BLOCK_ROWS }; /* of a tile: whole blocks */
 
 /* Forward */
 
@@ -41,6 +34,17 @@ static void pack_transposed(const REAL *weight, int64_t weight_stride, int64_t o
     }
 }
 
+/* A block of a product, to where it goes. */
+static APART void multiply_and_finish(const Left *left, const REAL *panel, int64_t rows, int64_t columns,
+                                      const Finish *to) {
+    if (is_whole(rows, columns)) {
+        finish_rows(multiply(*left, panel, VECTORS).rows, BLOCK_ROWS, *to);
+        return;
+    }
+    Lines product = multiply_some(*left, panel, columns);
+    finish(&product, 0, rows, columns, *to);
+}
+
 /* Rows far apart, and seldom all at one place of an image: what a channel's values are taken relative to is their
  * products' mean, 0 where that is not finite. Every thread finds the same for itself. */
 INLINE void find_pivot(const REAL *x, int64_t x_stride, int64_t rows, int64_t columns, const REAL *scale,
@@ -53,17 +57,17 @@ INLINE void find_pivot(const REAL *x, int64_t x_stride, int64_t rows, int64_t co
     for (int64_t n = 0; n < outputs; n += BLOCK_COLUMNS) {
         int64_t width = least(BLOCK_COLUMNS, outputs - n);
         Left rows_of_a = rows_of(a, stride, columns);
-        Lines product = multiply(rows_of_a, panels + n * columns, width), made;
+        Lines made;
         Finish block = part_of(to, 0, n);
         block.out = made.at[0], block.stride = BLOCK_COLUMNS;
-        finish(product.at, BLOCK_ROWS, width, block);
+        multiply_and_finish(&rows_of_a, panels + n * columns, BLOCK_ROWS, width, &block);
         pivot_of(made, width, pivot + n);
     }
 }
 
 /* A thread's own scratch: a tile of relu(norm(x)), the pivot. */
 static int64_t own_scratch(int64_t columns, int64_t outputs) {
-    return tile_rows(columns) * tile_stride(columns) + padded(outputs, BLOCK_COLUMNS);
+    return FORWARD_ROWS * tile_stride(columns) + padded(outputs, BLOCK_COLUMNS);
 }
 
 /* Values of scratch that relu_norm_product needs. */
@@ -80,7 +84,7 @@ WIDE void relu_norm_product(const REAL *x, int64_t x_stride, int64_t rows, int64
                             int64_t out_stride, REAL *pivot, double *sums, int64_t sums_stride, REAL *scratch,
                             int threads) {
     const REAL *scale = norm + 2 * columns, *shift = norm + 3 * columns;
-    int64_t stride = tile_stride(columns), most = tile_rows(columns), padded_outputs = padded(outputs, BLOCK_COLUMNS);
+    int64_t stride = tile_stride(columns), padded_outputs = padded(outputs, BLOCK_COLUMNS);
 #pragma omp parallel num_threads(threads)
     {
         Range own = own_rows(rows);
@@ -91,28 +95,24 @@ WIDE void relu_norm_product(const REAL *x, int64_t x_stride, int64_t rows, int64
         if (next) all.scale = next + 2 * outputs, all.shift = next + 3 * outputs;
         pack_transposed(weight, weight_stride, outputs, columns, panels);
         if (pivot) {
-            REAL *own_pivot = a + most * stride;
+            REAL *own_pivot = a + FORWARD_ROWS * stride;
             find_pivot(x, x_stride, rows, columns, scale, shift, panels, outputs, all, a, stride, own_pivot);
             if (omp_get_thread_num() == 0) memcpy(pivot, own_pivot, outputs * sizeof(REAL));
             all.pivot = own_pivot;
             all.values = sums + omp_get_thread_num() * sums_stride, all.squares = all.values + outputs;
         }
-        for (int64_t tile = own.first; tile < own.last; tile += most) {
-            int64_t here = least(most, own.last - tile);
+        for (int64_t tile = own.first; tile < own.last; tile += FORWARD_ROWS) {
+            int64_t here = least(FORWARD_ROWS, own.last - tile);
             look_ahead(&ahead, tile, here, own.last, padded_outputs / BLOCK_COLUMNS * blocks(here, BLOCK_ROWS));
             normalize(x + tile * x_stride, x_stride, here, columns, scale, shift, a, stride);
             for (int64_t n = 0; n < outputs; n += BLOCK_COLUMNS)
                 for (int64_t row = 0; row < here; row += BLOCK_ROWS) {
-                    int64_t width = least(BLOCK_COLUMNS, outputs - n), count = least(BLOCK_ROWS, here - row);
                     ask(&ahead);
                     /* Rows beyond the tile's last are whatever lies in scratch; they go nowhere. */
                     Left left = rows_of(a + row * stride, stride, columns);
-                    Lines product = multiply(left, panels + n * columns, width);
                     Finish to = part_of(all, tile + row, n);
-                    if (width == BLOCK_COLUMNS)
-                        finish(product.at, count, BLOCK_COLUMNS, to);
-                    else
-                        finish(product.at, count, width, to);
+                    multiply_and_finish(&left, panels + n * columns, least(BLOCK_ROWS, here - row),
+                                        least(BLOCK_COLUMNS, outputs - n), &to);
                 }
         }
     }
@@ -141,17 +141,24 @@ static void copy_padded(const REAL *grad, int64_t grad_stride, int64_t rows, int
     }
 }
 
-/* A panel of grad W over a tile's rows, and through relu(norm(x)) from there; `to` is where the tile begins. */
+/* A block of grad W, through relu(norm(x)) from there. */
+static APART void multiply_and_pass(const Left *left, const REAL *panel, int64_t rows, int64_t columns,
+                                    const Backward *to) {
+    if (is_whole(rows, columns)) {
+        pass_rows(multiply(*left, panel, VECTORS).rows, BLOCK_ROWS, *to);
+        return;
+    }
+    Lines grad = multiply_some(*left, panel, columns);
+    pass(&grad, 0, rows, columns, *to);
+}
+
+/* A panel of grad W over a tile's rows; `to` is where the tile begins. */
 INLINE void pass_to_input(const REAL *g, int64_t stride, int64_t rows, int64_t outputs, const REAL *panel,
                           int64_t columns, Backward to, Ahead *ahead) {
     for (int64_t row = 0; row < rows; row += BLOCK_ROWS) {
         ask(ahead);
-        Lines grad = multiply(rows_of(g + row * stride, stride, outputs), panel, columns);
-        int64_t count = least(BLOCK_ROWS, rows - row);
-        if (columns == BLOCK_COLUMNS)
-            relu_norm_backward_block(grad.at, count, BLOCK_COLUMNS, to);
-        else
-            relu_norm_backward_block(grad.at, count, columns, to);
+        Left left = rows_of(g + row * stride, stride, outputs);
+        multiply_and_pass(&left, panel, least(BLOCK_ROWS, rows - row), columns, &to);
         to.x += BLOCK_ROWS * to.x_stride, to.a += BLOCK_ROWS * to.a_stride;
         if (to.grad_x) to.grad_x += BLOCK_ROWS * to.grad_x_stride;
     }
@@ -171,7 +178,7 @@ static void add_up(const REAL *parts, int64_t apart, int64_t stride, int64_t out
 
 /* A thread's own scratch: a tile of grad, a panel of a, the weight's gradient if needed. */
 static int64_t tiles_of_backward(int64_t outputs) {
-    return MOST_TILE_ROWS * (tile_stride(padded(outputs, BLOCK_ROWS)) + BLOCK_COLUMNS);
+    return BACKWARD_ROWS * (tile_stride(padded(outputs, BLOCK_ROWS)) + BLOCK_COLUMNS);
 }
 
 static int64_t own_backward_scratch(int64_t columns, int64_t outputs, int needs_weight) {
@@ -201,14 +208,14 @@ WIDE void relu_norm_product_backward(const REAL *grad, int64_t grad_stride, cons
 #pragma omp parallel num_threads(threads)
     {
         Range own = own_rows(rows);
-        REAL *g = parts + omp_get_thread_num() * apart, *a = g + MOST_TILE_ROWS * stride, *own_weight = g + own_tiles;
+        REAL *g = parts + omp_get_thread_num() * apart, *a = g + BACKWARD_ROWS * stride, *own_weight = g + own_tiles;
         double *dz = sums ? sums + omp_get_thread_num() * sums_stride : NULL;
         Ahead ahead = {.of = {{grad, grad_stride, outputs}, {x, x_stride, columns}}};
         if (grad_x) ahead.of[2].at = grad_x, ahead.of[2].stride = grad_x_stride, ahead.of[2].columns = columns;
         if (sums) pack(weight, weight_stride, outputs, columns, panels);
         memset(own_weight, 0, (apart - own_tiles) * sizeof(REAL));
-        for (int64_t tile = own.first; tile < own.last; tile += MOST_TILE_ROWS) {
-            int64_t here = least(MOST_TILE_ROWS, own.last - tile);
+        for (int64_t tile = own.first; tile < own.last; tile += BACKWARD_ROWS) {
+            int64_t here = least(BACKWARD_ROWS, own.last - tile);
             int64_t a_panel = (grad_weight ? padded_outputs / BLOCK_ROWS : 0) + (sums ? blocks(here, BLOCK_ROWS) : 0);
             look_ahead(&ahead, tile, here, own.last, padded_columns / BLOCK_COLUMNS * a_panel);
             copy_padded(grad + tile * grad_stride, grad_stride, here, outputs, g, stride);

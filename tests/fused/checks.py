@@ -41,6 +41,12 @@ def training() -> None:
 
 
 @check
+def wide() -> None:
+    """Channels that fill the blocks in which products are computed."""
+    _equivalent(small(growth_rate=12, num_init_features=24), images())
+
+
+@check
 def several_threads() -> None:
     """Every pass on two, whose sums are added up; the other networks here are too small for a second."""
     threads, few = torch.get_num_threads(), passes.FEW_VALUES
