@@ -26,6 +26,7 @@ from densebench.replay import tracks
 
 _PACKAGES = ("densebench", "torch", "triton", "numpy", "torchvision", "timm", "monai", "pytest-benchmark")
 
+_PROCESSORS = Path("/proc/cpuinfo")
 _ALLOCATOR = re.compile("ALLOC_CONF|^MALLOC_|^THP_MEM_ALLOC_ENABLE$")
 _COMPILERS = re.compile("^TRITON_(?!CACHE|HOME|.*(DUMP|PRINT))|^TORCHINDUCTOR_(?!CACHE)")
 
@@ -38,7 +39,7 @@ def environment(device_type: str) -> dict[str, Any]:
         "device": device_name(device),
         "python": platform.python_version(),
         "os": platform.platform(),
-        "cpu": _cpu_model(),
+        "cpu": _processor(),
         "cores": psutil.cpu_count(logical=False),
         "threads": torch.get_num_threads(),
         "memory_bytes": psutil.virtual_memory().total,
@@ -99,7 +100,7 @@ def device_name(device: torch.device) -> str:
         if not torch.cuda.is_available():
             return "no CUDA device"
         return torch.cuda.get_device_name(device)
-    return f"{_cpu_model()} ({counted(torch.get_num_threads(), 'thread')})"
+    return f"{_processor()} ({counted(torch.get_num_threads(), 'thread')})"
 
 
 def _flags() -> dict[str, Any]:
@@ -150,12 +151,18 @@ def _sources() -> set[Path]:
     return sources - rooms - {package / "train.py"}
 
 
-def _cpu_model() -> str:
+def _processor() -> str:
+    """Name and generation: on rented machines three of them may be called `AMD EPYC` alike."""
     try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
+        lines = _PROCESSORS.read_text().splitlines()
     except OSError:
         return platform.processor() or platform.machine()
-    return next((line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")), "unknown CPU")
+    said = [line.split(":", 1) for line in lines if ":" in line]
+    facts = {key.strip(): value.strip() for key, value in reversed(said)}  # of the first processor
+    name = facts.get("model name", "unknown CPU")
+    if {"cpu family", "model"} <= facts.keys():
+        name += f", family {facts['cpu family']} model {facts['model']}"
+    return name
 
 
 def _version(package: str) -> str | None:

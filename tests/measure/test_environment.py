@@ -213,3 +213,23 @@ def test_without_git_there_is_no_commit(monkeypatch: pytest.MonkeyPatch) -> None
 def test_dirty_is_what_git_says(changes: str | None, dirty: bool | None, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(environment_module, "_git", lambda *_: changes)
     assert environment_module._dirty() is dirty
+
+
+@pytest.mark.parametrize(
+    ("cpuinfo", "name"),
+    [
+        (
+            "cpu family\t: 26\nmodel\t\t: 2\nmodel name\t: AMD EPYC\n\ncpu family\t: 25\nmodel name\t: another\n",
+            "AMD EPYC, family 26 model 2 (1 thread)",
+        ),
+        ("processor\t: 0\nmodel name\t: an Arm\n", "an Arm (1 thread)"),
+        ("processor\t: 0\n", "unknown CPU (1 thread)"),
+    ],
+)
+def test_processors_of_one_name_are_told_apart(
+    cpuinfo: str, name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "cpuinfo").write_text(cpuinfo)
+    monkeypatch.setattr(environment_module, "_PROCESSORS", tmp_path / "cpuinfo")
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 1)
+    assert environment_module.device_name(torch.device("cpu")) == name
