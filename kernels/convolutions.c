@@ -86,17 +86,23 @@ INLINE Run run_from(Maps maps, Strip strip, int64_t start, int64_t row) {
 }
 
 /* weight, `apart` = {from output to output, column to column, tap to tap}, as panels of outputs:
- * [outputs / BLOCK_COLUMNS][TAPS][columns][BLOCK_COLUMNS], zeros beyond the last. */
+ * [outputs / BLOCK_COLUMNS][TAPS][columns][BLOCK_COLUMNS], zeros beyond the last. As many columns at a time as lie in
+ * a cache line, a tap at a time: all taps of all outputs would evict each other. */
 static void pack_outputs(Maps maps, const REAL *weight, const int64_t apart[3], REAL *panels) {
-    int64_t depth = TAPS * maps.columns;
+    int64_t line = CACHE_LINE / sizeof(REAL), depth = TAPS * maps.columns;
 #pragma omp for collapse(2)
     for (int64_t first = 0; first < maps.outputs; first += BLOCK_COLUMNS)
-        for (int64_t c = 0; c < maps.columns; c++)
+        for (int64_t start = 0; start < maps.columns; start += line) {
+            int64_t width = least(BLOCK_COLUMNS, maps.outputs - first), last = least(maps.columns, start + line);
             for (int64_t tap = 0; tap < TAPS; tap++) {
-                const REAL *from = weight + first * apart[0] + c * apart[1] + tap * apart[2];
-                REAL *to = panels + first * depth + (tap * maps.columns + c) * BLOCK_COLUMNS;
-                for (int64_t j = 0; j < BLOCK_COLUMNS; j++) to[j] = first + j < maps.outputs ? from[j * apart[0]] : 0;
+                const REAL *from = weight + first * apart[0] + tap * apart[2];
+                REAL *to = panels + first * depth + tap * maps.columns * BLOCK_COLUMNS;
+                if (width < BLOCK_COLUMNS)
+                    memset(to + start * BLOCK_COLUMNS, 0, (last - start) * BLOCK_COLUMNS * sizeof(REAL));
+                for (int64_t j = 0; j < width; j++)
+                    for (int64_t c = start; c < last; c++) to[c * BLOCK_COLUMNS + j] = from[j * apart[0] + c * apart[1]];
             }
+        }
 }
 
 /* The same as panels of columns, for the way back, on which the filter is turned around:
@@ -279,17 +285,16 @@ INLINE void pass_to_input(Maps maps, Strip strip, const REAL *g, const REAL *pan
 /* What threads found, one after the other, to where the weight's gradient lies. */
 static void add_up(Maps maps, const REAL *parts, int64_t from_part, const int64_t apart[3], REAL *total) {
     int64_t padded_columns = padded(maps.columns, BLOCK_COLUMNS), rows = padded(maps.outputs, BLOCK_ROWS);
-    int64_t threads = omp_get_num_threads();
+    int64_t threads = omp_get_num_threads(), step = apart[1];
 #pragma omp for collapse(2)
     for (int64_t n = 0; n < maps.outputs; n++)
         for (int64_t tap = 0; tap < TAPS; tap++) {
             const REAL *first = parts + (tap * rows + n) * padded_columns;
             REAL *to = total + n * apart[0] + tap * apart[2];
-            for (int64_t c = 0; c < maps.columns; c++) {
-                REAL sum = 0;
-                for (int64_t thread = 0; thread < threads; thread++) sum += first[thread * from_part + c];
-                to[c * apart[1]] = sum;
-            }
+            for (int64_t thread = 0; thread < threads; thread++, first += from_part)
+#pragma omp simd
+                for (int64_t c = 0; c < maps.columns; c++)
+                    to[c * step] = first[c] + (thread ? to[c * step] : 0);
         }
 }
 
