@@ -14,6 +14,9 @@ if not torch.cuda.is_available():  # before any kernel is defined: Triton decide
     os.environ.setdefault("TRITON_INTERPRET", "1")
 
 from densebench.registry import get_strategy, list_strategies
+from tests.interpreter import index_arrays
+
+index_arrays()
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:

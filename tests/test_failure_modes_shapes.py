@@ -9,12 +9,11 @@ from typing import Any
 
 import pytest
 import torch
-from hypothesis import HealthCheck, given, settings
-from hypothesis import strategies as st
 from torch import Tensor, nn
 
 from tests.comparison import Quantities, assert_as_naive, everything, play, step, step_or_error, upstream
 from tests.networks import images, lone_block, norms, small, with_strategy
+from tests.properties import HealthCheck, given, settings, st
 
 
 @settings(

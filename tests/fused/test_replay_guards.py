@@ -219,6 +219,12 @@ def test_tangents_are_not_lost(name: str) -> None:
             torch.func.jvp(network, (x,), (x,))
 
 
+@pytest.mark.xfail(
+    torch.__version__ < "2.12",
+    raises=NotImplementedError,
+    strict=True,
+    reason="before PyTorch 2.12 torch.utils.checkpoint refuses forward-mode differentiation",
+)
 @pytest.mark.parametrize("grad", [False, True])
 def test_tangents_of_strategies_that_call_modules(grad: bool) -> None:
     x, found = images(), []

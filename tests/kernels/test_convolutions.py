@@ -11,8 +11,6 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
-from hypothesis import given, settings
-from hypothesis import strategies as st
 from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -30,6 +28,7 @@ from tests.kernels.problems import Problem, Shape
 from tests.kernels.test_operators import Call, dense
 from tests.kernels.values import GATE, VARIANTS, relative_error
 from tests.networks import images, small
+from tests.properties import given, settings, st
 
 pytestmark = pytest.mark.skipif(
     compiled.library(torch.float32, "convolutions") is None,

@@ -12,12 +12,11 @@ import math
 
 import pytest
 import torch
-from hypothesis import HealthCheck, given, settings
-from hypothesis import strategies as st
 from torch import Tensor
 
 from tests.kernels.problems import PROBLEMS, Shape, Values, call
 from tests.kernels.values import GATE, VARIANTS, relative_error
+from tests.properties import HealthCheck, given, settings, st
 
 IMPLEMENTATIONS_TESTED = ("cpu", "cpu uncompiled", "cuda")
 PRODUCTS = [name for name in PROBLEMS if "conv1x1" in name]

@@ -11,8 +11,6 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from hypothesis import given, settings
-from hypothesis import strategies as st
 
 from densebench.results import (
     SCHEMA,
@@ -29,6 +27,7 @@ from densebench.results import (
     to_frame,
 )
 from tests.measure.cases import small_case, small_record, small_timing
+from tests.properties import given, settings, st
 
 NUMBERS = st.floats(allow_nan=False, allow_infinity=False)
 TEXTS = st.text(max_size=30)
