@@ -16,7 +16,6 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
-import psutil
 import torch
 
 from densebench.counting import counted
@@ -40,9 +39,9 @@ def environment(device_type: str) -> dict[str, Any]:
         "python": platform.python_version(),
         "os": platform.platform(),
         "cpu": _processor(),
-        "cores": psutil.cpu_count(logical=False),
+        "processors": os.cpu_count(),
         "threads": torch.get_num_threads(),
-        "memory_bytes": psutil.virtual_memory().total,
+        "memory_bytes": os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"),
         "packages": _packages(),
         "torch_git": torch.version.git_version,
         "cuda": torch.version.cuda,
