@@ -83,7 +83,8 @@ def measure_peak(
 
 
 def _cpu_peak(build: Callable[[], Measurable], count: int, warm_up: bool) -> Peak:
-    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
+    # There is one cycle; without `acc_events` PyTorch before 2.13 warns that the next would lose its events.
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True, acc_events=True) as profiler:
         work = build()
         if warm_up:
             work.step()
