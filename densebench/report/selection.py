@@ -182,7 +182,10 @@ def _place(record: Record) -> str:
 
 
 def _interest(comparison: Comparison) -> tuple[object, ...]:
-    """Sort key: what a reader asks first comes first. Images, training, a GPU, large ones, DenseNet-121."""
+    """Sort key: what a reader asks first comes first. Images, training, a GPU, large ones, DenseNet-121.
+
+    Of several runs, the one that the caller names first.
+    """
     case = comparison.case
     pixels = case.input_shape[-1] * case.input_shape[-2]
     return (
@@ -197,7 +200,6 @@ def _interest(comparison: Comparison) -> tuple[object, ...]:
         bool(case.options.get("beside")),
         comparison.naive is None or comparison.naive.record.time_s is None,
         -case.batch,
-        comparison.run,
     )
 
 
