@@ -1,9 +1,9 @@
 /* Blocked products: sums in registers, the right operand in panels, and what becomes of a block on its way out.
  *
  * Blocking follows Goto and van de Geijn, "Anatomy of High-Performance Matrix Multiplication" (2008): a block of
- * sums stays in registers; the right operand is packed into panels as wide as a block, and one panel stays in the
- * caches while all the rows of a tile are multiplied by it. Panels are as deep as the product: at DenseNets' 1,000
- * channels shallower ones gain nothing, and so every block is finished when it leaves the registers.
+ * sums stays in registers; the right operand is packed into panels as wide as a block, which all the rows of a tile
+ * are multiplied by, one after the other. Panels are as deep as the product: at DenseNets' 1,000 channels shallower
+ * ones gain nothing, and so every block is finished when it leaves the registers.
  */
 #ifndef BLOCKS_H
 #define BLOCKS_H
@@ -24,6 +24,8 @@ enum {
     LANES = VECTOR_BYTES / sizeof(REAL),
     VECTORS = 2,
     BLOCK_COLUMNS = VECTORS * LANES,
+    PART = VECTOR_BYTES / sizeof(double),
+    PARTS = BLOCK_COLUMNS / PART,
     CHAIN = 128 /* multiply-adds one after the other: rounding grows with their number */
 };
 
@@ -46,6 +48,11 @@ typedef __typeof__((Vector){0} <= (Vector){0}) Mask;
 typedef struct {
     Vector at[VECTORS];
 } Row;
+
+/* As many of its values as fit a vector as doubles, and they. */
+typedef REAL Part __attribute__((vector_size(VECTOR_BYTES / sizeof(double) * sizeof(REAL)), aligned(sizeof(REAL)),
+                                 may_alias));
+typedef double Doubles __attribute__((vector_size(VECTOR_BYTES), aligned(sizeof(double)), may_alias));
 
 /* Sums in registers... */
 typedef struct {
@@ -193,25 +200,39 @@ INLINE Finish part_of(Finish all, int64_t row, int64_t column) {
     return part;
 }
 
+/* Some values as doubles. */
+INLINE Doubles widened(const REAL *at) { return __builtin_convertvector(*(const Part *)at, Doubles); }
+
 /* Some whole rows of a block; all of them, where their number is a constant, on their way out of the registers. What
- * they meet is loaded first: after a store a compiler cannot know that what it has seen is still there. */
+ * they meet is loaded first: after a store a compiler cannot know that what it has seen is still there. Doubles are
+ * made of a copy that lies in the first cache; `out` may have far to go. */
 INLINE void finish_rows(const Row *product, int64_t rows, Finish to) {
-    Row scale = {0}, shift = {0}, pivot = {0}, sum = {0}, squares = {0};
+    Row scale = {0}, shift = {0};
+    Doubles pivot[PARTS] = {0}, sum[PARTS] = {0}, squares[PARTS] = {0};
     if (to.scale) scale = load(to.scale), shift = load(to.shift);
-    if (to.pivot) pivot = load(to.pivot);
+    for (int p = 0; to.pivot && p < PARTS; p++) pivot[p] = widened(to.pivot + p * PART);
 #pragma GCC unroll 8
-    for (int64_t i = 0; i < rows; i++)
+    for (int64_t i = 0; i < rows; i++) {
+        REAL *out = to.out + i * to.stride, row[BLOCK_COLUMNS];
 #pragma GCC unroll 2
         for (int v = 0; v < VECTORS; v++) {
             Vector y = product[i].at[v];
             if (to.scale) y = y * scale.at[v] + shift.at[v], y = rectified(y, y);
-            *(Vector *)(to.out + i * to.stride + v * LANES) = y;
-            if (!to.pivot) continue;
-            Vector apart = y - pivot.at[v];
-            sum.at[v] += apart;
-            squares.at[v] += apart * apart;
+            *(Vector *)(out + v * LANES) = y;
+            *(Vector *)(row + v * LANES) = y;
         }
-    if (to.pivot) count(to.values, sum), count(to.squares, squares);
+        if (!to.pivot) continue;
+#pragma GCC unroll 4
+        for (int p = 0; p < PARTS; p++) {
+            Doubles apart = widened(row + p * PART) - pivot[p];
+            sum[p] += apart;
+            squares[p] += apart * apart;
+        }
+    }
+    for (int p = 0; to.pivot && p < PARTS; p++) {
+        *(Doubles *)(to.values + p * PART) += sum[p];
+        *(Doubles *)(to.squares + p * PART) += squares[p];
+    }
 }
 
 /* So many of a block's rows, from one on, and of its columns. */

@@ -86,8 +86,8 @@ INLINE Run run_from(Maps maps, Strip strip, int64_t start, int64_t row) {
 }
 
 /* weight, `apart` = {from output to output, column to column, tap to tap}, as panels of outputs:
- * [outputs / BLOCK_COLUMNS][TAPS][columns][BLOCK_COLUMNS], zeros beyond the last. As many columns at a time as lie in
- * a cache line, a tap at a time: all taps of all outputs would evict each other. */
+ * [outputs / BLOCK_COLUMNS][TAPS][columns][BLOCK_COLUMNS], zeros beyond the last. A few columns at a time, as many as
+ * share a cache line of a channels-last weight, and of them a tap at a time: all of it would evict itself. */
 static void pack_outputs(Maps maps, const REAL *weight, const int64_t apart[3], REAL *panels) {
     int64_t line = CACHE_LINE / sizeof(REAL), depth = TAPS * maps.columns;
 #pragma omp for collapse(2)

@@ -7,8 +7,8 @@
  * A library's product is handed relu(norm(x)) through memory, and hands back its gradient that way. Here a tile of
  * rows is normalized and multiplied while it lies in the caches, and what becomes of a product - statistics, the next
  * norm, the norm's backward - is done to a block of it on its way out of the registers, while the rows of the next
- * tile are on their way in. Forward a tile is small enough for the first cache, and the weight's panels come from the
- * second; backward the weight's gradient wants many rows.
+ * tile are on their way in. Forward a tile is two blocks of rows, small enough for the first cache up to some 700
+ * channels, and the weight's panels come from the second; backward the weight's gradient wants many rows.
  */
 #include "blocks.h"
 

@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from densebench.kernels.rows import as_map, as_rows
+from densebench.kernels.rows import as_rows
 from densebench.models.dimensions import Conv
 
 _CONVOLUTION = {4: F.conv2d, 5: F.conv3d}  # by the number of dimensions of the weight
@@ -39,7 +39,7 @@ def product(a: Tensor, weight: Tensor) -> Tensor:
     """a W^T [M, N] of a [M, C] and W [N, C], computed as precisely as the 1x1 convolution that it stands for."""
     if not _is_left_to_convolutions(a):
         return a @ weight.t()
-    return as_rows(F.conv2d(as_map(a), weight.contiguous()[:, :, None, None]))
+    return as_rows(F.conv2d(_as_images(a), weight.contiguous()[:, :, None, None]))
 
 
 def product_weight_gradient(grad: Tensor, a: Tensor) -> Tensor:
@@ -48,7 +48,17 @@ def product_weight_gradient(grad: Tensor, a: Tensor) -> Tensor:
         return grad.t() @ a
     weight = a.new_empty(grad.shape[1], a.shape[1], 1, 1)
     _, grad_weight, _ = torch.ops.aten.convolution_backward(
-        as_map(grad), as_map(a), weight, None, [1, 1], [0, 0], [1, 1], False, [0, 0], 1, [False, True, False]
+        _as_images(grad),
+        _as_images(a),
+        weight,
+        None,
+        [1, 1],
+        [0, 0],
+        [1, 1],
+        False,
+        [0, 0],
+        1,
+        [False, True, False],
     )
     return grad_weight.flatten(1)
 
@@ -60,6 +70,15 @@ def _is_left_to_convolutions(a: Tensor) -> bool:
     convolutions are oneDNN's, which do not.
     """
     return a.dtype == torch.float32 and (a.is_cuda or torch.backends.mkldnn.is_available())
+
+
+def _as_images(rows: Tensor) -> Tensor:
+    """Rows [M, C] as the pixels of some images, which a 1x1 does not tell apart.
+
+    One image, or a few on one thread, PyTorch keeps from oneDNN; 16 it never does.
+    """
+    count = next((n for n in range(16, 65) if rows.shape[0] % n == 0), 1)
+    return rows.reshape(count, rows.shape[0] // count, 1, rows.shape[1]).permute(0, 3, 1, 2)
 
 
 def convolution_backward(

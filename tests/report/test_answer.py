@@ -134,6 +134,19 @@ def test_each_device_has_its_sentence() -> None:
     assert f"0.60{CROSS}" in said.elsewhere[0]
 
 
+def test_of_several_runs_the_first_is_the_answer() -> None:
+    """As the caller names them, whatever they are called."""
+    runs = [_pair(share, 0.9, device="cpu", autocast=None) for share in (0.3, 0.4)]
+    for (name, share), run in zip((("b", "0.30"), ("a", "0.40")), runs, strict=True):
+        run[:] = [
+            dataclasses.replace(r, run=name, environment=r.environment | {"device": f"Device {name}"}) for r in run
+        ]
+        assert f"{share}{CROSS} the activation memory" in _answer(run).sentence
+    said = _answer([record for run in runs for record in run])
+    assert f"0.30{CROSS} the activation memory" in said.sentence
+    assert "Device b" in said.sentence
+
+
 def test_volumes_have_their_sentence_after_images() -> None:
     volumes = {"input_shape": (1, 512, 512, 512), "options": {"spatial_dims": 3, "in_channels": 1}}
     said = _answer([*_pair(0.3, 0.8, **volumes), *_pair(0.2, 0.9)])
