@@ -94,7 +94,7 @@ FAULTS = [
           "thread < 1", "several_threads"),
     Fault("columns beyond the last block", PRODUCTS, "pack_transposed", "outputs - first", "outputs - first - 1",
           "training"),
-    Fault("statistics of whole blocks not about the pivot", BLOCKS, "finish_rows", "y - pivot.at[v]", "y",
+    Fault("statistics of whole blocks not about the pivot", BLOCKS, "finish_rows", " - pivot[p]", "",
           "wide"),
     Fault("statistics not about the pivot", BLOCKS, "finish", "(double)y - (double)to.pivot[c]", "(double)y",
           "training"),
