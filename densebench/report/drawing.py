@@ -149,8 +149,8 @@ def round_step(rough: float) -> float:
 
 
 def plain(value: float) -> str:
-    """A tick's number: whole where it is whole."""
-    return f"{value:,.0f}" if abs(value - round(value)) < 1e-9 else number(value, 2).rstrip("0")
+    """A tick's number: whole where it is whole, and else with all its digits, few as they are: 12.5."""
+    return f"{value:,.0f}" if abs(value - round(value)) < 1e-9 else number(value, 6).rstrip("0")
 
 
 def text_width(figure: Figure, text: str, size: float, weight: str = "normal") -> float:

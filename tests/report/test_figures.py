@@ -11,7 +11,7 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.text import Text
 
 from densebench.report.depths import depth_groups
-from densebench.report.drawing import NARROW, WIDE, Canvas
+from densebench.report.drawing import NARROW, WIDE, Canvas, plain, round_step
 from densebench.report.figure_answer import paint_answer
 from densebench.report.figure_batch import paint_batches
 from densebench.report.figure_depth import exponent, fitted, paint_depth
@@ -149,3 +149,11 @@ def test_a_picture_is_not_drawn_of_nothing() -> None:
     assert answer_picture(comparisons(lonely, Roster.of(lonely))[0]) is None
     failed = [make_record(make_case(name), "oom") for name in ("naive", "fused")]
     assert strategies_picture(comparisons(failed, Roster.of(failed))[0], "none") is None
+
+
+@pytest.mark.parametrize("rough", [0.02, 0.2, 2.1, 21.0, 210.0])
+def test_ticks_say_where_they_stand(rough: float) -> None:
+    """12.5, not 12: evenly spaced labels of 10, 12, 15, 18 are a wrong axis."""
+    step = round_step(rough)
+    for i in range(1, 10):
+        assert float(plain(step * i).replace(",", "")) == pytest.approx(step * i, rel=1e-9)
