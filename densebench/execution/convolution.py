@@ -25,6 +25,9 @@ class ConvOptions(NamedTuple):
         return cls(cast("tuple[int, ...]", conv.padding), conv.dilation)
 
 
+_ONE_BY_ONE = ConvOptions((0, 0), (1, 1))
+
+
 def convolve(a: Tensor, options: ConvOptions, weight: Tensor) -> Tensor:
     """The convolution of a with a weight in the dtype that it is to compute in; for code without autocast."""
     return convolve_as_given(a.to(weight.dtype), options, weight)
@@ -47,19 +50,7 @@ def product_weight_gradient(grad: Tensor, a: Tensor) -> Tensor:
     if not _is_left_to_convolutions(a):
         return grad.t() @ a
     weight = a.new_empty(grad.shape[1], a.shape[1], 1, 1)
-    _, grad_weight, _ = torch.ops.aten.convolution_backward(
-        _as_images(grad),
-        _as_images(a),
-        weight,
-        None,
-        [1, 1],
-        [0, 0],
-        [1, 1],
-        False,
-        [0, 0],
-        1,
-        [False, True, False],
-    )
+    _, grad_weight = convolution_backward(_as_images(grad), _as_images(a), _ONE_BY_ONE, weight, False, True)
     return grad_weight.flatten(1)
 
 

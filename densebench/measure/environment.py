@@ -151,7 +151,7 @@ def _sources() -> set[Path]:
 
 
 def _processor() -> str:
-    """Name and generation: on rented machines three of them may be called `AMD EPYC` alike."""
+    """Name and generation: on rented machines several are called `AMD EPYC` alike."""
     try:
         lines = _PROCESSORS.read_text().splitlines()
     except OSError:
