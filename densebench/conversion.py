@@ -2,20 +2,22 @@
 
 torchvision, timm, MONAI and torchxrayvision keep a network up to its head as a sequence in which dense blocks and
 transitions stand. `convert` puts a sequence that strategies can run in its place, made of the same norms and
-convolutions. Blocks, layers and transitions are known by their classes: a copy of one may compute anything else,
-and values that agree today do not show that gradients, or another mode, will.
+convolutions, and a block in the place of one that stands elsewhere, as in the encoder of a U-Net. Blocks, layers
+and transitions are known by their classes: a copy of one may compute anything else, and values that agree today do
+not show that gradients, or another mode, will. Whose classes are copies has to say so.
 """
 
 from __future__ import annotations
 
 from collections import OrderedDict
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from typing import TypeVar, cast
 
 from torch import Tensor, nn
 
-from densebench.models.densenet import Features
 from densebench.models.dimensions import BatchNorm, Conv
+from densebench.models.features import Features, set_strategy, stages_in
 from densebench.models.layers import DenseBlock, DenseLayer, NestedDenseLayer, ReLU, Transition
 from densebench.models.stage import why_not_bypass
 from densebench.registry import UnsupportedError, get_strategy
@@ -38,102 +40,177 @@ _NORM_AND_RELU = "timm.layers.norm_act.BatchNormAct2d"
 _M = TypeVar("_M", bound=nn.Module)
 
 
-def convert(model: _M, strategy: str = "fused") -> _M:
+def convert(
+    model: _M,
+    strategy: str = "fused",
+    *,
+    block: type[nn.Module] | None = None,
+    layer: type[nn.Module] | None = None,
+    transition: type[nn.Module] | None = None,
+) -> _M:
     """Run the dense blocks of a network by a strategy, in place.
 
     Parameters and buffers stay the same objects under the same names, so weights, optimizers and checkpoints stay
     valid, and so do the network's own head, its `forward` and its mode. What recomputed (`memory_efficient`) no
-    longer does: choose a strategy instead. Code that calls the blocks one by one (feature pyramids, timm's
-    `forward_intermediates`) runs them as `naive` does. timm's stem norm is not taken over, so its networks save a
-    little less.
+    longer does: choose a strategy instead. A sequence of blocks and transitions is run stage by stage. Where
+    blocks stand by themselves, or code calls them one by one (U-Nets, feature pyramids), they are run by the
+    strategy, and what is around them stays as it was; that, and timm's stem norm, saves a little less.
 
     Args:
         model: one of the networks in `KNOWN`, or anything that contains some; for images or volumes. Hooks on what
             is replaced are to be registered afterwards.
         strategy: see `densebench.list_strategies()`; `densebench.set_strategy` changes it later.
+        block, layer, transition: classes of your own that compute what torchvision's of that kind do, from parts
+            of the same names. That they do is taken on trust;
+            `densebench.assert_equivalent(converted, strategy, inputs, reference=original)` looks.
 
     Returns:
-        The same model; only where it is itself the sequence of blocks, the new sequence.
+        The same model; only where it is itself the sequence of blocks, or a block, the new one.
 
     Raises:
-        TypeError: if model is no module.
-        ValueError: if the strategy is unknown, or there is no sequence of dense blocks.
-        UnsupportedError: if a block was changed, has hooks, is known by another name, too, or cannot be run by the
-            strategy here. Nothing is changed then.
+        TypeError: if model is no module, or what is given as a class is none.
+        ValueError: if the strategy is unknown, or there are no dense blocks.
+        UnsupportedError: if a block was changed, has hooks, or cannot be run by the strategy here, or if a layer
+            is known by another name, too. Nothing is changed then.
     """
     if not isinstance(model, nn.Module):
         raise TypeError(f"convert takes a network, not {type(model).__name__}")
-    chosen = get_strategy(strategy)
-    sequences = {module: name for name, module in model.named_modules() if _is_sequence_of_blocks(module)}
-    converted = {module: _features(name, cast("nn.Sequential", module)) for module, name in sequences.items()}
-    networks = [*converted.values(), *(module for module in model.modules() if isinstance(module, Features))]
-    if not networks:
-        raise ValueError(f"{type(model).__name__} {_why_not(model)}")
-    _refuse_other_names(model, converted)
-    for network in networks:
-        for stage in network.stages():
-            stage.check(chosen)
-    for parent, name, child in _references(model, *networks):
-        if child in converted:
-            parent._modules[name] = converted[child]
-    for network in networks:
-        network.strategy = strategy
-    return cast("_M", converted.get(model, model))
+    get_strategy(strategy)
+    conversion = _Conversion(model, _kinds(block=block, layer=layer, transition=transition))
+    if not conversion.new and not stages_in(model):
+        raise ValueError(
+            f"{type(model).__name__} contains no dense blocks that convert knows; it knows {KNOWN}, by their "
+            "classes, and copies of them by block=, layer= and transition="
+        )
+    with conversion.applied_to(model) as converted:
+        return cast("_M", set_strategy(converted, strategy))
 
 
-def _class_of(module: nn.Module) -> str:
-    return f"{type(module).__module__}.{type(module).__qualname__}"
+_Kinds = Mapping[str | type, str]
 
 
-def _is(module: nn.Module, kind: str) -> bool:
-    return _KINDS.get(_class_of(module)) == kind
+def _kinds(**own: type[nn.Module] | None) -> _Kinds:
+    """What each class is; libraries' by name, since they need not be installed."""
+    kinds: dict[str | type, str] = dict(_KINDS.items())
+    for kind, given in own.items():
+        if given is None:
+            continue
+        if not (isinstance(given, type) and issubclass(given, nn.Module)):
+            raise TypeError(f"{kind}= takes a class of modules, not {given!r}")
+        kinds[given] = kind
+    return kinds
 
 
-def _is_sequence_of_blocks(module: nn.Module) -> bool:
-    return type(module) is nn.Sequential and any(_is(child, "block") for child in module.children())
+def _name_of(kind: type) -> str:
+    return f"{kind.__module__}.{kind.__qualname__}"
 
 
-def _why_not(model: nn.Module) -> str:
-    block = next((name for name, module in model.named_modules() if _is(module, "block")), None)
-    if block is None:
-        return f"contains no dense blocks that convert knows; it knows {KNOWN}, by their classes"
-    return f"has dense blocks ({block}), but not in an nn.Sequential, which convert needs"
+def _join(name: str, own: str) -> str:
+    return f"{name}.{own}" if name else own
 
 
-def _features(name: str, sequence: nn.Sequential) -> Features:
-    """The sequence with its dense blocks and transitions in this project's form; other children are the same."""
-    children: OrderedDict[str, nn.Module] = OrderedDict()
-    for own, child in sequence._modules.items():
-        full = f"{name}.{own}" if name else own
-        if _is(child, "block"):
-            children[own] = _block(full, child)
-        elif _is(child, "transition"):
-            children[own] = _transition(full, child)
-        else:
+class _Conversion:
+    """What takes the place of which module of a model.
+
+    Attributes:
+        new: by what they replace, sequences, blocks and transitions.
+    """
+
+    def __init__(self, model: nn.Module, kinds: _Kinds) -> None:
+        self._kinds = kinds
+        self.new: dict[nn.Module, nn.Module] = {}
+        for name, module in model.named_modules():
+            if self._is_sequence_of_blocks(module):
+                self._replace(name, module, self._features)
+            elif self._is(module, "block"):
+                self._replace(name, module, self._block)
+            else:
+                self._refuse_if_derived(name, module)
+        for name, module in model.named_modules():
+            if module in self.new:
+                _refuse_to_lose_anything(name, module, self.new[module])
+        self._refuse_other_names(model)
+
+    @contextmanager
+    def applied_to(self, model: nn.Module) -> Iterator[nn.Module]:
+        """The model with all that is new in its places; as it was, if anything is raised."""
+        places = [place for place in _references(model, *self.new.values()) if place[2] in self.new]
+        for parent, name, old in places:
+            parent._modules[name] = self.new[old]
+        try:
+            yield self.new.get(model, model)
+        except Exception:
+            for parent, name, old in places:
+                parent._modules[name] = old
+            raise
+
+    def _replace(self, name: str, old: _M, by: Callable[[str, _M], nn.Module]) -> nn.Module:
+        if old not in self.new:
+            self.new[old] = new = _in_the_mode_of(old, by(name, old))
+            for key, value in vars(old).items():  # a backbone's out_channels
+                vars(new).setdefault(key, value)
+        return self.new[old]
+
+    def _is(self, module: nn.Module, kind: str) -> bool:
+        return self._kind_of(type(module)) == kind
+
+    def _kind_of(self, of: type) -> str | None:
+        return self._kinds.get(of) or self._kinds.get(_name_of(of))
+
+    def _is_sequence_of_blocks(self, module: nn.Module) -> bool:
+        return type(module) is nn.Sequential and any(self._is(child, "block") for child in module.children())
+
+    def _refuse_if_derived(self, name: str, module: nn.Module) -> None:
+        """What is derived from a dense block would go on as it is, unseen."""
+        if any(self._kind_of(base) == "block" for base in type(module).__mro__):
+            raise self._unknown(name, module, "block")
+
+    def _unknown(self, name: str, module: nn.Module, kind: str) -> UnsupportedError:
+        return UnsupportedError(
+            f"{name or 'the network'} is a {_name_of(type(module))}; convert knows {KNOWN}, by their classes; if "
+            f"it computes the same, say so with {kind}="
+        )
+
+    def _features(self, name: str, sequence: nn.Module) -> Features:
+        """The sequence with its dense blocks and transitions in this project's form, and its other children."""
+        children: OrderedDict[str, nn.Module] = OrderedDict()
+        for own, child in cast("dict[str, nn.Module]", sequence._modules).items():
+            full = _join(name, own)
+            if self._is(child, "block"):
+                child = self._replace(full, child, self._block)
+            elif self._is(child, "transition"):
+                child = self._replace(full, child, _transition)
             children[own] = child
-            _refuse_hidden(full, child)
-    features = _in_the_mode_of(sequence, Features(children))
-    _refuse_to_lose_anything(name, sequence, features)
-    for key, value in vars(sequence).items():  # a backbone's out_channels
-        vars(features).setdefault(key, value)
-    return features
+        return Features(children)
 
+    def _block(self, name: str, block: nn.Module) -> DenseBlock:
+        layers = {own: self._layer(_join(name, own), layer) for own, layer in block.named_children()}
+        if not layers:
+            raise UnsupportedError(f"{name or 'the block'} has no layers")
+        width = next(iter(layers.values())).in_channels
+        for own, layer in layers.items():
+            if layer.in_channels != width:
+                raise UnsupportedError(
+                    f"{_join(name, own)} reads {layer.in_channels} channels where {width} come before it"
+                )
+            width += layer.growth_rate
+        return DenseBlock.of(layers)
 
-def _block(name: str, block: nn.Module) -> DenseBlock:
-    layers = {own: _layer(f"{name}.{own}", layer) for own, layer in block.named_children()}
-    if not layers:
-        raise UnsupportedError(f"{name} has no layers")
-    width = next(iter(layers.values())).in_channels
-    for own, layer in layers.items():
-        if layer.in_channels != width:
-            raise UnsupportedError(f"{name}.{own} reads {layer.in_channels} channels where {width} come before it")
-        width += layer.growth_rate
-    return _in_the_mode_of(block, DenseBlock.of(layers))
+    def _layer(self, name: str, layer: nn.Module) -> DenseLayer:
+        if not self._is(layer, "layer"):
+            raise self._unknown(name, layer, "layer")
+        return _layer(name, layer)
+
+    def _refuse_other_names(self, model: nn.Module) -> None:
+        """A layer known elsewhere, too, would there go on as it is, apart from the network."""
+        gone = {part for old, new in self.new.items() for part in {*old.modules()} - {*new.modules()}}
+        for parent, name, child in _references(model):
+            if child in gone and child not in self.new and parent not in gone:
+                what = f"{type(parent).__name__}.{name}"
+                raise UnsupportedError(f"a part of a dense block is also {what}, which would be left behind")
 
 
 def _layer(name: str, layer: nn.Module) -> DenseLayer:
-    if not _is(layer, "layer"):
-        raise UnsupportedError(f"{name} is a {_class_of(layer)}; convert knows {KNOWN}, by their classes")
     nested = layer._modules.get("layers")
     own = dict((layer if nested is None else nested).named_children())
     parts = {**_norm_relu_conv(name, own, "1"), **_norm_relu_conv(name, own, "2")}
@@ -152,13 +229,13 @@ def _transition(name: str, transition: nn.Module) -> Transition:
     if "pool" in own:
         normal["pool"] = own.pop("pool")
     _refuse_the_rest(name, own)
-    return _in_the_mode_of(transition, Transition.of(normal))
+    return Transition.of(normal)
 
 
 def _norm_relu_conv(name: str, parts: dict[str, nn.Module], number: str) -> dict[str, nn.Module]:
     """Takes three parts from those of a layer or transition; timm's norm, which is two of them, apart."""
     norm, relu, conv = (parts.pop(f"{part}{number}", None) for part in ("norm", "relu", "conv"))
-    if relu is None and norm is not None and _class_of(norm) == _NORM_AND_RELU:
+    if relu is None and norm is not None and _name_of(type(norm)) == _NORM_AND_RELU:
         relu = cast("nn.Module", norm.act)
         if type(relu) is nn.ReLU and type(norm.drop) is nn.Identity:
             norm, relu = _norm_alone(cast("nn.BatchNorm2d", norm)), ReLU()
@@ -185,20 +262,6 @@ def _norm_alone(norm: nn.BatchNorm2d) -> nn.BatchNorm2d:
     return _in_the_mode_of(norm, plain)
 
 
-def _refuse_hidden(name: str, child: nn.Module) -> None:
-    """What is derived from a dense block or a transition, or wraps one: it would go on as it is, unseen."""
-    if _is_sequence_of_blocks(child):
-        return  # converted by itself
-    bases = {f"{base.__module__}.{base.__qualname__}" for base in type(child).__mro__}
-    if bases & _KINDS.keys():
-        raise UnsupportedError(
-            f"{name} is a {_class_of(child)}; convert knows {KNOWN}, by their classes, where they stand in an "
-            "nn.Sequential"
-        )
-    for own, module in child.named_children():
-        _refuse_hidden(f"{name}.{own}", module)
-
-
 def _in_the_mode_of(old: nn.Module, new: _M) -> _M:
     """`new`, put in training or evaluation as `old` is, without what it contains."""
     new.training = old.training
@@ -218,7 +281,7 @@ _STATE_HOOKS = (
 )
 
 
-def _refuse_to_lose_anything(name: str, old: nn.Sequential, new: Features) -> None:
+def _refuse_to_lose_anything(name: str, old: nn.Module, new: nn.Module) -> None:
     """Hooks on what is replaced; parameters and buffers that are not a DenseNet's."""
     kept = set(new.modules())
     for own, module in old.named_modules(prefix=name):
@@ -237,15 +300,6 @@ def _tensors(module: nn.Module) -> dict[str, Tensor]:
     """Parameters and buffers by name, in order."""
     parameters = dict(module.named_parameters(remove_duplicate=False))
     return {**parameters, **dict(module.named_buffers(remove_duplicate=False))}
-
-
-def _refuse_other_names(model: nn.Module, converted: Mapping[nn.Module, Features]) -> None:
-    """A block known elsewhere, too, would there go on as it is, apart from the network."""
-    replaced = {module for old, new in converted.items() for module in {*old.modules()} - {*new.modules()}}
-    for parent, name, child in _references(model):
-        if child in replaced and child not in converted and parent not in replaced:
-            what = f"{type(parent).__name__}.{name}"
-            raise UnsupportedError(f"a part of a dense block is also {what}, which would be left behind")
 
 
 def _references(*models: nn.Module) -> Iterator[tuple[nn.Module, str, nn.Module]]:

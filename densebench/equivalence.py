@@ -53,7 +53,7 @@ def assert_equivalent(
     model: nn.Module,
     strategy: str,
     inputs: Tensor | Sequence[Tensor],
-    reference: str = "naive",
+    reference: str | nn.Module = "naive",
     *,
     autocast: torch.dtype | None = None,
     input_gradient: bool = True,
@@ -64,7 +64,9 @@ def assert_equivalent(
 
     Args:
         model: contains at least one densebench DenseNet; it is copied and left as it is, mode included.
-        strategy, reference: names of strategies.
+        strategy: the name of the strategy that is to be equal.
+        reference: that of the one that it is to be equal to; or the network that this one was converted from (a
+            copy made before), with the same parameters under the same names.
         inputs: [N, C, H, W] (volumes [N, C, D, H, W]), or several for as many steps.
         autocast: dtype to run both under, or None.
         input_gradient: whether the inputs need a gradient.
@@ -91,8 +93,9 @@ def assert_equivalent(
         worst = max(wrong, key=lambda d: d.error / d.gate if d.error == d.error else float("inf"))
         more = f" ({len(wrong) - 1} more quantities differ)" if len(wrong) > 1 else ""
         where = _first_difference(expected[worst.name], actual[worst.name])
+        other = repr(reference) if isinstance(reference, str) else f"the {type(reference).__name__} given"
         raise AssertionError(
-            f"strategy {strategy!r} differs from {reference!r} in {worst.name}: relative error "
+            f"strategy {strategy!r} differs from {other} in {worst.name}: relative error "
             f"{worst.error:.2e} against a gate of {worst.gate:.2e}; {where}{more}"
         )
     return differences
@@ -110,18 +113,23 @@ class _Run:
     seed: int
 
     def by(
-        self, strategy: str, order: Tensor | None = None, double: bool = False, nudge: int | None = None
+        self,
+        strategy: str | nn.Module,
+        order: Tensor | None = None,
+        double: bool = False,
+        nudge: int | None = None,
     ) -> Quantities:
         """Every quantity of a run by a strategy.
 
         Args:
-            strategy: its name.
+            strategy: its name; or another network, to be run as it is.
             order: a permutation of the images; results come back in the original order.
             double: run in float64 and without autocast, from the same weights and inputs.
             nudge: seed of changes to the inputs, smaller than what rounding them changes.
         """
         torch.manual_seed(self.seed)
-        model = set_strategy(copy.deepcopy(self.model), strategy)
+        model = copy.deepcopy(self.model if isinstance(strategy, str) else strategy)
+        model = set_strategy(model, strategy) if isinstance(strategy, str) else model
         model = model.double() if double else model
         optimizer = torch.optim.SGD(
             [p for p in model.parameters() if p.requires_grad] or [torch.zeros(1)],
@@ -172,7 +180,9 @@ class _Run:
         }
 
 
-def _compare_exactly(run: _Run, reference: str, expected: Quantities, actual: Quantities) -> list[Difference]:
+def _compare_exactly(
+    run: _Run, reference: str | nn.Module, expected: Quantities, actual: Quantities
+) -> list[Difference]:
     """The float64 gates; self-noise widens them only for quantities that are rounding errors themselves."""
     differences = []
     noise: list[Quantities] = []
@@ -191,7 +201,9 @@ def _compare_exactly(run: _Run, reference: str, expected: Quantities, actual: Qu
     return differences
 
 
-def _compare_errors(run: _Run, reference: str, expected: Quantities, actual: Quantities) -> list[Difference]:
+def _compare_errors(
+    run: _Run, reference: str | nn.Module, expected: Quantities, actual: Quantities
+) -> list[Difference]:
     """Errors against the reference in float64, at most twice the reference's own."""
     exact = run.by(reference, double=True)
     references = [expected, *(run.by(reference, nudge=seed) for seed in range(1, ERROR_RUNS))]

@@ -18,8 +18,8 @@ from torch import Tensor, nn
 from densebench import registry
 from densebench.formats import CHANNELS_LAST
 from densebench.models import DenseBlock, DenseNet, DenseNetConfig, set_strategy
-from densebench.models.densenet import Features
 from densebench.models.dimensions import BatchNorm
+from densebench.models.features import Features
 
 _M = TypeVar("_M", bound=nn.Module)
 

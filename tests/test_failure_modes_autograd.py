@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from densebench.models import Transition
-from densebench.models.densenet import Features
+from densebench.models.features import Features
 from densebench.step_tracker import StepTracker
 from tests.comparison import (
     TIGHT,

@@ -8,7 +8,8 @@ from typing import Any
 from torch import nn
 
 from densebench.models.config import DenseNetConfig
-from densebench.models.densenet import DenseNet, set_strategy
+from densebench.models.densenet import DenseNet
+from densebench.models.features import set_strategy
 from densebench.models.layers import DenseBlock, DenseLayer, Transition
 from densebench.models.presets import (
     densenet121,

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import sys
 from collections import OrderedDict
-from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -12,50 +10,9 @@ from torch import Tensor, nn
 from densebench.counting import counted
 from densebench.models.config import DenseNetConfig
 from densebench.models.dimensions import KINDS, Conv
+from densebench.models.features import Features, set_strategy, steps_of
 from densebench.models.layers import DenseBlock, ReLU, Transition
-from densebench.models.stage import Stage, stages_of
-from densebench.registry import get_strategy
-
-_M = TypeVar("_M", bound=nn.Module)
-
-
-class Features(nn.Sequential):
-    """The network up to the last norm and ReLU; each stage is run by the strategy named in `strategy`.
-
-    [N, in_channels, H, W] -> [N, C, H / stride, W / stride].
-    """
-
-    strategy = "naive"
-
-    def stages(self) -> list[Stage]:
-        return [step for step in stages_of(self) if isinstance(step, Stage)]
-
-    def forward(self, input: Tensor) -> Tensor:
-        # Popping hands the only reference to the callee: a map that a stage no longer needs can be freed
-        # inside it. A local variable here would keep each stage's input alive until the stage returns.
-        maps = [input]
-        del input
-        # An empty batch costs nothing, and its result is whatever the plain modules make of it.
-        strategy = get_strategy(self.strategy if maps[0].numel() else "naive")
-        for step in stages_of(self):
-            if not isinstance(step, Stage):
-                maps.append(step(maps.pop()))
-            else:
-                if not torch.compiler.is_compiling():
-                    step.check(strategy)
-                if strategy.bypasses != "nothing" and "torch._dynamo" in sys.modules:
-                    from densebench.models.uncompiled import run_uncompiled
-
-                    maps.append(run_uncompiled(strategy.function, step, maps))
-                else:
-                    maps.append(strategy.function(step, maps.pop()))
-        return maps.pop()
-
-    def __getitem__(self, index: Any) -> Any:
-        part = super().__getitem__(index)
-        if isinstance(part, Features):
-            part.strategy = self.strategy
-        return part
+from densebench.models.stage import Stage
 
 
 class DenseNet(nn.Module):
@@ -106,14 +63,13 @@ class DenseNet(nn.Module):
         transition; a norm and what follows it stand under the last module of the run.
         """
         self._check_input(input)
-        strategy = get_strategy(self.strategy)
         points: dict[str, Tensor] = {}
         x = input
         names = {module: name for name, module in self.features.named_children()}
-        for step in stages_of(self.features):
+        for step in steps_of(self.features):
             if isinstance(step, Stage):
                 block_only = Stage(step.block, step.head, None, step.children)
-                points[step.name] = x = block_only.run(strategy, x)
+                points[step.name] = x = block_only.run(step.strategy, x)
                 x = step.run_tail(x)
                 points[step.children[-1][0]] = x
             else:
@@ -153,32 +109,6 @@ class DenseNet(nn.Module):
 
     def extra_repr(self) -> str:
         return f"strategy={self.strategy!r}"
-
-
-def set_strategy(model: _M, name: str) -> _M:
-    """Run every densebench DenseNet in `model` by the strategy `name`; parameters stay as they are.
-
-    Args:
-        model: a `DenseNet`, or any module that contains some.
-        name: see `densebench.list_strategies()`.
-
-    Returns:
-        The same model.
-
-    Raises:
-        ValueError: if the strategy is unknown, or the model contains no densebench DenseNet.
-        UnsupportedError: if the strategy cannot run it here; nothing is changed then.
-    """
-    strategy = get_strategy(name)
-    networks = [module for module in model.modules() if isinstance(module, Features)]
-    if not networks:
-        raise ValueError(f"{type(model).__name__} contains no densebench DenseNet to run by a strategy")
-    for network in networks:
-        for stage in network.stages():
-            stage.check(strategy)
-    for network in networks:
-        network.strategy = name
-    return model
 
 
 def _features(config: DenseNetConfig) -> OrderedDict[str, nn.Module]:

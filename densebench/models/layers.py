@@ -17,6 +17,8 @@ from torch import Tensor, nn
 
 from densebench.models.config import compressed
 from densebench.models.dimensions import KINDS, BatchNorm, Conv
+from densebench.models.stage import Stage
+from densebench.registry import get_strategy
 
 
 class ReLU(nn.ReLU):
@@ -120,7 +122,12 @@ class DenseBlock(nn.Module):
     """x_l = H_l([x_0, x_1, ..., x_{l-1}]) (equation 2); returns [x_0, ..., x_L].
 
     [N, in_channels, H, W] -> [N, in_channels + num_layers * growth_rate, H, W].
+
+    Attributes:
+        strategy: by which the block is run, with what stands around it or by itself; see `set_strategy`.
     """
+
+    strategy = "naive"
 
     def __init__(
         self,
@@ -159,6 +166,10 @@ class DenseBlock(nn.Module):
         return cast("list[DenseLayer]", list(self.children()))
 
     def forward(self, input: Tensor) -> Tensor:
+        """As the definition reads; by its strategy, if that does not call the block and so cannot have done it."""
+        strategy = get_strategy(self.strategy)
+        if strategy.bypasses != "nothing" and input.numel():
+            return Stage(self, alone=True).run(strategy, input)
         features = [input]
         for layer in self.children():
             features.append(layer(torch.cat(features, 1)))

@@ -7,14 +7,18 @@ not calls `run_head` and `run_tail`. A stage is a view: modules and parameters s
 
 from __future__ import annotations
 
+import sys
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING
 
+import torch
 from torch import Tensor, nn
 
 from densebench.models.dimensions import BatchNorm, MaxPool
-from densebench.models.layers import DenseBlock, DenseLayer, Transition
-from densebench.registry import Part, Strategy, UnsupportedError
+from densebench.registry import Part, Strategy, UnsupportedError, get_strategy
+
+if TYPE_CHECKING:  # layers import this file: a block called by itself is a stage without head and tail
+    from densebench.models.layers import DenseBlock, DenseLayer, Transition
 
 
 @dataclass(frozen=True, eq=False)
@@ -50,16 +54,23 @@ class Stage:
         head: the stem's norm-ReLU-pool before the first block, or None.
         tail: the transition or final norm after the block, or None.
         children: (name in the network, module) of all that the stage is made of, for messages.
+        alone: whether the block has been called by itself, so that a strategy does not run around it.
     """
 
     block: DenseBlock
     head: Head | None = None
     tail: Transition | FinalNorm | None = None
     children: tuple[tuple[str, nn.Module], ...] = ()
+    alone: bool = False
 
     @property
     def layers(self) -> list[DenseLayer]:
         return self.block.layers
+
+    @property
+    def strategy(self) -> Strategy:
+        """The block's."""
+        return get_strategy(self.block.strategy)
 
     @property
     def name(self) -> str:
@@ -79,8 +90,23 @@ class Stage:
         Raises:
             UnsupportedError: see `check`.
         """
-        self.check(strategy)
-        return strategy.function(self, x)
+        return self.run_last_of([x], strategy)
+
+    def run_last_of(self, maps: list[Tensor], strategy: Strategy) -> Tensor:
+        """As `run`, with the last of some maps, which is taken out of them.
+
+        Popping hands the only reference to the callee: a map that a stage no longer needs can be freed inside
+        it. A local variable, here or where this is called, would keep it alive until the stage returns.
+        """
+        if strategy.bypasses != "nothing" and not maps[-1].numel():
+            strategy = get_strategy("naive")  # an empty batch costs nothing, and gives what the modules make of it
+        if not torch.compiler.is_compiling():
+            self.check(strategy)
+        if strategy.bypasses != "nothing" and "torch._dynamo" in sys.modules:
+            from densebench.models.uncompiled import run_uncompiled
+
+            return run_uncompiled(strategy.function, self, maps)
+        return strategy.function(self, maps.pop())
 
     def modules(self, part: Part) -> list[nn.Module]:
         """All modules of a part of the stage ("nothing", "block", "stage"), in order.
@@ -112,6 +138,8 @@ class Stage:
             UnsupportedError: one sentence that names the module or the lack, and the remedy.
         """
         for module in self.modules(strategy.bypasses):
+            if module is self.block and self.alone:
+                continue
             reason = why_not_bypass(module)
             if reason:
                 raise UnsupportedError(
@@ -138,48 +166,3 @@ def why_not_bypass(module: nn.Module) -> str | None:
     if "parametrizations" in state["_modules"]:
         return "a parametrization"
     return None
-
-
-_HEADS = ((BatchNorm, nn.ReLU, MaxPool), (BatchNorm, nn.ReLU), ())
-_TAILS = ((Transition,), (BatchNorm, nn.ReLU), ())
-
-
-def stages_of(network: nn.Sequential) -> list[Stage | nn.Module]:
-    """The children of a feature network in order, each dense block with its head and tail made one stage.
-
-    What belongs to no stage (the stem convolution, a user's own module) stays a plain module.
-    """
-    children = list(network.named_children())
-    steps: list[Stage | nn.Module] = []
-    while children:
-        head = _leading(children, _HEADS, then=DenseBlock)
-        if head is None:
-            steps.append(children.pop(0)[1])
-            continue
-        tail = _leading(children[head + 1 :], _TAILS) or 0
-        steps.append(_stage(children[: head + 1 + tail], head))
-        children = children[head + 1 + tail :]
-    return steps
-
-
-def _leading(
-    children: list[tuple[str, nn.Module]], patterns: Any, then: type[nn.Module] | None = None
-) -> int | None:
-    """The length of the first pattern of module types that the children begin with; None if of none."""
-    for pattern in patterns:
-        kinds = pattern if then is None else (*pattern, then)
-        modules = [module for _, module in children[: len(kinds)]]
-        if len(modules) == len(kinds) and all(isinstance(m, k) for m, k in zip(modules, kinds, strict=True)):
-            return len(pattern)
-    return None
-
-
-def _stage(children: list[tuple[str, nn.Module]], head_length: int) -> Stage:
-    modules: list[Any] = [module for _, module in children]
-    head, block, tail = modules[:head_length], modules[head_length], modules[head_length + 1 :]
-    return Stage(
-        block=block,
-        head=Head(head[0], head[1], head[2] if len(head) == 3 else None) if head else None,
-        tail=(FinalNorm(*tail) if len(tail) == 2 else tail[0]) if tail else None,
-        children=tuple(children),
-    )

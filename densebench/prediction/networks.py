@@ -19,7 +19,7 @@ from torch.utils._pytree import tree_leaves
 
 from densebench.formats import CHANNELS_LAST
 from densebench.models import build_model, list_models, set_strategy
-from densebench.models.densenet import Features
+from densebench.models.features import stages_in
 from densebench.prediction.trace import StepTrace, trace_step
 from densebench.workload import Workload, fake_model
 
@@ -79,7 +79,7 @@ def trace_network(
     layout = CHANNELS_LAST.get(len(shape)) if last else None
     with mode_of_tensors:
         copy = _copy(network, dtype, layout)
-        if strategy is not None and (strategy != "naive" or any(isinstance(m, Features) for m in copy.modules())):
+        if strategy is not None and (strategy != "naive" or stages_in(copy)):
             set_strategy(copy, strategy)
         dtype = dtype or next((p.dtype for p in copy.parameters() if p.is_floating_point()), torch.float32)
         input = torch.empty(shape, dtype=dtype)

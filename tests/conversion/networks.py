@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from collections import OrderedDict
 from collections.abc import Callable
 from typing import Any
 
 import pytest
 import torch
-from torch import nn
+import torch.nn.functional as F
+from torch import Tensor, nn
 
 from densebench.contenders import get_contender, list_contenders
 from tests.networks import draw_norms, norms
@@ -41,6 +43,88 @@ def _module(name: str) -> Any:
         if missing:
             pytest.skip(missing)
     return pytest.importorskip(name)
+
+
+class CopiedLayer(nn.Sequential):
+    """torchvision's layer as it once was, and as it went into many repositories."""
+
+    def __init__(self, channels: int, growth_rate: int, width: int) -> None:
+        super().__init__(
+            OrderedDict(
+                norm1=nn.BatchNorm2d(channels),
+                relu1=nn.ReLU(inplace=True),
+                conv1=nn.Conv2d(channels, width, 1, bias=False),
+                norm2=nn.BatchNorm2d(width),
+                relu2=nn.ReLU(inplace=True),
+                conv2=nn.Conv2d(width, growth_rate, 3, padding=1, bias=False),
+            )
+        )
+        self.drop_rate = 0.0
+
+    def forward(self, x: Tensor) -> Tensor:
+        new = F.dropout(super().forward(x), self.drop_rate, self.training)
+        return torch.cat([x, new], 1)
+
+
+class CopiedBlock(nn.Sequential):
+    def __init__(self, layers: int, channels: int, growth_rate: int, width: int) -> None:
+        inputs = range(channels, channels + layers * growth_rate, growth_rate)
+        super().__init__(*(CopiedLayer(each, growth_rate, width) for each in inputs))
+
+
+class CopiedTransition(nn.Sequential):
+    def __init__(self, channels: int, out: int) -> None:
+        super().__init__(
+            OrderedDict(
+                norm=nn.BatchNorm2d(channels),
+                relu=nn.ReLU(inplace=True),
+                conv=nn.Conv2d(channels, out, 1, bias=False),
+                pool=nn.AvgPool2d(2, 2),
+            )
+        )
+
+
+COPIES: dict[str, Any] = {"block": CopiedBlock, "layer": CopiedLayer, "transition": CopiedTransition}
+
+
+class Copied(nn.Module):
+    """A DenseNet of classes that no library has."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.features = nn.Sequential(
+            OrderedDict(
+                conv0=nn.Conv2d(3, 8, 3, padding=1, bias=False),
+                first=CopiedBlock(2, 8, 4, 8),
+                down=CopiedTransition(16, 8),
+                second=CopiedBlock(3, 8, 4, 8),
+                norm=nn.BatchNorm2d(20),
+            )
+        )
+        self.classifier = nn.Linear(20, 5)
+
+    def forward(self, x: Tensor) -> Tensor:
+        maps = F.relu(self.features(x), inplace=True)
+        return self.classifier(maps.mean((2, 3)))
+
+
+class Encoder(nn.Module):
+    """Segments: torchvision's blocks called one by one, as U-Nets do it, each module under two names."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.features = features = torchvision().features
+        self.stem = nn.Sequential(features.conv0, features.norm0, features.relu0)
+        self.down1 = features.transition1
+        self.enc1, self.enc2 = features.denseblock1, features.denseblock2
+        self.up = nn.Conv2d(16 + 20, 6, 3, padding=1)
+        self.head = nn.Conv2d(6 + 8, 2, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        stem = self.stem(x)
+        first = self.enc1(stem)
+        second = F.interpolate(self.enc2(self.down1(first)), size=first.shape[2:])
+        return self.head(torch.cat([self.up(torch.cat([first, second], 1)), stem], 1))
 
 
 BUILDERS = (torchvision, timm, monai, torchxrayvision)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-from collections import OrderedDict
 from collections.abc import Callable
 
 import pytest
@@ -11,7 +10,7 @@ import torch
 from torch import nn
 
 from densebench import UnsupportedError, convert
-from densebench.models.densenet import Features
+from densebench.models.features import Features
 from tests.conversion.networks import monai, theirs, timm, torchvision
 
 
@@ -67,10 +66,6 @@ def _another_layer(network: nn.Module) -> None:
     layer.__class__ = type("GatedLayer", (type(layer),), {})
 
 
-def _a_wrapped_block(network: nn.Module) -> None:
-    network.features.denseblock2 = nn.ModuleList([network.features.denseblock2])
-
-
 def _another_forward(network: nn.Module) -> None:
     network.features.denseblock1.denselayer1.forward = lambda features: features[0]
 
@@ -94,7 +89,6 @@ def _another_name(network: nn.Module) -> None:
         (_a_buffer_more, "features has denseblock2.seen, which is not a DenseNet's"),
         (_another_block, "features.denseblock1 is a tests.conversion.test_refusals.ScaledBlock"),
         (_another_layer, "features.denseblock1.denselayer2 is a tests.conversion.test_refusals.GatedLayer"),
-        (_a_wrapped_block, "features.denseblock2.0 is a torchvision.models.densenet._DenseBlock"),
         (_another_forward, "features.denseblock1.denselayer1 has a replaced forward"),
         (_another_name, "also DenseNet.target"),
     ],
@@ -136,17 +130,6 @@ def test_hooks_on_what_is_replaced_are_refused(build: Callable[..., nn.Module], 
 def test_timms_other_norms_are_refused(option: dict[str, str]) -> None:
     with pytest.raises(UnsupportedError, match=r"features\.denseblock1\.denselayer1: (relu1|norm1) is a"):
         convert(timm(**option))
-
-
-class Encoder(nn.Sequential):
-    """It may do anything, and has methods that a sequence has not."""
-
-
-@pytest.mark.parametrize("container", [nn.ModuleDict, Encoder])
-def test_blocks_that_do_not_stand_in_a_sequence(container: type[nn.Module]) -> None:
-    model = container(OrderedDict(encoder=theirs(torchvision).features.denseblock1))
-    with pytest.raises(ValueError, match=r"has dense blocks \(encoder\), but not in an nn.Sequential"):
-        convert(model)
 
 
 def test_signals_are_refused() -> None:

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from densebench import convert, set_strategy
-from densebench.models.densenet import Features
+from densebench.models.features import Features
 from tests.comparison import assert_same, step
 from tests.conversion.networks import every_library, monai, theirs, timm, torchvision, torchxrayvision
 from tests.networks import images, small

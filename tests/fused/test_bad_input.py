@@ -14,7 +14,8 @@ from tests.networks import images, small
 def test_other_devices(monkeypatch: pytest.MonkeyPatch, name: str) -> None:
     network = small().train()
     running = network.state_dict()["features.norm5.running_mean"].clone()
-    network.features.strategy = name
+    for stage in network.features.stages():
+        stage.block.strategy = name
     monkeypatch.setattr(fused, "DEVICES", ("cuda",))
     fused._lack.cache_clear()
     with pytest.raises(UnsupportedError, match="runs on cuda, not on cpu; use 'shared_buffer' there"):
