@@ -12,6 +12,10 @@
 
 #include "rows.h"
 
+#if defined(__SSE2__)
+#include <immintrin.h>
+#endif
+
 #if defined(__AVX512F__)
 enum { VECTOR_BYTES = 64, BLOCK_ROWS = 8 }; /* of 32 registers, 16 for sums */
 #elif defined(__AVX__)
@@ -79,6 +83,30 @@ INLINE Row load(const REAL *at) {
     Row row;
     for (int v = 0; v < VECTORS; v++) row.at[v] = *(const Vector *)(at + v * LANES);
     return row;
+}
+
+/* Whether rows can be written past the caches, which would first fetch the lines that are to be overwritten: whole
+ * lines at a time, or a line is written twice. Whoever reads them next has to fetch them, and asks ahead. */
+INLINE int can_stream(const REAL *out, int64_t stride) {
+    int64_t row = BLOCK_COLUMNS * sizeof(REAL), lines = (int64_t)(uintptr_t)out | stride * (int64_t)sizeof(REAL) | row;
+    return lines % CACHE_LINE == 0;
+}
+
+INLINE void stream(Vector *at, Vector value) {
+#if defined(__AVX512F__)
+    _mm512_stream_si512((__m512i *)at, (__m512i)value);
+#elif defined(__AVX__)
+    _mm256_stream_si256((__m256i *)at, (__m256i)value);
+#else
+    *at = value;
+#endif
+}
+
+/* What has been streamed is seen by the other threads from here on. */
+INLINE void end_streams(void) {
+#if defined(__SSE2__)
+    _mm_sfence();
+#endif
 }
 
 /* A row's sums, counted on in double. */
@@ -186,6 +214,7 @@ INLINE void ask(Ahead *ahead) {
 typedef struct {
     REAL *out;
     int64_t stride;
+    int streams;
     const REAL *scale, *shift; /* of the next norm; NULL: none */
     const REAL *pivot;         /* NULL: no sums */
     double *values, *squares;  /* a thread's sums of out - pivot and of its squares */
@@ -193,7 +222,7 @@ typedef struct {
 
 /* The same for the block at a row and column. */
 INLINE Finish part_of(Finish all, int64_t row, int64_t column) {
-    Finish part = {.out = all.out + row * all.stride + column, .stride = all.stride};
+    Finish part = {.out = all.out + row * all.stride + column, .stride = all.stride, .streams = all.streams};
     if (all.scale) part.scale = all.scale + column, part.shift = all.shift + column;
     if (all.pivot)
         part.pivot = all.pivot + column, part.values = all.values + column, part.squares = all.squares + column;
@@ -218,7 +247,11 @@ INLINE void finish_rows(const Row *product, int64_t rows, Finish to) {
         for (int v = 0; v < VECTORS; v++) {
             Vector y = product[i].at[v];
             if (to.scale) y = y * scale.at[v] + shift.at[v], y = rectified(y, y);
-            *(Vector *)(out + v * LANES) = y;
+            Vector *to_out = (Vector *)(out + v * LANES);
+            if (to.streams)
+                stream(to_out, y);
+            else
+                *to_out = y;
             *(Vector *)(row + v * LANES) = y;
         }
         if (!to.pivot) continue;
@@ -270,7 +303,7 @@ typedef struct {
     const REAL *mean, *scale;
     REAL *grad_x; /* NULL: not needed */
     int64_t grad_x_stride;
-    int accumulates;
+    int accumulates, streams; /* one of them at most */
     double *dz, *dz_x; /* a thread's sums of dz and of dz * (x - mean) */
 } Backward;
 
@@ -288,7 +321,10 @@ INLINE void pass_rows(const Row *grad, int64_t rows, Backward to) {
             if (!to.grad_x) continue;
             Vector *grad_x = (Vector *)(to.grad_x + i * to.grad_x_stride + v * LANES);
             if (to.accumulates) passed += *grad_x;
-            *grad_x = passed;
+            if (to.streams)
+                stream(grad_x, passed);
+            else
+                *grad_x = passed;
         }
     }
     count(to.dz, sum_dz), count(to.dz_x, sum_dz_x);

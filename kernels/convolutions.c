@@ -188,7 +188,7 @@ WIDE void relu_norm_convolution(const REAL *x, int64_t x_stride, int64_t images,
         Range own = own_rows(images * height);
         REAL *panels = scratch, *tile = panels + output_panels(maps) + omp_get_thread_num() * own_scratch(maps);
         Ahead ahead = {.of = {{x, x_stride, columns}}};
-        Finish all = {.out = out, .stride = out_stride};
+        Finish all = {.out = out, .stride = out_stride, .streams = can_stream(out, out_stride)};
         pack_outputs(maps, weight, apart, panels);
         if (pivot) {
             REAL *windows = tile + tile_pixels(maps) * maps.stride, *own_pivot = windows + BLOCK_ROWS * TAPS * columns;
@@ -212,6 +212,7 @@ WIDE void relu_norm_convolution(const REAL *x, int64_t x_stride, int64_t images,
                                         least(BLOCK_COLUMNS, outputs - n), &to);
                 }
         }
+        end_streams();
     }
 }
 
@@ -313,6 +314,7 @@ WIDE void relu_norm_convolution_backward(const REAL *grad, int64_t grad_stride, 
     Maps maps = maps_of(height, width, columns, outputs);
     int64_t from_part = own_backward_scratch(maps, grad_weight != NULL);
     REAL *panels = scratch, *parts = panels + column_panels(maps);
+    int streams = grad_x && can_stream(grad_x, grad_x_stride);
     int64_t weight_blocks = blocks(outputs, BLOCK_ROWS) * TAPS, column_blocks = blocks(columns, BLOCK_COLUMNS);
 #pragma omp parallel num_threads(threads)
     {
@@ -335,11 +337,12 @@ WIDE void relu_norm_convolution_backward(const REAL *grad, int64_t grad_stride, 
             for (int64_t c = 0; grad_x && c < columns; c += BLOCK_COLUMNS) {
                 double *dz = sums + omp_get_thread_num() * sums_stride + c;
                 Backward to = {own_x + c, a + c, x_stride, maps.stride, norm + c, scale + c,
-                               grad_x + strip.before * grad_x_stride + c, grad_x_stride, 0, dz, dz + columns};
+                               grad_x + strip.before * grad_x_stride + c, grad_x_stride, 0, streams, dz, dz + columns};
                 pass_to_input(maps, strip, g, panels + c * TAPS * outputs, least(BLOCK_COLUMNS, columns - c), to,
                               &ahead);
             }
         }
+        end_streams();
 #pragma omp barrier
         if (grad_weight) add_up(maps, parts, from_part, apart, grad_weight);
     }

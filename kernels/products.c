@@ -59,7 +59,7 @@ INLINE void find_pivot(const REAL *x, int64_t x_stride, int64_t rows, int64_t co
         Left rows_of_a = rows_of(a, stride, columns);
         Lines made;
         Finish block = part_of(to, 0, n);
-        block.out = made.at[0], block.stride = BLOCK_COLUMNS;
+        block.out = made.at[0], block.stride = BLOCK_COLUMNS, block.streams = 0;
         multiply_and_finish(&rows_of_a, panels + n * columns, BLOCK_ROWS, width, &block);
         pivot_of(made, width, pivot + n);
     }
@@ -91,7 +91,7 @@ WIDE void relu_norm_product(const REAL *x, int64_t x_stride, int64_t rows, int64
         REAL *panels = scratch;
         REAL *a = panels + padded_outputs * columns + omp_get_thread_num() * own_scratch(columns, outputs);
         Ahead ahead = {.of = {{x, x_stride, columns}}};
-        Finish all = {.out = out, .stride = out_stride};
+        Finish all = {.out = out, .stride = out_stride, .streams = can_stream(out, out_stride)};
         if (next) all.scale = next + 2 * outputs, all.shift = next + 3 * outputs;
         pack_transposed(weight, weight_stride, outputs, columns, panels);
         if (pivot) {
@@ -115,6 +115,7 @@ WIDE void relu_norm_product(const REAL *x, int64_t x_stride, int64_t rows, int64
                                         least(BLOCK_COLUMNS, outputs - n), &to);
                 }
         }
+        end_streams();
     }
 }
 
@@ -204,6 +205,7 @@ WIDE void relu_norm_product_backward(const REAL *grad, int64_t grad_stride, cons
     int64_t padded_outputs = padded(outputs, BLOCK_ROWS), padded_columns = padded(columns, BLOCK_COLUMNS);
     int64_t stride = tile_stride(padded_outputs), own_tiles = tiles_of_backward(outputs);
     int64_t apart = own_backward_scratch(columns, outputs, grad_weight != NULL);
+    int streams = grad_x && !accumulates && can_stream(grad_x, grad_x_stride);
     REAL *panels = scratch, *parts = scratch + outputs * padded_columns;
 #pragma omp parallel num_threads(threads)
     {
@@ -229,10 +231,11 @@ WIDE void relu_norm_product_backward(const REAL *grad, int64_t grad_stride, cons
                                         &ahead);
                 if (!sums) continue;
                 Backward to = {tile_x, a, x_stride, BLOCK_COLUMNS, norm + c, scale + c, tile_grad, grad_x_stride,
-                               accumulates, dz + c, dz + columns + c};
+                               accumulates, streams, dz + c, dz + columns + c};
                 pass_to_input(g, stride, here, outputs, panels + c * outputs, width, to, &ahead);
             }
         }
+        end_streams();
 #pragma omp barrier
         if (grad_weight) add_up(parts + own_tiles, apart, padded_columns, outputs, columns, grad_weight);
     }
