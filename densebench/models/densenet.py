@@ -69,7 +69,7 @@ class DenseNet(nn.Module):
         for step in steps_of(self.features):
             if isinstance(step, Stage):
                 block_only = Stage(step.block, step.head, None, step.children)
-                points[step.name] = x = block_only.run(step.strategy, x)
+                points[step.name] = x = block_only.run(x)
                 x = step.run_tail(x)
                 points[step.children[-1][0]] = x
             else:
@@ -88,7 +88,7 @@ class DenseNet(nn.Module):
 
     def _check_input(self, input: Tensor) -> None:
         config = self.config
-        if torch.compiler.is_compiling():
+        if torch.compiler.is_compiling() or not isinstance(input, Tensor):  # torch.fx traces with proxies
             return
         if input.dim() != 2 + config.spatial_dims:
             sides = "H, W" if config.spatial_dims == 2 else "D, H, W"

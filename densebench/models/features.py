@@ -33,7 +33,7 @@ class Features(nn.Sequential):
         maps = [input]
         del input
         for step in steps_of(self):
-            maps.append(step.run_last_of(maps, step.strategy) if isinstance(step, Stage) else step(maps.pop()))
+            maps.append(step.run_last_of(maps) if isinstance(step, Stage) else step(maps.pop()))
         return maps.pop()
 
 

@@ -25,11 +25,11 @@ class ReLU(nn.ReLU):
     """ReLU that works in place exactly when nothing is recorded for backward.
 
     In-place ReLU saves inference a copy of every map, but in training it breaks full backward hooks and
-    saves nothing: what it would overwrite is freed at once.
+    saves nothing: what it would overwrite is freed at once. A traced graph is to be the same either way.
     """
 
     def forward(self, input: Tensor) -> Tensor:
-        return F.relu(input, inplace=not torch.is_grad_enabled())
+        return F.relu(input, inplace=not (torch.is_grad_enabled() or torch.jit.is_tracing()))
 
 
 class DenseLayer(nn.Module):
@@ -166,10 +166,9 @@ class DenseBlock(nn.Module):
         return cast("list[DenseLayer]", list(self.children()))
 
     def forward(self, input: Tensor) -> Tensor:
-        """As the definition reads; by its strategy, if that does not call the block and so cannot have done it."""
-        strategy = get_strategy(self.strategy)
-        if strategy.bypasses != "nothing" and input.numel():
-            return Stage(self, alone=True).run(strategy, input)
+        """As the definition reads, where a strategy calls the block; else by its strategy."""
+        if get_strategy(self.strategy).bypasses != "nothing" and input.numel():
+            return Stage(self, alone=True).run(input)
         features = [input]
         for layer in self.children():
             features.append(layer(torch.cat(features, 1)))

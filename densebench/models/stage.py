@@ -84,20 +84,21 @@ class Stage:
         """The tail as plain modules; x itself where there is none."""
         return x if self.tail is None else self.tail(x)
 
-    def run(self, strategy: Strategy, x: Tensor) -> Tensor:
-        """Check the stage and let a strategy run it: [N, C, H, W] in, the tail's output (or the block's) out.
+    def run(self, x: Tensor) -> Tensor:
+        """Check the stage and let its strategy run it: [N, C, H, W] in, the tail's output (or the block's) out.
 
         Raises:
             UnsupportedError: see `check`.
         """
-        return self.run_last_of([x], strategy)
+        return self.run_last_of([x])
 
-    def run_last_of(self, maps: list[Tensor], strategy: Strategy) -> Tensor:
+    def run_last_of(self, maps: list[Tensor]) -> Tensor:
         """As `run`, with the last of some maps, which is taken out of them.
 
         Popping hands the only reference to the callee: a map that a stage no longer needs can be freed inside
         it. A local variable, here or where this is called, would keep it alive until the stage returns.
         """
+        strategy = self.strategy
         if strategy.bypasses != "nothing" and not maps[-1].numel():
             strategy = get_strategy("naive")  # an empty batch costs nothing, and gives what the modules make of it
         if not torch.compiler.is_compiling():

@@ -9,7 +9,9 @@ from densebench.models.stage import Stage
 from densebench.registry import StageFunction
 
 
-@torch.compiler.disable
+@torch.compiler.disable(
+    reason="no compiler sees into this strategy; densebench.set_strategy(model, 'naive') is a graph"
+)
 def run_uncompiled(function: StageFunction, stage: Stage, maps: list[Tensor]) -> Tensor:
     """Run a strategy that computes its stage itself as it is: a compiler has nothing left to fuse in it.
 

@@ -70,7 +70,7 @@ class Prediction:
     bytes_moved: int
     gpu: str
     floor_s: float
-    timeline: Timeline
+    timeline: Timeline = dataclasses.field(repr=False)  # thousands of numbers
     reserved_bytes: int = 0
     device_memory: int | None = None
     fits: bool | None = None
