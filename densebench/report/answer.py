@@ -45,14 +45,14 @@ class Answer:
         figures: the numbers beneath it.
         comparison: the comparison it was read from, None if there is none.
         winner: its strategy, None if no strategy has results.
-        elsewhere: the same sentence for volumes, and for every other device in the records.
+        elsewhere: the same for volumes, and for every other device in the records.
     """
 
     sentence: str
     figures: tuple[KeyFigure, ...] = ()
     comparison: Comparison | None = None
     winner: Row | None = None
-    elsewhere: tuple[str, ...] = ()
+    elsewhere: tuple[tuple[Comparison, Row], ...] = ()
 
 
 def answer(measured: Sequence[Comparison], predicted: Sequence[Comparison]) -> Answer:
@@ -64,9 +64,8 @@ def answer(measured: Sequence[Comparison], predicted: Sequence[Comparison]) -> A
             told.setdefault((comparison.device, len(comparison.case.input_shape)), (comparison, winner))
     if told:
         (comparison, winner), *others = told.values()
-        elsewhere = tuple(_sentence(*other) for other in others)
         figures = tuple(_figures(comparison, winner))
-        return Answer(_sentence(comparison, winner), figures, comparison, winner, elsewhere)
+        return Answer(_sentence(comparison, winner), figures, comparison, winner, tuple(others))
     for comparison in [*measured, *predicted]:
         if comparison.measured:
             return Answer("Only contenders without a strategy to compare were measured.", (), comparison)

@@ -27,6 +27,25 @@ def main_table(comparison: Comparison) -> Table:
     return build(comparison.title, columns, comparison.rows, strong=lambda row: row is comparison.naive)
 
 
+def elsewhere_table(answers: Sequence[tuple[Comparison, Row]]) -> Table:
+    """The strategy that other comparisons are won by, and naive."""
+    unit = memory_unit((_naive_bytes(c) or row.record.peak_delta_bytes or 0) for c, row in answers)
+    columns = [
+        Column[tuple[Comparison, Row]]("case", lambda pair: pair[0].title, numeric=False),
+        Column[tuple[Comparison, Row]]("strategy", lambda pair: pair[1].name, numeric=False),
+        Column[tuple[Comparison, Row]](
+            f"activation memory, {unit.name}", lambda pair: _bytes(pair[1].record.peak_delta_bytes, unit)
+        ),
+        Column[tuple[Comparison, Row]](
+            f"activation memory of naive, {unit.name}", lambda pair: _bytes(_naive_bytes(pair[0]), unit)
+        ),
+        Column[tuple[Comparison, Row]]("memory against naive", lambda pair: _against(pair[1].memory_ratio)),
+        Column[tuple[Comparison, Row]]("time against naive", lambda pair: _time_ratio(pair[1])),
+        Column[tuple[Comparison, Row]]("verdict", lambda pair: _verdict_on(*pair), numeric=False),
+    ]
+    return build("The same for other machines and for volumes", columns, answers)
+
+
 def extra_table(comparison: Comparison) -> Table:
     """Every other figure that was recorded; columns in which nothing is known are left out."""
     unit = memory_unit(row.record.peak_allocated_bytes or 0 for row in comparison.rows)
@@ -166,6 +185,17 @@ def _verdict(row: Row, is_baseline: bool) -> str | None:
     elif row.time_ratio is not None:
         words.append(SPEED_WORDS[row.time_ratio.verdict])
     return "; ".join(words) or None
+
+
+def _verdict_on(comparison: Comparison, row: Row) -> str | None:
+    """A row's verdict, with what was wrong with the naive that it rests on."""
+    naive = comparison.naive
+    doubt = f"naive {STATUS_WORDS['noisy']}" if naive is not None and naive.record.status == "noisy" else None
+    return "; ".join(words for words in (_verdict(row, False), doubt) if words) or None
+
+
+def _naive_bytes(comparison: Comparison) -> int | None:
+    return None if comparison.naive is None else comparison.naive.record.peak_delta_bytes
 
 
 def _error(row: Row) -> str | None:

@@ -105,15 +105,11 @@ def _without_folder(word: str) -> str:
     return re.sub(r"^/.*/", "", word)
 
 
-def glossary_section(sections: Iterable[Section]) -> Section:
+def glossary_section(sections: Iterable[Section], beside_the_answer: Table | None = None) -> Section:
     """Every column of every table of the report, in the order of appearance."""
-    columns = dict.fromkeys(
-        name
-        for section in sections
-        if section.id != "environment"
-        for table in section.tables()
-        for name in table.columns
-    )
+    tables = [] if beside_the_answer is None else [beside_the_answer]
+    tables += [table for section in sections if section.id != "environment" for table in section.tables()]
+    columns = dict.fromkeys(name for table in tables for name in table.columns)
     entries = dict(explain(name) for name in columns)
     rows = [Column[str]("column", lambda name: name, numeric=False), Column[str]("meaning", entries.get, False)]
     return Section("glossary", "Glossary", (Sheet(build("What each column means", rows, entries)),))

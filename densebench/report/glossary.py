@@ -90,6 +90,11 @@ _ENTRIES: tuple[tuple[str, str, str], ...] = (
     (r"img/s at batch \d+", "img/s at batch N", "Images a second at that batch."),
     (f"activation memory of naive{_UNIT}", "activation memory of naive", "As activation memory, of naive."),
     ("time of naive, ms", "time of naive", "As time, of naive."),
+    (
+        "strategy",
+        "strategy",
+        "The one with the least memory of those that are no slower than naive, if there is one.",
+    ),
     ("quickest strategy", "quickest strategy", "The strategy with the least time in that case."),
     ("operator", "operator", "What the kernel computes."),
     ("shapes", "shapes", "How many shapes were timed."),

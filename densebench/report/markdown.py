@@ -19,7 +19,8 @@ def render_markdown(report: Report) -> str:
     if report.picture is not None:
         lines += _picture(report.picture)
     lines += [f"* {_escape(f'{f.term}: {f.value}; {f.note}')}" for f in report.answer.figures]
-    lines += ["", *(f"{_escape(sentence)}\n" for sentence in report.answer.elsewhere)]
+    if report.elsewhere is not None:
+        lines += ["", f"{_escape(report.elsewhere.caption)}:", "", *_table(report.elsewhere)]
     for section in report.sections:
         lines += _section(section)
     return "\n".join(lines).rstrip() + "\n"

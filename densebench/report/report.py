@@ -9,6 +9,7 @@ from densebench.counting import counted
 from densebench.report.answer import Answer, answer
 from densebench.report.blocks import Section
 from densebench.report.capacity import capacity_section
+from densebench.report.comparison_tables import elsewhere_table
 from densebench.report.context_sections import environment_section, glossary_section, kernels_section
 from densebench.report.drawing import Picture
 from densebench.report.figure_answer import answer_picture
@@ -26,6 +27,7 @@ from densebench.report.sections import (
 from densebench.report.selection import comparisons, once
 from densebench.report.sources import MAKE_SOME, Loaded
 from densebench.report.style import Roster
+from densebench.report.tables import Table
 from densebench.results import Record
 
 
@@ -36,11 +38,13 @@ class Report:
     Attributes:
         notice: what the reader must know before anything else (that these are samples, or not all), or None.
         picture: beside the answer; None where fewer than two contenders have results.
+        elsewhere: the answer for volumes and for other devices; None where there are none.
     """
 
     notice: str | None
     answer: Answer
     picture: Picture | None
+    elsewhere: Table | None
     sections: tuple[Section, ...]
     records: tuple[Record, ...]
 
@@ -69,8 +73,9 @@ def make_report(loaded: Loaded) -> Report:
         naive_section(measured),
         environment_section(records),
     ]
-    sections.append(glossary_section(sections))
-    return Report(notice(loaded), said, _picture(said), tuple(sections), tuple(records))
+    elsewhere = elsewhere_table(said.elsewhere) if said.elsewhere else None
+    sections.append(glossary_section(sections, elsewhere))
+    return Report(notice(loaded), said, _picture(said), elsewhere, tuple(sections), tuple(records))
 
 
 def notice(loaded: Loaded) -> str | None:

@@ -9,6 +9,7 @@ from collections.abc import Sequence
 import pytest
 
 from densebench.report.answer import Answer, answer
+from densebench.report.comparison_tables import elsewhere_table
 from densebench.report.selection import comparisons
 from densebench.report.style import Roster
 from densebench.results import Record
@@ -125,13 +126,22 @@ def test_predictions_are_called_so_and_count_only_where_nothing_ran() -> None:
     assert "batch 64" in _answer([*predicted, *_pair(0.5, 1.0)]).sentence
 
 
-def test_each_device_has_its_sentence() -> None:
+def test_each_device_has_its_line() -> None:
     both = [*_pair(0.4, 0.9), *_pair(0.6, 1.1, device="cpu", autocast=None)]
     said = _answer(both)
     assert "on Synthetic GPU" in said.sentence
-    assert len(said.elsewhere) == 1
-    assert "on Synthetic CPU" in said.elsewhere[0]
-    assert f"0.60{CROSS}" in said.elsewhere[0]
+    ((case, strategy, bytes, of_naive, share, time, verdict),) = elsewhere_table(said.elsewhere).rows
+    assert "Synthetic CPU" in str(case)
+    assert (strategy, share, verdict) == ("fused", f"0.60{CROSS}", "↓ slower")
+    assert float(str(bytes)) == pytest.approx(0.6 * float(str(of_naive)), rel=0.02)
+    assert str(time).startswith(f"1.10{CROSS} (")
+
+
+def test_a_noisy_naive_is_told_elsewhere_too() -> None:
+    naive, fused = _pair(0.6, 0.8, device="cpu", autocast=None)
+    noisy = dataclasses.replace(naive, status="noisy")
+    (line,) = elsewhere_table(_answer([*_pair(0.4, 0.9), noisy, fused]).elsewhere).rows
+    assert line[-1] == "↑ faster; naive noisy"
 
 
 def test_of_several_runs_the_first_is_the_answer() -> None:
@@ -147,14 +157,14 @@ def test_of_several_runs_the_first_is_the_answer() -> None:
     assert "Device b" in said.sentence
 
 
-def test_volumes_have_their_sentence_after_images() -> None:
+def test_volumes_have_their_line_after_images() -> None:
     volumes = {"input_shape": (1, 512, 512, 512), "options": {"spatial_dims": 3, "in_channels": 1}}
     said = _answer([*_pair(0.3, 0.8, **volumes), *_pair(0.2, 0.9)])
     assert f"0.20{CROSS} the activation memory" in said.sentence
-    (other,) = said.elsewhere
-    assert f"0.30{CROSS} the activation memory" in other
-    assert "spatial_dims=3), batch" in other
-    assert CROSS.join(["512"] * 3) in other
+    (line,) = elsewhere_table(said.elsewhere).rows
+    assert f"0.30{CROSS}" in line
+    assert "spatial_dims=3), batch" in str(line[0])
+    assert CROSS.join(["512"] * 3) in str(line[0])
 
 
 def test_without_records_nothing_is_claimed() -> None:
