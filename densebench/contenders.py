@@ -189,11 +189,11 @@ def _inductor_with_half_the_memory(module: Any, inputs: Any) -> Any:
 class _RecomputedBlock(DenseBlock):
     """A block that keeps its input alone, and does not count the recomputation as a batch of its own."""
 
-    def forward(self, input: Tensor) -> Tensor:
+    def forward(self, input: Tensor, by_definition: bool = False) -> Tensor:
         norms = [module for module in self.modules() if isinstance(module, BatchNorm)]
         contexts = functools.partial(_first_and_again, norms)
-        output: Tensor = checkpoint(super().forward, input, use_reentrant=False, context_fn=contexts)
-        return output
+        defined: Tensor = checkpoint(super().forward, input, True, use_reentrant=False, context_fn=contexts)
+        return defined
 
 
 def _first_and_again(

@@ -20,6 +20,7 @@ from torch import Tensor, nn
 
 from densebench.formats import memory_format_of
 from densebench.models import set_strategy
+from densebench.models.features import stages_in
 
 # Norm of the difference over norm of the reference. Buffers are plain averages of what the forward computed.
 GATE_FLOAT64 = 1e-11
@@ -78,8 +79,14 @@ def assert_equivalent(
 
     Raises:
         AssertionError: naming the worst quantity, its index, both values, its error and its gate.
-        ValueError, UnsupportedError: as `densebench.set_strategy`.
+        ValueError: if the reference has been converted, too; and as `densebench.set_strategy`.
+        UnsupportedError: as `densebench.set_strategy`.
     """
+    if isinstance(reference, nn.Module) and stages_in(reference):
+        raise ValueError(
+            "the reference has dense blocks of densebench: give a strategy's name, or the network as it was "
+            "before convert, which works in place; copy.deepcopy makes one that stays"
+        )
     steps = [inputs] if isinstance(inputs, Tensor) else list(inputs)
     run = _Run(model, steps, autocast, input_gradient, learning_rate, seed)
     expected, actual = run.by(reference), run.by(strategy)

@@ -86,7 +86,8 @@ INLINE Row load(const REAL *at) {
 }
 
 /* Whether rows can be written past the caches, which would first fetch the lines that are to be overwritten: whole
- * lines at a time, or a line is written twice. Whoever reads them next has to fetch them, and asks ahead. */
+ * lines at a time, or a line is written twice. Whoever reads them next has to fetch them, and asks ahead. That is for
+ * training, whose maps are kept; inference goes through them in parts that fit the caches. */
 INLINE int can_stream(const REAL *out, int64_t stride) {
     int64_t row = BLOCK_COLUMNS * sizeof(REAL), lines = (int64_t)(uintptr_t)out | stride * (int64_t)sizeof(REAL) | row;
     return lines % CACHE_LINE == 0;

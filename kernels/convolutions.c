@@ -188,7 +188,7 @@ WIDE void relu_norm_convolution(const REAL *x, int64_t x_stride, int64_t images,
         Range own = own_rows(images * height);
         REAL *panels = scratch, *tile = panels + output_panels(maps) + omp_get_thread_num() * own_scratch(maps);
         Ahead ahead = {.of = {{x, x_stride, columns}}};
-        Finish all = {.out = out, .stride = out_stride, .streams = can_stream(out, out_stride)};
+        Finish all = {.out = out, .stride = out_stride, .streams = pivot && can_stream(out, out_stride)};
         pack_outputs(maps, weight, apart, panels);
         if (pivot) {
             REAL *windows = tile + tile_pixels(maps) * maps.stride, *own_pivot = windows + BLOCK_ROWS * TAPS * columns;

@@ -91,7 +91,7 @@ WIDE void relu_norm_product(const REAL *x, int64_t x_stride, int64_t rows, int64
         REAL *panels = scratch;
         REAL *a = panels + padded_outputs * columns + omp_get_thread_num() * own_scratch(columns, outputs);
         Ahead ahead = {.of = {{x, x_stride, columns}}};
-        Finish all = {.out = out, .stride = out_stride, .streams = can_stream(out, out_stride)};
+        Finish all = {.out = out, .stride = out_stride, .streams = pivot && can_stream(out, out_stride)};
         if (next) all.scale = next + 2 * outputs, all.shift = next + 3 * outputs;
         pack_transposed(weight, weight_stride, outputs, columns, panels);
         if (pivot) {
@@ -205,7 +205,6 @@ WIDE void relu_norm_product_backward(const REAL *grad, int64_t grad_stride, cons
     int64_t padded_outputs = padded(outputs, BLOCK_ROWS), padded_columns = padded(columns, BLOCK_COLUMNS);
     int64_t stride = tile_stride(padded_outputs), own_tiles = tiles_of_backward(outputs);
     int64_t apart = own_backward_scratch(columns, outputs, grad_weight != NULL);
-    int streams = grad_x && !accumulates && can_stream(grad_x, grad_x_stride);
     REAL *panels = scratch, *parts = scratch + outputs * padded_columns;
 #pragma omp parallel num_threads(threads)
     {
@@ -231,11 +230,10 @@ WIDE void relu_norm_product_backward(const REAL *grad, int64_t grad_stride, cons
                                         &ahead);
                 if (!sums) continue;
                 Backward to = {tile_x, a, x_stride, BLOCK_COLUMNS, norm + c, scale + c, tile_grad, grad_x_stride,
-                               accumulates, streams, dz + c, dz + columns + c};
+                               accumulates, 0, dz + c, dz + columns + c};
                 pass_to_input(g, stride, here, outputs, panels + c * outputs, width, to, &ahead);
             }
         }
-        end_streams();
 #pragma omp barrier
         if (grad_weight) add_up(parts + own_tiles, apart, padded_columns, outputs, columns, grad_weight);
     }

@@ -99,7 +99,7 @@ def test_unknown_strategy() -> None:
 
 
 def test_strategy_for_a_model_that_has_none() -> None:
-    with pytest.raises(ValueError, match="ResNet contains no densebench DenseNet to run by a strategy"):
+    with pytest.raises(ValueError, match="ResNet contains no dense block of densebench to run by a strategy"):
         set_strategy(build_model("resnet18"), "naive")
 
 

@@ -174,5 +174,5 @@ def test_unknown_names() -> None:
         assert_equivalent(small(), "fast", images())
     with pytest.raises(ValueError, match="unknown strategy 'old'; known: naive"):
         assert_equivalent(small(), "naive", images(), reference="old")
-    with pytest.raises(ValueError, match="Linear contains no densebench DenseNet"):
+    with pytest.raises(ValueError, match="Linear contains no dense block of densebench"):
         assert_equivalent(nn.Linear(2, 2), "naive", torch.ones(1, 2))

@@ -20,7 +20,6 @@ from torch.autograd.function import once_differentiable
 
 from densebench.execution.computation import StageComputation, Window
 from densebench.execution.plan import Gradients, LayerPlan, StagePlan
-from densebench.registry import UnsupportedError
 from densebench.replay.recording import Tensors
 from densebench.replay.tracks import Pass, Plain, Track, described, replayable, tracks_of
 
@@ -32,11 +31,9 @@ def compute(computation: StageComputation, x: Tensor) -> Tensor:
 
     Raises:
         ValueError: if x has another number of dimensions, as PyTorch's norms raise it.
-        UnsupportedError: under torch.jit.trace and torch.export.
         NotImplementedError: under forward-mode differentiation.
         RuntimeError: if x, parameters and buffers are not on one device.
     """
-    _refuse_graphs()
     if x.dim() != 2 + computation.plan.spatial_dims:
         raise ValueError(f"expected {2 + computation.plan.spatial_dims}D input (got {x.dim()}D input)")
     values = [x]  # popping hands on the only reference: without gradients `enter` may free x
@@ -51,14 +48,6 @@ def compute(computation: StageComputation, x: Tensor) -> Tensor:
         parameters = computation.plan.parameters[part.parameters]
         values.append(_Node.apply(forward, part, values.pop(), *parameters))
     return values.pop()
-
-
-def _refuse_graphs() -> None:
-    if torch.jit.is_tracing() or torch.compiler.is_exporting():
-        raise UnsupportedError(
-            "what a strategy computes itself cannot be traced or exported; "
-            "densebench.set_strategy(model, 'naive') makes it a network that can, of the same parameters"
-        )
 
 
 def _refuse_tangents(tensors: Sequence[Tensor | None]) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections import OrderedDict
 
 import torch
+import torch.fx
 from torch import Tensor, nn
 
 from densebench.counting import counted
@@ -88,7 +89,7 @@ class DenseNet(nn.Module):
 
     def _check_input(self, input: Tensor) -> None:
         config = self.config
-        if torch.compiler.is_compiling() or not isinstance(input, Tensor):  # torch.fx traces with proxies
+        if torch.compiler.is_compiling() or isinstance(input, torch.fx.Proxy):
             return
         if input.dim() != 2 + config.spatial_dims:
             sides = "H, W" if config.spatial_dims == 2 else "D, H, W"

@@ -49,12 +49,13 @@ def set_strategy(model: _M, name: str) -> _M:
 
     Raises:
         ValueError: if the strategy is unknown, or the model contains no dense block of densebench.
-        UnsupportedError: if the strategy cannot run it here; nothing is changed then.
+        UnsupportedError: if the strategy cannot run it here; nothing is changed then. Of a block by itself what
+            stands around it is not looked at before the network runs.
     """
     strategy = get_strategy(name)
     stages = stages_in(model)
     if not stages:
-        raise ValueError(f"{type(model).__name__} contains no densebench DenseNet to run by a strategy")
+        raise ValueError(f"{type(model).__name__} contains no dense block of densebench to run by a strategy")
     for stage in stages:
         stage.check(strategy)
     for stage in stages:
@@ -82,7 +83,7 @@ def steps_of(network: nn.Sequential) -> list[Stage | nn.Module]:
 
     What belongs to no stage (the stem convolution, a user's own module) stays a plain module.
     """
-    children = list(network.named_children())
+    children = [(name, child) for name, child in network._modules.items() if child is not None]
     steps: list[Stage | nn.Module] = []
     while children:
         head = _leading(children, _HEADS, then=DenseBlock)

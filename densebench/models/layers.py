@@ -165,9 +165,9 @@ class DenseBlock(nn.Module):
     def layers(self) -> list[DenseLayer]:
         return cast("list[DenseLayer]", list(self.children()))
 
-    def forward(self, input: Tensor) -> Tensor:
-        """As the definition reads, where a strategy calls the block; else by its strategy."""
-        if get_strategy(self.strategy).bypasses != "nothing" and input.numel():
+    def forward(self, input: Tensor, by_definition: bool = False) -> Tensor:
+        """By its strategy, where that does not call the block itself; else, or if told so, as it is defined."""
+        if self.strategy != "naive" and not by_definition and get_strategy(self.strategy).bypasses != "nothing":
             return Stage(self, alone=True).run(input)
         features = [input]
         for layer in self.children():

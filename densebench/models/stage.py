@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import torch
+import torch.fx
 from torch import Tensor, nn
 
 from densebench.models.dimensions import BatchNorm, MaxPool
@@ -80,6 +81,10 @@ class Stage:
         """The head as plain modules; x itself where there is none."""
         return x if self.head is None else self.head(x)
 
+    def run_block(self, x: Tensor) -> Tensor:
+        """The block as it is defined, whatever its strategy."""
+        return self.block(x, by_definition=True)
+
     def run_tail(self, x: Tensor) -> Tensor:
         """The tail as plain modules; x itself where there is none."""
         return x if self.tail is None else self.tail(x)
@@ -99,11 +104,14 @@ class Stage:
         it. A local variable, here or where this is called, would keep it alive until the stage returns.
         """
         strategy = self.strategy
-        if strategy.bypasses != "nothing" and not maps[-1].numel():
-            strategy = get_strategy("naive")  # an empty batch costs nothing, and gives what the modules make of it
+        computes = strategy.bypasses != "nothing"
+        if computes:
+            _refuse_graphs(strategy, maps[-1])
+        if computes and not maps[-1].numel():
+            strategy, computes = get_strategy("naive"), False  # what modules make of an empty batch costs nothing
         if not torch.compiler.is_compiling():
             self.check(strategy)
-        if strategy.bypasses != "nothing" and "torch._dynamo" in sys.modules:
+        if computes and "torch._dynamo" in sys.modules:
             from densebench.models.uncompiled import run_uncompiled
 
             return run_uncompiled(strategy.function, self, maps)
@@ -150,6 +158,15 @@ class Stage:
         objection = strategy.missing() or strategy.objection(self)
         if objection:
             raise UnsupportedError(f"strategy {strategy.name!r} cannot run {self.name}: {objection}")
+
+
+def _refuse_graphs(strategy: Strategy, x: object) -> None:
+    """Tracers would record what a strategy does for this input, or fail somewhere inside."""
+    if torch.jit.is_tracing() or torch.compiler.is_exporting() or isinstance(x, torch.fx.Proxy):
+        raise UnsupportedError(
+            f"strategy {strategy.name!r} cannot be traced or exported; densebench.set_strategy(model, 'naive') "
+            "makes it a network that can, of the same parameters"
+        )
 
 
 def why_not_bypass(module: nn.Module) -> str | None:

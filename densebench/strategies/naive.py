@@ -12,5 +12,5 @@ from densebench.registry import strategy
 def naive(stage: Stage, x: Tensor) -> Tensor:
     """Call every module as it stands. Each concatenation and each normalized copy is kept for backward."""
     x = stage.run_head(x)
-    x = stage.block(x)
+    x = stage.run_block(x)
     return stage.run_tail(x)

@@ -89,6 +89,19 @@ def test_without_names_they_are_refused() -> None:
         convert(theirs(Copied), block=CopiedBlock)
 
 
+def test_a_reference_that_was_converted_shows_nothing() -> None:
+    network = theirs(Copied)
+    convert(network, **COPIES)
+    with pytest.raises(ValueError, match=r"convert, which works in place; copy\.deepcopy makes one that stays"):
+        assert_equivalent(network, "fused", images(3, 8), reference=network)
+
+
+@pytest.mark.parametrize("kind", COPIES)
+def test_classes_that_are_not_there(kind: str) -> None:
+    with pytest.raises(ValueError, match=f"Copied contains no Doubled, given as {kind}="):
+        convert(theirs(Copied), **{**COPIES, kind: Doubled})
+
+
 @pytest.mark.parametrize("given", ["CopiedBlock", int, nn.Identity()])
 def test_what_is_no_class_of_modules(given: Any) -> None:
     with pytest.raises(TypeError, match="block= takes a class of modules, not"):

@@ -107,6 +107,16 @@ def assert_maps(ours: nn.Module, theirs: nn.Module) -> None:
     assert all(torch.allclose(a, e, rtol=1e-11) for a, e in zip(actual, expected, strict=True))
 
 
+def test_one_module_at_two_places(every_strategy: str) -> None:
+    network = theirs(torchvision).features
+    network.add_module("relu5", network.relu0)
+    network.denseblock1.denselayer1.relu2 = network.denseblock1.denselayer1.relu1
+    ours = convert(copy.deepcopy(network), every_strategy)
+    assert isinstance(ours, Features)
+    x = images(2, 32)
+    assert_same(step(ours, x), step(network, x))
+
+
 def test_two_places_one_block() -> None:
     block = theirs(torchvision).features.denseblock1
     model = nn.ModuleDict({"a": nn.ModuleList([block]), "b": nn.ModuleList([block])})
@@ -126,6 +136,29 @@ def test_the_strategy_runs_it_and_not_the_modules() -> None:
         assert seen == [(True, True)] * 2
         network.features(images(2, 32))
         assert seen[2:] == [(False, False), (True, True)]
+
+
+def test_a_strategy_that_falls_back_to_naive() -> None:
+    calls: list[bool] = []
+
+    def run(stage: Stage, x: Tensor) -> Tensor:
+        calls.append(stage.alone)
+        return get_strategy("naive").function(stage, x)
+
+    (block,) = blocks(lone_block())
+    x = images(2, 8, 5)
+    expected = block(x)
+    with temporary_strategy("falls_back", run, bypasses="stage") as name:
+        assert torch.equal(set_strategy(block, name)(x), expected)
+    assert calls == [True]
+
+
+def test_naive_is_naive_whatever_the_strategy_of_the_block() -> None:
+    (block,) = blocks(lone_block("fused"))
+    seen: list[str] = []
+    block.denselayer1.register_forward_hook(lambda *_: seen.append("called"))
+    get_strategy("naive").function(Stage(block), images(2, 8, 5))
+    assert seen == ["called"]
 
 
 def test_hooks_on_a_block_by_itself_see_what_it_makes() -> None:

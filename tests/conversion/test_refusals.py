@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import nn
 
-from densebench import UnsupportedError, convert
+from densebench import UnsupportedError, conversion, convert
 from densebench.models.features import Features
 from tests.conversion.networks import monai, theirs, timm, torchvision
 
@@ -74,9 +74,31 @@ def _another_name(network: nn.Module) -> None:
     network.target = network.features.denseblock2.denselayer1
 
 
+def _in_a_list(network: nn.Module) -> None:
+    network.encoder = [network.features.denseblock1, network.features.denseblock2]
+
+
+def _a_method(network: nn.Module) -> None:
+    network._first = network.features.denseblock1.forward
+
+
+def _compiled(network: nn.Module) -> None:
+    network.features.denseblock1.compile(backend="eager")
+
+
+def _state_of_its_own(network: nn.Module) -> None:
+    block = network.features.denseblock1
+    block.__class__ = type("_DenseBlock", (type(block),), {"get_extra_state": lambda self: torch.ones(1)})
+    block.__class__.__module__ = "torchvision.models.densenet"
+
+
 @pytest.mark.parametrize(
     ("change", "said"),
     [
+        (_in_a_list, "a part of a dense block is also in DenseNet.encoder, which would be left behind"),
+        (_a_method, "a part of a dense block is also in DenseNet._first"),
+        (_compiled, "features.denseblock1 has been compiled; convert before that"),
+        (_state_of_its_own, "features.denseblock1 has state of its own"),
         (_another_norm, "features.denseblock1.denselayer2: norm1 is a GroupNorm; strategies take batch norms"),
         (_another_activation, "features.transition1: relu is a SiLU"),
         (_without_activation, "features.denseblock1.denselayer1: relu2 is missing"),
@@ -151,6 +173,18 @@ def test_nothing_to_convert(model: nn.Module) -> None:
 def test_no_network() -> None:
     with pytest.raises(TypeError, match="convert takes a network, not str"):
         convert("densenet121")  # type: ignore[type-var]
+
+
+def test_interrupted_it_has_done_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    def interrupted(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    network = theirs(torchvision)
+    modules = list(network.named_modules())
+    monkeypatch.setattr(conversion, "set_strategy", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        convert(network)
+    assert list(network.named_modules()) == modules
 
 
 def test_unknown_strategy() -> None:

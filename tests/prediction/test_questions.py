@@ -177,7 +177,7 @@ def test_nothing_to_train() -> None:
 
 
 def test_a_module_is_not_run_by_a_strategy_it_cannot_have() -> None:
-    with pytest.raises(ValueError, match="contains no densebench DenseNet"):
+    with pytest.raises(ValueError, match="contains no dense block of densebench"):
         densebench.predict_memory(nn.Conv2d(3, 4, 3), (2, 3, 8, 8), "fused")
 
 

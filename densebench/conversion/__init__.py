@@ -16,9 +16,9 @@ from typing import TypeVar, cast
 
 from torch import Tensor, nn
 
-from densebench.models.dimensions import BatchNorm, Conv
+from densebench.conversion.parts import children_of, class_name, in_the_mode_of, layer_of, transition_of
 from densebench.models.features import Features, set_strategy, stages_in
-from densebench.models.layers import DenseBlock, DenseLayer, NestedDenseLayer, ReLU, Transition
+from densebench.models.layers import DenseBlock, DenseLayer
 from densebench.models.stage import why_not_bypass
 from densebench.registry import UnsupportedError, get_strategy
 
@@ -35,7 +35,7 @@ _KINDS = {
     for module, names in _CLASSES.items()
     for kind, name in zip(("layer", "block", "transition"), names, strict=True)
 }
-_NORM_AND_RELU = "timm.layers.norm_act.BatchNormAct2d"
+_OWN_ATTRIBUTES = frozenset(vars(nn.Module()))  # of every module, where its parts are known to be
 
 _M = TypeVar("_M", bound=nn.Module)
 
@@ -54,7 +54,10 @@ def convert(
     valid, and so do the network's own head, its `forward` and its mode. What recomputed (`memory_efficient`) no
     longer does: choose a strategy instead. A sequence of blocks and transitions is run stage by stage. Where
     blocks stand by themselves, or code calls them one by one (U-Nets, feature pyramids), they are run by the
-    strategy, and what is around them stays as it was; that, and timm's stem norm, saves a little less.
+    strategy, and what is around them stays as it was; that, and timm's stem norm, saves a little less. What such
+    a block returns is also what it keeps for backward, and cannot be changed in place; it is channels-last where
+    the strategy computes so. timm's norms in transitions, which are norm and ReLU, are norms after that for code
+    that calls them itself.
 
     Args:
         model: one of the networks in `KNOWN`, or anything that contains some; for images or volumes. Hooks on what
@@ -69,14 +72,19 @@ def convert(
 
     Raises:
         TypeError: if model is no module, or what is given as a class is none.
-        ValueError: if the strategy is unknown, or there are no dense blocks.
-        UnsupportedError: if a block was changed, has hooks, or cannot be run by the strategy here, or if a layer
-            is known by another name, too. Nothing is changed then.
+        ValueError: if the strategy is unknown, or there are no dense blocks, or none of a class that is given.
+        UnsupportedError: if a block was changed, has hooks, or cannot be run by the strategy here, or if something
+            that is replaced is known by another name, too. Nothing is changed then.
     """
     if not isinstance(model, nn.Module):
         raise TypeError(f"convert takes a network, not {type(model).__name__}")
     get_strategy(strategy)
-    conversion = _Conversion(model, _kinds(block=block, layer=layer, transition=transition))
+    given = {"block": block, "layer": layer, "transition": transition}
+    kinds = _kinds(given)
+    for kind, own in given.items():
+        if own is not None and not any(type(module) is own for module in model.modules()):
+            raise ValueError(f"{type(model).__name__} contains no {own.__qualname__}, given as {kind}=")
+    conversion = _Conversion(model, kinds)
     if not conversion.new and not stages_in(model):
         raise ValueError(
             f"{type(model).__name__} contains no dense blocks that convert knows; it knows {KNOWN}, by their "
@@ -89,20 +97,16 @@ def convert(
 _Kinds = Mapping[str | type, str]
 
 
-def _kinds(**own: type[nn.Module] | None) -> _Kinds:
+def _kinds(given: Mapping[str, type[nn.Module] | None]) -> _Kinds:
     """What each class is; libraries' by name, since they need not be installed."""
     kinds: dict[str | type, str] = dict(_KINDS.items())
-    for kind, given in own.items():
-        if given is None:
+    for kind, own in given.items():
+        if own is None:
             continue
-        if not (isinstance(given, type) and issubclass(given, nn.Module)):
-            raise TypeError(f"{kind}= takes a class of modules, not {given!r}")
-        kinds[given] = kind
+        if not (isinstance(own, type) and issubclass(own, nn.Module)):
+            raise TypeError(f"{kind}= takes a class of modules, not {own!r}")
+        kinds[own] = kind
     return kinds
-
-
-def _name_of(kind: type) -> str:
-    return f"{kind.__module__}.{kind.__qualname__}"
 
 
 def _join(name: str, own: str) -> str:
@@ -139,23 +143,21 @@ class _Conversion:
             parent._modules[name] = self.new[old]
         try:
             yield self.new.get(model, model)
-        except Exception:
+        except BaseException:
             for parent, name, old in places:
                 parent._modules[name] = old
             raise
 
     def _replace(self, name: str, old: _M, by: Callable[[str, _M], nn.Module]) -> nn.Module:
         if old not in self.new:
-            self.new[old] = new = _in_the_mode_of(old, by(name, old))
-            for key, value in vars(old).items():  # a backbone's out_channels
-                vars(new).setdefault(key, value)
+            self.new[old] = in_the_mode_of(old, by(name, old))
         return self.new[old]
 
     def _is(self, module: nn.Module, kind: str) -> bool:
         return self._kind_of(type(module)) == kind
 
     def _kind_of(self, of: type) -> str | None:
-        return self._kinds.get(of) or self._kinds.get(_name_of(of))
+        return self._kinds.get(of) or self._kinds.get(class_name(of))
 
     def _is_sequence_of_blocks(self, module: nn.Module) -> bool:
         return type(module) is nn.Sequential and any(self._is(child, "block") for child in module.children())
@@ -167,24 +169,27 @@ class _Conversion:
 
     def _unknown(self, name: str, module: nn.Module, kind: str) -> UnsupportedError:
         return UnsupportedError(
-            f"{name or 'the network'} is a {_name_of(type(module))}; convert knows {KNOWN}, by their classes; if "
-            f"it computes the same, say so with {kind}="
+            f"{name or 'the network'} is a {class_name(type(module))}; convert knows {KNOWN}, by their classes; "
+            f"if it computes the same, say so with {kind}=, and if not, convert the parts beside it"
         )
 
     def _features(self, name: str, sequence: nn.Module) -> Features:
         """The sequence with its dense blocks and transitions in this project's form, and its other children."""
         children: OrderedDict[str, nn.Module] = OrderedDict()
-        for own, child in cast("dict[str, nn.Module]", sequence._modules).items():
+        for own, child in children_of(sequence).items():
             full = _join(name, own)
             if self._is(child, "block"):
                 child = self._replace(full, child, self._block)
             elif self._is(child, "transition"):
-                child = self._replace(full, child, _transition)
+                child = self._replace(full, child, transition_of)
             children[own] = child
-        return Features(children)
+        features = Features(children)
+        for key, value in vars(sequence).items():  # a backbone's out_channels
+            vars(features).setdefault(key, value)
+        return features
 
     def _block(self, name: str, block: nn.Module) -> DenseBlock:
-        layers = {own: self._layer(_join(name, own), layer) for own, layer in block.named_children()}
+        layers = {own: self._layer(_join(name, own), layer) for own, layer in children_of(block).items()}
         if not layers:
             raise UnsupportedError(f"{name or 'the block'} has no layers")
         width = next(iter(layers.values())).in_channels
@@ -199,78 +204,33 @@ class _Conversion:
     def _layer(self, name: str, layer: nn.Module) -> DenseLayer:
         if not self._is(layer, "layer"):
             raise self._unknown(name, layer, "layer")
-        return _layer(name, layer)
+        return layer_of(name, layer)
 
     def _refuse_other_names(self, model: nn.Module) -> None:
-        """A layer known elsewhere, too, would there go on as it is, apart from the network."""
+        """What is replaced and known elsewhere, too, would there go on as it is, apart from the network."""
         gone = {part for old, new in self.new.items() for part in {*old.modules()} - {*new.modules()}}
         for parent, name, child in _references(model):
             if child in gone and child not in self.new and parent not in gone:
                 what = f"{type(parent).__name__}.{name}"
                 raise UnsupportedError(f"a part of a dense block is also {what}, which would be left behind")
+        for module in [module for module in model.modules() if module not in gone]:
+            for name, value in vars(module).items():
+                if name not in _OWN_ATTRIBUTES and any(part in gone for part in _modules_in(value)):
+                    what = f"{type(module).__name__}.{name}"
+                    raise UnsupportedError(
+                        f"a part of a dense block is also in {what}, which would be left behind; in an "
+                        "nn.ModuleList or nn.ModuleDict it would not be"
+                    )
 
 
-def _layer(name: str, layer: nn.Module) -> DenseLayer:
-    nested = layer._modules.get("layers")
-    own = dict((layer if nested is None else nested).named_children())
-    parts = {**_norm_relu_conv(name, own, "1"), **_norm_relu_conv(name, own, "2")}
-    _refuse_the_rest(name, own)
-    drop_rate: float = getattr(layer, "drop_rate", 0.0)
-    if nested is None:
-        return _in_the_mode_of(layer, DenseLayer.of(parts, drop_rate))
-    new = _in_the_mode_of(layer, NestedDenseLayer.of(parts, drop_rate))
-    _in_the_mode_of(nested, new.layers)
-    return new
-
-
-def _transition(name: str, transition: nn.Module) -> Transition:
-    own = dict(transition.named_children())
-    normal = _norm_relu_conv(name, own, "")
-    if "pool" in own:
-        normal["pool"] = own.pop("pool")
-    _refuse_the_rest(name, own)
-    return Transition.of(normal)
-
-
-def _norm_relu_conv(name: str, parts: dict[str, nn.Module], number: str) -> dict[str, nn.Module]:
-    """Takes three parts from those of a layer or transition; timm's norm, which is two of them, apart."""
-    norm, relu, conv = (parts.pop(f"{part}{number}", None) for part in ("norm", "relu", "conv"))
-    if relu is None and norm is not None and _name_of(type(norm)) == _NORM_AND_RELU:
-        relu = cast("nn.Module", norm.act)
-        if type(relu) is nn.ReLU and type(norm.drop) is nn.Identity:
-            norm, relu = _norm_alone(cast("nn.BatchNorm2d", norm)), ReLU()
-    for part, found, expected in (
-        ("norm", norm, BatchNorm),
-        ("relu", relu, nn.ReLU),
-        ("conv", conv, Conv),
-    ):
-        if not isinstance(found, expected):
-            what = "missing" if found is None else f"a {type(found).__name__}"
-            raise UnsupportedError(
-                f"{name}: {part}{number} is {what}; strategies take batch norms of images or "
-                "volumes, ReLU and convolutions"
-            )
-    return {f"norm{number}": norm, f"relu{number}": relu, f"conv{number}": conv}  # type: ignore[dict-item]
-
-
-def _norm_alone(norm: nn.BatchNorm2d) -> nn.BatchNorm2d:
-    """A plain norm with the same options, parameters and buffers."""
-    plain = nn.BatchNorm2d(norm.num_features, norm.eps, norm.momentum, affine=False, track_running_stats=False)
-    plain.affine, plain.track_running_stats = norm.affine, norm.track_running_stats
-    plain._parameters.update(norm._parameters)
-    plain._buffers.update(norm._buffers)
-    return _in_the_mode_of(norm, plain)
-
-
-def _in_the_mode_of(old: nn.Module, new: _M) -> _M:
-    """`new`, put in training or evaluation as `old` is, without what it contains."""
-    new.training = old.training
-    return new
-
-
-def _refuse_the_rest(name: str, parts: Mapping[str, nn.Module]) -> None:
-    for own, part in parts.items():
-        raise UnsupportedError(f"{name} has {own} ({type(part).__name__}), which strategies do not run")
+def _modules_in(value: object) -> Iterator[nn.Module]:
+    """The modules in a plain attribute: a list or dict of them, or a method of one."""
+    if isinstance(value, dict):
+        value = [*value.values()]
+    for each in value if isinstance(value, list | tuple | set) else [value]:
+        owner = getattr(each, "__self__", each)
+        if isinstance(owner, nn.Module):
+            yield owner
 
 
 _STATE_HOOKS = (
@@ -288,6 +248,10 @@ def _refuse_to_lose_anything(name: str, old: nn.Module, new: nn.Module) -> None:
         reason = why_not_bypass(module)
         if any(getattr(module, hooks, None) for hooks in _STATE_HOOKS):
             reason = "a hook on its state"
+        elif type(module).get_extra_state is not nn.Module.get_extra_state:
+            reason = "state of its own"
+        elif module._compiled_call_impl is not None:
+            reason = "been compiled"
         if module not in kept and reason:
             raise UnsupportedError(f"{own or 'the network'} has {reason}; convert before that")
     before, after = _tensors(old), _tensors(new)
