@@ -30,12 +30,14 @@ def compute(computation: StageComputation, x: Tensor) -> Tensor:
     """Run a computation on x, [N, C, H, W]; the result is differentiable once, where autograd records.
 
     Raises:
-        ValueError: if x has another number of dimensions, as PyTorch's norms raise it.
+        ValueError: if x has another number of dimensions, as PyTorch's norms raise it, or of channels.
+        TypeError: if its dtype is not that of the convolutions, outside autocast.
         NotImplementedError: under forward-mode differentiation.
         RuntimeError: if x, parameters and buffers are not on one device.
     """
     if x.dim() != 2 + computation.plan.spatial_dims:
         raise ValueError(f"expected {2 + computation.plan.spatial_dims}D input (got {x.dim()}D input)")
+    _check_input(computation.plan, x)
     values = [x]  # popping hands on the only reference: without gradients `enter` may free x
     del x
     _refuse_tangents([*values, *computation.plan.parameters])
@@ -48,6 +50,15 @@ def compute(computation: StageComputation, x: Tensor) -> Tensor:
         parameters = computation.plan.parameters[part.parameters]
         values.append(_Node.apply(forward, part, values.pop(), *parameters))
     return values.pop()
+
+
+def _check_input(plan: StagePlan, x: Tensor) -> None:
+    """What kernels would read past the end of, or convert without a word where PyTorch raises."""
+    if x.shape[1] != plan.start:
+        raise ValueError(f"input has {x.shape[1]} channels, the dense block takes {plan.start}")
+    weight = plan.parameters[plan.layers[0].units[0].first + 2]
+    if weight is not None and weight.dtype != x.dtype and not torch.is_autocast_enabled(x.device.type):
+        raise TypeError(f"input is {x.dtype}, the dense block {weight.dtype}; cast one, or use torch.autocast")
 
 
 def _refuse_tangents(tensors: Sequence[Tensor | None]) -> None:

@@ -121,6 +121,7 @@ class StagePlan:
         self.parameters: list[Tensor | None] = []
         self.calls: list[NormCall] = []
         self._copied = copied
+        self._copies: dict[BatchNorm, NormCall] = {}  # one a norm, which two layers may share
         self.start = stage.block.in_channels
         self.channels = stage.block.out_channels
         self.head = self._unit(stage.head.norm) if whole and stage.head is not None else None
@@ -176,8 +177,11 @@ class StagePlan:
 
     def _call(self, norm: BatchNorm) -> NormCall:
         call = call_norm(norm)
-        self.calls.append(call.copied() if self._copied else call)
-        return self.calls[-1]
+        if self._copied:
+            held = self._copies.setdefault(norm, call.copied())
+            call = call._replace(running_mean=held.running_mean, running_var=held.running_var)
+        self.calls.append(call)
+        return call
 
 
 def _norms_and_convs(layer: DenseLayer) -> Iterator[tuple[BatchNorm, Conv]]:

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
+from typing import Any, cast
+
 from torch import nn
 
-from densebench.models.dimensions import KINDS, AvgPool, Conv, MaxPool
+from densebench.models.dimensions import KINDS, AvgPool, BatchNorm, Conv, MaxPool
 from densebench.models.layers import DenseBlock, DenseLayer, Parts, ReLU, Transition
 from densebench.models.stage import Stage
 from densebench.registry import Part
@@ -31,6 +34,48 @@ def irregularity(stage: Stage, part: Part) -> str | None:
                 reason = f"is {kind.__name__} where those before it have {dims} spatial dimensions"
         if reason:
             return f"{stage.name_of(module)} {reason}; use 'naive'"
+    return _misfit(stage, part)
+
+
+def _misfit(stage: Stage, part: Part) -> str | None:
+    """What stands in another's place, or does not fit what comes before it: a kernel would not notice."""
+    width: int | None = None
+    for layer in stage.layers:
+        parts = cast("nn.Module", layer._modules.get("layers", layer))._modules
+        if width is None:
+            width = getattr(parts.get("norm1"), "num_features", 0)
+        made = _runs_through(parts, ("1", "2") if layer.bottleneck else ("1",), width)
+        if isinstance(made, str):
+            return f"{stage.name_of(layer)} {made}; use 'naive'"
+        width += made
+    return _misfit_of_ends(stage, width) if part == "stage" else None
+
+
+def _runs_through(parts: Mapping[str, Any], numbers: Sequence[str], width: int) -> int | str:
+    """The channels that norm-ReLU-convolution make of so many, once or twice; or what they cannot be made by."""
+    for number in numbers:
+        norm, relu, conv = (parts.get(f"{part}{number}") for part in ("norm", "relu", "conv"))
+        if not (isinstance(norm, BatchNorm) and isinstance(relu, nn.ReLU) and isinstance(conv, Conv)):
+            return f"is not made of norm{number}, relu{number} and conv{number}"
+        if norm.num_features != width or conv.in_channels != width:
+            found = f"a norm of {norm.num_features} and a convolution of {conv.in_channels} channels"
+            return f"has {found} where {width} come"
+        width = conv.out_channels
+    return width
+
+
+def _misfit_of_ends(stage: Stage, width: int | None) -> str | None:
+    """The same of the head, which makes the block's input, and of the tail, which reads what it made."""
+    head, tail = stage.head, stage.tail
+    if head is not None and head.norm.num_features != stage.block.in_channels:
+        return f"{stage.name_of(head.norm)} has {head.norm.num_features} channels, not the block's; use 'naive'"
+    if isinstance(tail, Transition):
+        made = _runs_through(tail._modules, ("",), cast("int", width))
+        if not isinstance(tail._modules.get("pool"), AvgPool | None):
+            made = "pools in another way than a dense network"
+        return f"{stage.name_of(tail)} {made}; use 'naive'" if isinstance(made, str) else None
+    if tail is not None and tail.norm.num_features != width:
+        return f"{stage.name_of(tail.norm)} has {tail.norm.num_features} channels, not the block's; use 'naive'"
     return None
 
 

@@ -77,13 +77,19 @@ class DenseLayer(nn.Module):
     def _consist_of(self, parts: Mapping[str, nn.Module], drop_rate: float) -> None:
         self._add(parts)
         self.bottleneck = "conv2" in parts
-        self.in_channels = self.norm1.num_features
-        self.growth_rate = self.conv3x3.out_channels
         self.drop_rate = drop_rate
 
     def _add(self, parts: Mapping[str, nn.Module]) -> None:
         for name, part in parts.items():
             self.add_module(name, part)
+
+    @property
+    def in_channels(self) -> int:
+        return self.norm1.num_features
+
+    @property
+    def growth_rate(self) -> int:
+        return self.conv3x3.out_channels
 
     @property
     def conv3x3(self) -> Conv:
@@ -145,21 +151,27 @@ class DenseBlock(nn.Module):
             width = in_channels + index * growth_rate
             layer = DenseLayer(width, growth_rate, bn_size, drop_rate, dilation, spatial_dims)
             layers[f"denselayer{index + 1}"] = layer
-        self._consist_of(in_channels, layers)
+        self._consist_of(layers)
 
     @classmethod
     def of(cls, layers: Mapping[str, DenseLayer]) -> Self:
         """A block of layers that exist, each of which reads what all before it made."""
         block = cls.__new__(cls)
         nn.Module.__init__(block)
-        block._consist_of(next(iter(layers.values())).in_channels, layers)
+        block._consist_of(layers)
         return block
 
-    def _consist_of(self, in_channels: int, layers: Mapping[str, DenseLayer]) -> None:
+    def _consist_of(self, layers: Mapping[str, DenseLayer]) -> None:
         for name, layer in layers.items():
             self.add_module(name, layer)
-        self.in_channels = in_channels
-        self.out_channels = in_channels + sum(layer.growth_rate for layer in layers.values())
+
+    @property
+    def in_channels(self) -> int:
+        return self.layers[0].in_channels
+
+    @property
+    def out_channels(self) -> int:
+        return self.in_channels + sum(layer.growth_rate for layer in self.layers)
 
     @property
     def layers(self) -> list[DenseLayer]:
@@ -173,6 +185,9 @@ class DenseBlock(nn.Module):
         for layer in self.children():
             features.append(layer(torch.cat(features, 1)))
         return torch.cat(features, 1)
+
+    def extra_repr(self) -> str:
+        return f"strategy={self.strategy!r}"
 
 
 class Transition(nn.Sequential):

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from densebench import UnsupportedError, assert_equivalent, convert
 from densebench.models import Transition
 from densebench.models.features import Features
-from tests.conversion.networks import COPIES, Copied, CopiedBlock, theirs
+from tests.conversion.networks import COPIES, Copied, CopiedBlock, theirs, torchvision
 from tests.networks import images
 
 
@@ -78,8 +78,18 @@ def test_what_is_no_copy_is_found(kind: type[nn.Module], where: str) -> None:
         convert(original, **COPIES)
     original.features.first.__class__ = kind
     ours = convert(copy.deepcopy(original), **{**COPIES, "block": kind})
-    with pytest.raises(AssertionError, match=rf"'fused' differs from the Copied given in ({where})"):
+    with pytest.raises(AssertionError, match=rf"'fused' differs from the Copied given in ({where})") as caught:
         assert_equivalent(ours, "fused", images(3, 8), reference=original)
+    assert ("switch them off" in str(caught.value)) == (kind is CountedTwice)
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_contiguous_images_in_float32(seed: int) -> None:
+    """PyTorch's norms sum them in float64: what is compared with is the noise of both memory formats."""
+    torch.manual_seed(seed)
+    original = torchvision()
+    ours = convert(copy.deepcopy(original))
+    assert assert_equivalent(ours, "fused", torch.randn(4, 3, 64, 64), reference=original)
 
 
 def test_without_names_they_are_refused() -> None:
