@@ -65,7 +65,9 @@ def convert(
         strategy: see `densebench.list_strategies()`; `densebench.set_strategy` changes it later.
         block, layer, transition: classes of your own that compute what torchvision's of that kind do, from parts
             of the same names. That they do is taken on trust;
-            `densebench.assert_equivalent(converted, strategy, inputs, reference=original)` looks.
+            `densebench.assert_equivalent(converted, strategy, inputs, reference=original)` looks: in training
+            mode, where dropout shows, and with the original's own checkpointing off, which moves running
+            statistics twice. A transition that is not named stays as it is, and saves nothing.
 
     Returns:
         The same model; only where it is itself the sequence of blocks, or a block, the new one.
