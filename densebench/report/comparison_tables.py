@@ -28,16 +28,13 @@ def main_table(comparison: Comparison) -> Table:
 
 
 def elsewhere_table(answers: Sequence[tuple[Comparison, Row]]) -> Table:
-    """The strategy that other comparisons are won by, and naive."""
-    unit = memory_unit((_naive_bytes(c) or row.record.peak_delta_bytes or 0) for c, row in answers)
+    """The strategy that other comparisons are won by."""
+    unit = memory_unit(row.record.peak_delta_bytes or 0 for _, row in answers)
     columns = [
         Column[tuple[Comparison, Row]]("case", lambda pair: pair[0].title, numeric=False),
         Column[tuple[Comparison, Row]]("strategy", lambda pair: pair[1].name, numeric=False),
         Column[tuple[Comparison, Row]](
             f"activation memory, {unit.name}", lambda pair: _bytes(pair[1].record.peak_delta_bytes, unit)
-        ),
-        Column[tuple[Comparison, Row]](
-            f"activation memory of naive, {unit.name}", lambda pair: _bytes(_naive_bytes(pair[0]), unit)
         ),
         Column[tuple[Comparison, Row]]("memory against naive", lambda pair: _against(pair[1].memory_ratio)),
         Column[tuple[Comparison, Row]]("time against naive", lambda pair: _time_ratio(pair[1])),
@@ -192,10 +189,6 @@ def _verdict_on(comparison: Comparison, row: Row) -> str | None:
     naive = comparison.naive
     doubt = f"naive {STATUS_WORDS['noisy']}" if naive is not None and naive.record.status == "noisy" else None
     return "; ".join(words for words in (_verdict(row, False), doubt) if words) or None
-
-
-def _naive_bytes(comparison: Comparison) -> int | None:
-    return None if comparison.naive is None else comparison.naive.record.peak_delta_bytes
 
 
 def _error(row: Row) -> str | None:
