@@ -194,13 +194,6 @@ class _Conversion:
         layers = {own: self._layer(_join(name, own), layer) for own, layer in children_of(block).items()}
         if not layers:
             raise UnsupportedError(f"{name or 'the block'} has no layers")
-        width = next(iter(layers.values())).in_channels
-        for own, layer in layers.items():
-            if layer.in_channels != width:
-                raise UnsupportedError(
-                    f"{_join(name, own)} reads {layer.in_channels} channels where {width} come before it"
-                )
-            width += layer.growth_rate
         return DenseBlock.of(layers)
 
     def _layer(self, name: str, layer: nn.Module) -> DenseLayer:

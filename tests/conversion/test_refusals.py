@@ -103,7 +103,7 @@ def _state_of_its_own(network: nn.Module) -> None:
         (_another_activation, "features.transition1: relu is a SiLU"),
         (_without_activation, "features.denseblock1.denselayer1: relu2 is missing"),
         (_a_bias, "denseblock2.denselayer1.conv2 has a bias"),
-        (_a_layer_less, "features.denseblock2.denselayer3 reads 16 channels where 12 come before it"),
+        (_a_layer_less, "denseblock2.denselayer3 has a norm of 16 and a convolution of 16 channels where 12 come"),
         (_no_layers, "features.denseblock1 has no layers"),
         (_a_part_more, "features.denseblock2.denselayer2 has gate (Conv2d)"),
         (_a_part_more_in_the_transition, "features.transition1 has dropout (Dropout)"),
