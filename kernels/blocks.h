@@ -29,7 +29,7 @@ enum {
     VECTORS = 2,
     BLOCK_COLUMNS = VECTORS * LANES,
     PART = VECTOR_BYTES / sizeof(double),
-    PARTS = BLOCK_COLUMNS / PART,
+    PARTS = LANES / PART, /* of a vector */
     CHAIN = 128 /* multiply-adds one after the other: rounding grows with their number */
 };
 
@@ -53,7 +53,7 @@ typedef struct {
     Vector at[VECTORS];
 } Row;
 
-/* As many of its values as fit a vector as doubles, and they. */
+/* As many of a vector's values as fit one as doubles, and they. */
 typedef REAL Part __attribute__((vector_size(VECTOR_BYTES / sizeof(double) * sizeof(REAL)), aligned(sizeof(REAL)),
                                  may_alias));
 typedef double Doubles __attribute__((vector_size(VECTOR_BYTES), aligned(sizeof(double)), may_alias));
@@ -211,6 +211,13 @@ INLINE void ask(Ahead *ahead) {
         }
 }
 
+/* What a block will meet on its way out, asked for into the first cache before it is computed. */
+INLINE void ask_for_block(const REAL *at, int64_t stride) {
+    for (int64_t i = 0; i < BLOCK_ROWS; i++)
+        for (int64_t c = 0; c < BLOCK_COLUMNS; c += CACHE_LINE / (int64_t)sizeof(REAL))
+            __builtin_prefetch(at + i * stride + c, 0, 3);
+}
+
 /* Where a block of a product goes, and what is made of it on the way; all from the block's first column on. */
 typedef struct {
     REAL *out;
@@ -233,39 +240,40 @@ INLINE Finish part_of(Finish all, int64_t row, int64_t column) {
 /* Some values as doubles. */
 INLINE Doubles widened(const REAL *at) { return __builtin_convertvector(*(const Part *)at, Doubles); }
 
-/* Some whole rows of a block; all of them, where their number is a constant, on their way out of the registers. What
- * they meet is loaded first: after a store a compiler cannot know that what it has seen is still there. Doubles are
- * made of a copy that lies in the first cache; `out` may have far to go. */
+/* Some whole rows of a block; all of them, where their number is a constant, on their way out of the registers: a
+ * vector's columns at a time, since what those of both meet would not stay in 16 registers. */
 INLINE void finish_rows(const Row *product, int64_t rows, Finish to) {
-    Row scale = {0}, shift = {0};
-    Doubles pivot[PARTS] = {0}, sum[PARTS] = {0}, squares[PARTS] = {0};
-    if (to.scale) scale = load(to.scale), shift = load(to.shift);
-    for (int p = 0; to.pivot && p < PARTS; p++) pivot[p] = widened(to.pivot + p * PART);
-#pragma GCC unroll 8
-    for (int64_t i = 0; i < rows; i++) {
-        REAL *out = to.out + i * to.stride, row[BLOCK_COLUMNS];
 #pragma GCC unroll 2
-        for (int v = 0; v < VECTORS; v++) {
-            Vector y = product[i].at[v];
-            if (to.scale) y = y * scale.at[v] + shift.at[v], y = rectified(y, y);
-            Vector *to_out = (Vector *)(out + v * LANES);
+    for (int v = 0; v < VECTORS; v++) {
+        int64_t c = v * LANES;
+        Vector scale = {0}, shift = {0};
+        Doubles pivot[PARTS] = {{0}}, sum[PARTS] = {{0}}, squares[PARTS] = {{0}};
+        if (to.scale) scale = *(const Vector *)(to.scale + c), shift = *(const Vector *)(to.shift + c);
+#pragma GCC unroll 2
+        for (int d = 0; d < PARTS; d++)
+            if (to.pivot) pivot[d] = widened(to.pivot + c + d * PART);
+#pragma GCC unroll 8
+        for (int64_t i = 0; i < rows; i++) {
+            Vector y = product[i].at[v], *out = (Vector *)(to.out + i * to.stride + c);
+            if (to.scale) y = y * scale + shift, y = rectified(y, y);
             if (to.streams)
-                stream(to_out, y);
+                stream(out, y);
             else
-                *to_out = y;
-            *(Vector *)(row + v * LANES) = y;
+                *out = y;
+            if (!to.pivot) continue;
+#pragma GCC unroll 2
+            for (int d = 0; d < PARTS; d++) {
+                Doubles apart = widened((const REAL *)&y + d * PART) - pivot[d];
+                sum[d] += apart;
+                squares[d] += apart * apart;
+            }
         }
         if (!to.pivot) continue;
-#pragma GCC unroll 4
-        for (int p = 0; p < PARTS; p++) {
-            Doubles apart = widened(row + p * PART) - pivot[p];
-            sum[p] += apart;
-            squares[p] += apart * apart;
+#pragma GCC unroll 2
+        for (int d = 0; d < PARTS; d++) {
+            *(Doubles *)(to.values + c + d * PART) += sum[d];
+            *(Doubles *)(to.squares + c + d * PART) += squares[d];
         }
-    }
-    for (int p = 0; to.pivot && p < PARTS; p++) {
-        *(Doubles *)(to.values + p * PART) += sum[p];
-        *(Doubles *)(to.squares + p * PART) += squares[p];
     }
 }
 
@@ -308,19 +316,21 @@ typedef struct {
     double *dz, *dz_x; /* a thread's sums of dz and of dz * (x - mean) */
 } Backward;
 
-/* Some whole rows of a block of it. */
+/* Some whole rows of a block of it, a vector's columns at a time as well. */
 INLINE void pass_rows(const Row *grad, int64_t rows, Backward to) {
-    Row mean = load(to.mean), scale = load(to.scale), sum_dz = {0}, sum_dz_x = {0};
-#pragma GCC unroll 8
-    for (int64_t i = 0; i < rows; i++) {
-        Row x = load(to.x + i * to.x_stride), a = load(to.a + i * to.a_stride);
+    Row sum_dz = {0}, sum_dz_x = {0};
 #pragma GCC unroll 2
-        for (int v = 0; v < VECTORS; v++) {
-            Vector dz = rectified(grad[i].at[v], a.at[v]), passed = scale.at[v] * dz;
+    for (int v = 0; v < VECTORS; v++) {
+        int64_t c = v * LANES;
+        Vector mean = *(const Vector *)(to.mean + c), scale = *(const Vector *)(to.scale + c);
+#pragma GCC unroll 8
+        for (int64_t i = 0; i < rows; i++) {
+            Vector x = *(const Vector *)(to.x + i * to.x_stride + c), a = *(const Vector *)(to.a + i * to.a_stride + c);
+            Vector dz = rectified(grad[i].at[v], a), passed = scale * dz;
             sum_dz.at[v] += dz;
-            sum_dz_x.at[v] += dz * (x.at[v] - mean.at[v]);
+            sum_dz_x.at[v] += dz * (x - mean);
             if (!to.grad_x) continue;
-            Vector *grad_x = (Vector *)(to.grad_x + i * to.grad_x_stride + v * LANES);
+            Vector *grad_x = (Vector *)(to.grad_x + i * to.grad_x_stride + c);
             if (to.accumulates) passed += *grad_x;
             if (to.streams)
                 stream(grad_x, passed);
@@ -350,18 +360,30 @@ INLINE void pass(const Lines *grad, int64_t row, int64_t rows, int64_t columns, 
     }
 }
 
-/* grad^T a over some rows, at most CHAIN, for a panel's columns of a, added to a thread's gradient of the weight. */
+/* grad^T a over some rows, at most CHAIN, for a panel's columns of a, added to that panel of a thread's gradient of the
+ * weight: [outputs and what is beyond the last][BLOCK_COLUMNS], so that all of it is read and written in one go. */
 static APART void add_weight_gradient(const REAL *g, int64_t g_stride, int64_t rows, int64_t outputs, const REAL *a,
-                                      int64_t a_stride, int64_t columns, REAL *grad_weight,
-                                      int64_t grad_weight_stride, Ahead *ahead) {
+                                      int64_t a_stride, int64_t columns, REAL *panel, Ahead *ahead) {
     for (int64_t n = 0; n < outputs; n += BLOCK_ROWS) {
         ask(ahead);
         Block sum = columns <= LANES ? chain(g + n, 1, g_stride, rows, a, a_stride, 1)
                                      : chain(g + n, 1, g_stride, rows, a, a_stride, VECTORS);
         for (int i = 0; i < BLOCK_ROWS; i++)
             for (int v = 0; v < VECTORS; v++)
-                *(Vector *)(grad_weight + (n + i) * grad_weight_stride + v * LANES) += sum.rows[i].at[v];
+                *(Vector *)(panel + (n + i) * BLOCK_COLUMNS + v * LANES) += sum.rows[i].at[v];
     }
+}
+
+/* Such a panel of every thread's, `apart` from one to the next, added up in the threads' order. */
+INLINE void add_up_panel(const REAL *panel, int64_t apart, int64_t outputs, int64_t columns, REAL *total,
+                         int64_t from_output, int64_t from_column) {
+    for (int64_t n = 0; n < outputs; n++, panel += BLOCK_COLUMNS, total += from_output)
+        for (int64_t thread = 0; thread < omp_get_num_threads(); thread++)
+#pragma omp simd
+            for (int64_t c = 0; c < columns; c++) {
+                REAL before = thread ? total[c * from_column] : 0;
+                total[c * from_column] = before + panel[thread * apart + c];
+            }
 }
 
 #endif

@@ -218,8 +218,8 @@ WIDE void relu_norm_convolution(const REAL *x, int64_t x_stride, int64_t images,
 
 /* Backward */
 
-/* Values of a thread's gradient of the weight, [TAPS][outputs][columns], and the outputs and columns with what is
- * beyond the last. */
+/* Values of a thread's gradient of the weight, [TAPS][columns / BLOCK_COLUMNS][outputs][BLOCK_COLUMNS], with what is
+ * beyond the last outputs and columns. */
 static int64_t own_weight(Maps maps) {
     return TAPS * padded(maps.outputs, BLOCK_ROWS) * padded(maps.columns, BLOCK_COLUMNS);
 }
@@ -247,8 +247,8 @@ INLINE void add_taps(Maps maps, Strip strip, const REAL *g, const REAL *a, REAL 
             for (int64_t tap = 0; tap < TAPS; tap++)
                 add_weight_gradient(own + start * maps.outputs, maps.outputs, least(WEIGHT_ROWS, strip.pixels - start),
                                     maps.outputs, a + start * maps.stride + maps.around[tap] + c, maps.stride,
-                                    least(BLOCK_COLUMNS, maps.columns - c), weight + tap * rows * padded_columns + c,
-                                    padded_columns, ahead);
+                                    least(BLOCK_COLUMNS, maps.columns - c), weight + (tap * padded_columns + c) * rows,
+                                    ahead);
 }
 
 /* What the gradient meets at a run of pixels; `to` is where the strip begins, `to.a` its tile. */
@@ -263,7 +263,9 @@ static APART void multiply_and_pass(const Maps *maps, const Strip *strip, int64_
                                     const REAL *panel, int64_t columns, const Backward *to) {
     Run run = run_from(*maps, *strip, start, 0);
     if (is_whole(run.rows, columns)) {
-        pass_rows(multiply(*left, panel, VECTORS).rows, BLOCK_ROWS, backward_at(*maps, start, run, *to));
+        Backward here = backward_at(*maps, start, run, *to);
+        ask_for_block(here.x, here.x_stride);
+        pass_rows(multiply(*left, panel, VECTORS).rows, BLOCK_ROWS, here);
         return;
     }
     Lines grad = multiply_some(*left, panel, columns);
@@ -283,20 +285,15 @@ INLINE void pass_to_input(Maps maps, Strip strip, const REAL *g, const REAL *pan
     }
 }
 
-/* What threads found, one after the other, to where the weight's gradient lies. */
+/* What threads found, to where the weight's gradient lies; their panels lie `from_part` apart. */
 static void add_up(Maps maps, const REAL *parts, int64_t from_part, const int64_t apart[3], REAL *total) {
     int64_t padded_columns = padded(maps.columns, BLOCK_COLUMNS), rows = padded(maps.outputs, BLOCK_ROWS);
-    int64_t threads = omp_get_num_threads(), step = apart[1];
 #pragma omp for collapse(2)
-    for (int64_t n = 0; n < maps.outputs; n++)
-        for (int64_t tap = 0; tap < TAPS; tap++) {
-            const REAL *first = parts + (tap * rows + n) * padded_columns;
-            REAL *to = total + n * apart[0] + tap * apart[2];
-            for (int64_t thread = 0; thread < threads; thread++, first += from_part)
-#pragma omp simd
-                for (int64_t c = 0; c < maps.columns; c++)
-                    to[c * step] = first[c] + (thread ? to[c * step] : 0);
-        }
+    for (int64_t tap = 0; tap < TAPS; tap++)
+        for (int64_t c = 0; c < maps.columns; c += BLOCK_COLUMNS)
+            add_up_panel(parts + (tap * padded_columns + c) * rows, from_part, maps.outputs,
+                         least(BLOCK_COLUMNS, maps.columns - c), total + c * apart[1] + tap * apart[2], apart[0],
+                         apart[1]);
 }
 
 /* From grad [images, height, width, outputs], that of the convolution of relu(norm(x)):

@@ -7,12 +7,13 @@
  * A library's product is handed relu(norm(x)) through memory, and hands back its gradient that way. Here a tile of
  * rows is normalized and multiplied while it lies in the caches, and what becomes of a product - statistics, the next
  * norm, the norm's backward - is done to a block of it on its way out of the registers, while the rows of the next
- * tile are on their way in. Forward a tile is two blocks of rows, small enough for the first cache up to some 700
+ * tile are on their way in. Forward a tile is a few blocks of rows, small enough for the first cache up to some 700
  * channels, and the weight's panels come from the second; backward the weight's gradient wants many rows.
  */
 #include "blocks.h"
 
-enum { FORWARD_ROWS = 2 * BLOCK_ROWS, BACKWARD_ROWS = 16 * BLOCK_ROWS }; /* of a tile: whole blocks */
+/* Of a tile: whole blocks; forward at least 16. */
+enum { FORWARD_ROWS = (16 + BLOCK_ROWS - 1) / BLOCK_ROWS * BLOCK_ROWS, BACKWARD_ROWS = 16 * BLOCK_ROWS };
 
 /* Forward */
 
@@ -146,6 +147,9 @@ static void copy_padded(const REAL *grad, int64_t grad_stride, int64_t rows, int
 static APART void multiply_and_pass(const Left *left, const REAL *panel, int64_t rows, int64_t columns,
                                     const Backward *to) {
     if (is_whole(rows, columns)) {
+        ask_for_block(to->x, to->x_stride);
+        ask_for_block(to->x + BLOCK_COLUMNS, to->x_stride); /* the next panel's */
+        if (to->accumulates) ask_for_block(to->grad_x, to->grad_x_stride);
         pass_rows(multiply(*left, panel, VECTORS).rows, BLOCK_ROWS, *to);
         return;
     }
@@ -165,16 +169,12 @@ INLINE void pass_to_input(const REAL *g, int64_t stride, int64_t rows, int64_t o
     }
 }
 
-/* What threads found, one after the other; their parts are padded, and lie `apart`. */
-static void add_up(const REAL *parts, int64_t apart, int64_t stride, int64_t outputs, int64_t columns, REAL *total) {
+/* What threads found; their panels lie `apart`. */
+static void add_up(const REAL *parts, int64_t apart, int64_t outputs, int64_t columns, REAL *total) {
 #pragma omp for
-    for (int64_t n = 0; n < outputs; n++)
-        for (int64_t thread = 0; thread < omp_get_num_threads(); thread++)
-#pragma omp simd
-            for (int64_t c = 0; c < columns; c++) {
-                REAL before = thread ? total[n * columns + c] : 0;
-                total[n * columns + c] = before + parts[thread * apart + n * stride + c];
-            }
+    for (int64_t c = 0; c < columns; c += BLOCK_COLUMNS)
+        add_up_panel(parts + c * padded(outputs, BLOCK_ROWS), apart, outputs, least(BLOCK_COLUMNS, columns - c),
+                     total + c, columns, 1);
 }
 
 /* A thread's own scratch: a tile of grad, a panel of a, the weight's gradient if needed. */
@@ -226,8 +226,8 @@ WIDE void relu_norm_product_backward(const REAL *grad, int64_t grad_stride, cons
                 int64_t width = least(BLOCK_COLUMNS, columns - c);
                 normalize(tile_x, x_stride, here, width, scale + c, shift + c, a, BLOCK_COLUMNS);
                 if (grad_weight)
-                    add_weight_gradient(g, stride, here, outputs, a, BLOCK_COLUMNS, width, own_weight + c, padded_columns,
-                                        &ahead);
+                    add_weight_gradient(g, stride, here, outputs, a, BLOCK_COLUMNS, width,
+                                        own_weight + c * padded_outputs, &ahead);
                 if (!sums) continue;
                 Backward to = {tile_x, a, x_stride, BLOCK_COLUMNS, norm + c, scale + c, tile_grad, grad_x_stride,
                                accumulates, 0, dz + c, dz + columns + c};
@@ -235,6 +235,6 @@ WIDE void relu_norm_product_backward(const REAL *grad, int64_t grad_stride, cons
             }
         }
 #pragma omp barrier
-        if (grad_weight) add_up(parts + own_tiles, apart, padded_columns, outputs, columns, grad_weight);
+        if (grad_weight) add_up(parts + own_tiles, apart, outputs, columns, grad_weight);
     }
 }
