@@ -17,6 +17,7 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
+from torch.utils._pytree import keystr, tree_flatten_with_path
 
 from densebench.formats import CHANNELS_LAST, memory_format_of
 from densebench.models import set_strategy
@@ -33,6 +34,7 @@ NOISE_RUNS = 6
 # A strategy's error against float64 over its reference's (the largest of so many), and what needs no excuse.
 ERROR_FACTOR = 2.0
 ERROR_RUNS = 9
+SEEDS_APART = 1000  # of the gradients of several outputs
 FLOORS = {torch.float32: 1e-6, torch.float16: 1e-3, torch.bfloat16: 8e-3}
 
 Quantities = dict[str, Tensor | None]
@@ -69,7 +71,8 @@ def assert_equivalent(
         strategy: the name of the strategy that is to be equal.
         reference: that of the one that it is to be equal to; or the network that this one was converted from (a
             copy made before), with the same parameters under the same names.
-        inputs: [N, C, H, W] (volumes [N, C, D, H, W]), or several for as many steps; the output is one tensor.
+        inputs: [N, C, H, W] (volumes [N, C, D, H, W]), or several for as many steps. What comes out is a tensor,
+            or tensors in lists, tuples and dictionaries, as feature pyramids return them.
         autocast: dtype to run both under, or None.
         input_gradient: whether the inputs need a gradient.
         learning_rate: of plain SGD with momentum 0.9 after each step; 0 leaves the parameters alone.
@@ -80,7 +83,8 @@ def assert_equivalent(
 
     Raises:
         AssertionError: naming the worst quantity, its index, both values, its error and its gate.
-        ValueError: if the reference has been converted, too; and as `densebench.set_strategy`.
+        ValueError: if the reference has been converted, too, or what comes out holds anything but tensors; and as
+            `densebench.set_strategy`.
         UnsupportedError: as `densebench.set_strategy`.
     """
     if isinstance(reference, nn.Module) and stages_in(reference):
@@ -176,19 +180,24 @@ class _Run:
         input = input.double() if double else input
         input.requires_grad_(self.input_gradient)
         with torch.autocast(input.device.type, self.autocast, enabled=self.autocast is not None and not double):
-            output = model(input)
-        upstream = _upstream(output, self.seed + number)[order]
-        loss = (output * upstream).sum()
-        if loss.requires_grad:
-            output.backward(upstream)
+            outputs = _tensors_of(model(input))
+        seed = self.seed + number
+        upstream = {
+            name: _in_order(_upstream(output, seed + SEEDS_APART * index), order)
+            for index, (name, output) in enumerate(outputs.items())
+        }
+        loss = torch.stack([(output * upstream[name]).sum() for name, output in outputs.items()]).sum()
+        graphs = [name for name, output in outputs.items() if output.requires_grad]
+        if graphs:
+            torch.autograd.backward([outputs[name] for name in graphs], [upstream[name] for name in graphs])
         back = torch.argsort(order)
         return {
-            "output": output.detach()[back],
+            **{name: _in_order(output.detach(), back) for name, output in outputs.items()},
             "loss": loss.detach(),
             "input gradient": None if input.grad is None else input.grad[back],
             # What the strategy was given, as it left it: neither is its to write to.
             "input": input.detach()[back],
-            "gradient of the output": upstream[back],
+            **{f"gradient of the {name}": _in_order(value, back) for name, value in upstream.items()},
             **{f"gradient {n}": p.grad for n, p in model.named_parameters()},
             **{f"buffer {n}": b.detach().clone() for n, b in model.named_buffers()},
         }
@@ -255,8 +264,9 @@ def _assert_comparable(expected: Quantities, actual: Quantities) -> None:
         if other.numel():
             shared = other.untyped_storage().data_ptr() in storages
             assert not shared, f"{name} lies in memory of the reference's run: it would be compared with itself"
-    given = ("input", "gradient of the output", "num_batches_tracked")
-    computed = [value for name, value in expected.items() if value is not None and not name.endswith(given)]
+    given = ("input", "num_batches_tracked")
+    names = [name for name in expected if not name.endswith(given) and "gradient of the output" not in name]
+    computed = [value for value in map(expected.get, names) if value is not None]
     size = sum(float(value.double().abs().nan_to_num().sum()) for value in computed)
     assert size > 0, "the reference's run is all zeros: nothing could differ"
 
@@ -284,6 +294,23 @@ def _first_difference(expected: Tensor | None, actual: Tensor | None) -> str:
     place = torch.unravel_index(difference.argmax(), difference.shape) if difference.dim() else ()
     index = tuple(int(i) for i in place)
     return f"at {list(index)} it is {actual[index].item()!r}, the reference {expected[index].item()!r}"
+
+
+def _tensors_of(output: object) -> dict[str, Tensor]:
+    """What a network returns, by where it stands: output, or output[0], output['out']."""
+    leaves = [(path, leaf) for path, leaf in tree_flatten_with_path(output)[0] if leaf is not None]
+    others = [type(leaf).__name__ for _, leaf in leaves if not isinstance(leaf, Tensor)]
+    if others or not leaves:
+        raise ValueError(
+            f"the network returns {', '.join(others) or 'nothing'}; what can be compared are tensors, and lists, "
+            "tuples and dictionaries of them: a module around it can pick them out"
+        )
+    return {f"output{keystr(path)}": leaf for path, leaf in leaves}
+
+
+def _in_order(rows: Tensor, order: Tensor) -> Tensor:
+    """One row an image; what has another number of rows, as a loss, has no order."""
+    return rows[order] if rows.shape[:1] == order.shape else rows
 
 
 def _upstream(output: Tensor, seed: int) -> Tensor:

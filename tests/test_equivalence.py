@@ -10,10 +10,20 @@ from torch import Tensor, nn
 
 import densebench
 from densebench import UnsupportedError, assert_equivalent
+from densebench.models import Stage
 from densebench.registry import list_strategies
 from tests.comparison import HUNDRED_STEPS
 from tests.gpu.runs import repeatable
-from tests.networks import ARCHITECTURES, architecture, channels_last, images, lone_block, small, with_strategy
+from tests.networks import (
+    ARCHITECTURES,
+    architecture,
+    channels_last,
+    images,
+    lone_block,
+    small,
+    temporary_strategy,
+    with_strategy,
+)
 
 FORMATS = {"contiguous": torch.contiguous_format, "channels_last": torch.channels_last}
 
@@ -85,6 +95,50 @@ def test_networks_inside_another_module(strategy: str) -> None:
 
     differences = assert_equivalent(Ensemble(), strategy, images())
     assert {"gradient first.features.conv0.weight", "gradient head.bias"} <= {d.name for d in differences}
+
+
+class Pyramid(nn.Module):
+    """Returns maps, labels and a loss, as segmentation networks and detectors do."""
+
+    def __init__(self, strategy: str) -> None:
+        super().__init__()
+        self.trunk = with_strategy(small(num_classes=None), strategy)
+
+    def forward(self, x: Tensor) -> dict[str, object]:
+        points = self.trunk.end_points(x)
+        maps = [points["transition1"], points["denseblock2"]]
+        return {"maps": maps, "labels": maps[0].argmax(1), "loss": points["output"].mean(), "auxiliary": None}
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
+def test_several_outputs(strategy: str, dtype: torch.dtype) -> None:
+    network = Pyramid(strategy).to(dtype)
+    names = {d.name for d in assert_equivalent(network, strategy, images().to(dtype))}
+    found = ("output['maps'][0]", "output['maps'][1]", "output['labels']", "output['loss']")
+    gradients = [f"gradient of the {name}" for name in found]
+    assert {*found, *gradients, "gradient trunk.features.conv0.weight"} <= names
+
+
+def test_the_last_output_counts() -> None:
+    def wrong(stage: Stage, x: Tensor) -> Tensor:
+        x = stage.run_tail(stage.run_block(stage.run_head(x)))
+        return x + 1e-6 * x.detach() if stage.name == "denseblock2" else x
+
+    wrong_ones = r"in (output\['maps'\]\[1\]|output\['loss'\]|loss): "
+    with temporary_strategy("wrong", wrong), pytest.raises(AssertionError, match=wrong_ones):
+        assert_equivalent(Pyramid("naive"), "wrong", images())
+
+
+class Named(Pyramid):
+    """Returns something to read, too."""
+
+    def forward(self, x: Tensor) -> dict[str, object]:
+        return {**super().forward(x), "name": "pyramid"}
+
+
+def test_outputs_that_are_no_tensors() -> None:
+    with pytest.raises(ValueError, match="the network returns str; what can be compared are tensors"):
+        assert_equivalent(Named("naive"), "naive", images())
 
 
 def test_frozen_features(strategy: str) -> None:

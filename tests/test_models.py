@@ -156,6 +156,14 @@ def test_component_tutorial_shapes() -> None:
     assert DenseLayer(64, 32, 4)(x).shape == (2, 32, 32, 32)
 
 
+def test_a_block_is_a_dictionary_of_layers() -> None:
+    """As torchvision's and timm's are; what walks through one finds its layers."""
+    block = DenseBlock(3, 8, 4)
+    assert list(block) == ["denselayer1", "denselayer2", "denselayer3"]
+    assert list(block.values()) == block.layers
+    assert [layer.in_channels for _, layer in DenseBlock.of(dict(block.items())).items()] == [8, 12, 16]
+
+
 def test_d2l_shapes() -> None:
     """'Dive into Deep Learning', on DenseNet: two layers of 10 on (4, 3, 8, 8), then a transition to 10."""
     block = DenseBlock(2, 3, 10, bn_size=None)

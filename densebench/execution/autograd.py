@@ -32,7 +32,7 @@ def compute(computation: StageComputation, x: Tensor) -> Tensor:
     Raises:
         ValueError: if x has another number of dimensions, as PyTorch's norms raise it, or of channels.
         TypeError: if its dtype is not that of the convolutions, outside autocast.
-        NotImplementedError: under forward-mode differentiation.
+        NotImplementedError: under forward-mode differentiation, and where torch.func differentiates.
         RuntimeError: if x, parameters and buffers are not on one device.
     """
     if x.dim() != 2 + computation.plan.spatial_dims:
@@ -45,6 +45,7 @@ def compute(computation: StageComputation, x: Tensor) -> Tensor:
         forward = _Forward(computation, keep=False)
         forward.run(values)
         return forward.output.pop()
+    _refuse_transforms()
     forward = _Forward(computation, keep=True)
     for part in forward.parts:
         parameters = computation.plan.parameters[part.parameters]
@@ -66,6 +67,12 @@ def _refuse_tangents(tensors: Sequence[Tensor | None]) -> None:
     given = [] if forward_ad._current_level < 0 else [tensor for tensor in tensors if tensor is not None]
     if any(forward_ad.unpack_dual(tensor).tangent is not None for tensor in given):
         raise NotImplementedError("forward-mode derivatives work with strategies 'naive' and 'checkpointed' only")
+
+
+def _refuse_transforms() -> None:
+    """PyTorch would say that it wants a `setup_context`, which does not help who has not written this."""
+    if torch._C._are_functorch_transforms_active():
+        raise NotImplementedError("derivatives by torch.func work with strategy 'naive' only")
 
 
 class _Part:

@@ -124,7 +124,7 @@ class NestedDenseLayer(DenseLayer):
         self.layers = Parts(OrderedDict(parts))
 
 
-class DenseBlock(nn.Module):
+class DenseBlock(nn.ModuleDict):
     """x_l = H_l([x_0, x_1, ..., x_{l-1}]) (equation 2); returns [x_0, ..., x_L].
 
     [N, in_channels, H, W] -> [N, in_channels + num_layers * growth_rate, H, W].
@@ -145,25 +145,19 @@ class DenseBlock(nn.Module):
         dilation: int = 1,
         spatial_dims: int = 2,
     ) -> None:
-        super().__init__()
         layers = {}
         for index in range(num_layers):
             width = in_channels + index * growth_rate
             layer = DenseLayer(width, growth_rate, bn_size, drop_rate, dilation, spatial_dims)
             layers[f"denselayer{index + 1}"] = layer
-        self._consist_of(layers)
+        super().__init__(layers)
 
     @classmethod
     def of(cls, layers: Mapping[str, DenseLayer]) -> Self:
         """A block of layers that exist, each of which reads what all before it made."""
         block = cls.__new__(cls)
-        nn.Module.__init__(block)
-        block._consist_of(layers)
+        nn.ModuleDict.__init__(block, layers)
         return block
-
-    def _consist_of(self, layers: Mapping[str, DenseLayer]) -> None:
-        for name, layer in layers.items():
-            self.add_module(name, layer)
 
     @property
     def in_channels(self) -> int:

@@ -7,6 +7,7 @@ import json
 import math
 import textwrap
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import densebench
@@ -14,7 +15,8 @@ from densebench.counting import counted
 from densebench.models import list_models
 from densebench.models.config import DenseNetConfig
 from densebench.prediction.gpus import get_gpu
-from densebench.prediction.predictor import Prediction, as_dtype, predict_memory
+from densebench.prediction.prediction import Prediction
+from densebench.prediction.predictor import as_dtype, predict_memory
 from densebench.prediction.sizes import parse_size, size_note
 from densebench.registry import UnsupportedError, list_strategies
 from densebench.results import Record, read_records
@@ -112,7 +114,7 @@ def table(
     """
     first = next(iter(found.values()))
     memory = first.device_memory
-    lines = [*_title(first), ""]
+    lines = [*_wrapped(f"{replace(first, strategy=None).question}: predicted"), ""]
     columns = "{:<18}{:>12}{:>12}{:>10}{:>14}{:>12}"
     head = ("fits", "largest batch") if memory else ("", "")
     lines.append(columns.format("strategy", "peak GiB", "activations", *head, "time"))
@@ -212,14 +214,6 @@ def _records() -> list[Record]:
     """All records under reports/data/, of the checkout this package lies in and of the working folder."""
     roots = {Path(densebench.__file__).resolve().parents[1], Path.cwd()}
     return read_records(sorted(p for root in roots for p in (root / "reports" / "data").glob("*/cases.jsonl")))
-
-
-def _title(first: Prediction) -> list[str]:
-    shape = "x".join(map(str, first.input_shape))
-    precision = first.dtype or "float32"
-    precision += f", autocast {first.autocast}" if first.autocast else ""
-    optimizer = f", {first.optimizer}" if first.optimizer else ""
-    return _wrapped(f"{first.model}, {first.mode} {shape}, {precision}{optimizer}, on {first.device}: predicted")
 
 
 def _notes(first: Prediction, source: str, note: str | None) -> list[str]:

@@ -24,69 +24,13 @@ from densebench.prediction.networks import (
     trace_network,
 )
 from densebench.prediction.optimizers import OptimizerCost, optimizer_cost
+from densebench.prediction.prediction import Prediction
 from densebench.prediction.sizes import parse_size
 from densebench.prediction.trace import StepTrace
 from densebench.registry import get_strategy
-from densebench.results import Timeline
 from densebench.workload import MODES
 
 DEVICES = ("cuda", "cpu")
-
-
-@dataclass(frozen=True)
-class Prediction:
-    """What one step needs.
-
-    Attributes:
-        peak_bytes: the most that is alive at once; `breakdown` splits it by category: parameters, gradients,
-            buffers, input, optimizer, activations (left by forward for backward), temporaries, workspace
-            (libraries' on CUDA; what operators allocate inside on a CPU).
-        activation_bytes: the part of the peak that is not parameters, gradients, buffers, input, optimizer
-            state or libraries' workspace.
-        operation, module: what runs at the peak, and whose parameters it (or the one before it) uses.
-        flops_model: 2 x multiply-adds without recomputation; None where the network has no strategies to tell
-            it from. `flops_executed` with it.
-        bytes_moved: what the step's operations read and write, each once.
-        floor_s: seconds that the step takes at least on `gpu`: each operation at its bandwidth or matrix rate.
-        timeline: live bytes by category over the step.
-        fits, largest_batch: for `device_memory`, `reserved_bytes` of which is left to the driver.
-    """
-
-    model: str
-    input_shape: tuple[int, ...]
-    strategy: str | None
-    mode: str
-    dtype: str | None
-    autocast: str | None
-    optimizer: str | None
-    device: str
-    peak_bytes: int
-    activation_bytes: int
-    breakdown: dict[str, int]
-    operation: str
-    module: str
-    flops_model: int | None
-    flops_executed: int
-    bytes_moved: int
-    gpu: str
-    floor_s: float
-    timeline: Timeline = dataclasses.field(repr=False)  # thousands of numbers
-    reserved_bytes: int = 0
-    device_memory: int | None = None
-    fits: bool | None = None
-    largest_batch: int | None = None
-
-    def to_dict(self) -> dict[str, Any]:
-        """Plain values for JSON."""
-        return dataclasses.asdict(self)
-
-    @classmethod
-    def from_dict(cls, data: dict[str, Any]) -> Prediction:
-        """The inverse of `to_dict`, also after a way through JSON."""
-        timeline = data["timeline"]
-        series = {name: tuple(values) for name, values in timeline["bytes"].items()}
-        restored = Timeline(tuple(timeline["events"]), series, timeline["forward_end"])
-        return cls(**data | {"input_shape": tuple(data["input_shape"]), "timeline": restored})
 
 
 def predict_memory(

@@ -327,6 +327,24 @@ def test_transforms_of_functions_see_operators(counts: Counts) -> None:
     assert not counts
 
 
+@pytest.mark.parametrize("name", ["shared_buffer", "fused"])
+def test_other_transforms_are_refused(name: str) -> None:
+    network, x = small(name).eval(), images()
+    parameters = dict(network.named_parameters())
+
+    def loss(parameters: dict[str, Tensor], x: Tensor) -> Tensor:
+        return torch.func.functional_call(network, parameters, (x,)).square().sum()
+
+    with pytest.raises(NotImplementedError, match=r"by torch\.func work with strategy 'naive' only"):
+        torch.func.grad(loss)(parameters, x)
+    for grad in (False, True):
+        with torch.set_grad_enabled(grad), pytest.raises(densebench.UnsupportedError, match=r"by torch\.vmap"):
+            torch.vmap(network)(x[:, None])
+    densebench.set_strategy(network, "naive")
+    torch.func.grad(loss)(parameters, x)
+    torch.testing.assert_close(torch.vmap(network)(x[:, None])[:, 0], network(x))
+
+
 class Quantized(Tensor):
     """A kind of parameter that computes with its own values, which lie elsewhere."""
 
