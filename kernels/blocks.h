@@ -79,14 +79,8 @@ INLINE int64_t padded(int64_t values, int64_t block) { return blocks(values, blo
 /* As relu_backward: values where z may be positive, or NaN. */
 INLINE Vector rectified(Vector values, Vector z) { return (Vector)((Mask)values & ~(Mask)(z <= 0)); }
 
-INLINE Row load(const REAL *at) {
-    Row row;
-    for (int v = 0; v < VECTORS; v++) row.at[v] = *(const Vector *)(at + v * LANES);
-    return row;
-}
-
 /* Whether rows can be written past the caches, which would first fetch the lines that are to be overwritten: whole
- * lines at a time, or a line is written twice. Whoever reads them next has to fetch them, and asks ahead. That is for
+ * lines by one block, or a line is written twice. Whoever reads them next has to fetch them, and asks ahead. That is for
  * training, whose maps are kept; inference goes through them in parts that fit the caches. */
 INLINE int can_stream(const REAL *out, int64_t stride) {
     int64_t row = BLOCK_COLUMNS * sizeof(REAL), lines = (int64_t)(uintptr_t)out | stride * (int64_t)sizeof(REAL) | row;
@@ -374,15 +368,16 @@ static APART void add_weight_gradient(const REAL *g, int64_t g_stride, int64_t r
     }
 }
 
-/* Such a panel of every thread's, `apart` from one to the next, added up in the threads' order. */
-INLINE void add_up_panel(const REAL *panel, int64_t apart, int64_t outputs, int64_t columns, REAL *total,
+/* A block of such a panel of every thread's, `apart` from one to the next, added up in the threads' order. */
+INLINE void add_up_block(const REAL *block, int64_t apart, int64_t outputs, int64_t columns, REAL *total,
                          int64_t from_output, int64_t from_column) {
-    for (int64_t n = 0; n < outputs; n++, panel += BLOCK_COLUMNS, total += from_output)
-        for (int64_t thread = 0; thread < omp_get_num_threads(); thread++)
+    int64_t threads = omp_get_num_threads();
+    for (int64_t n = 0; n < outputs; n++, block += BLOCK_COLUMNS, total += from_output)
+        for (int64_t thread = 0; thread < threads; thread++)
 #pragma omp simd
             for (int64_t c = 0; c < columns; c++) {
                 REAL before = thread ? total[c * from_column] : 0;
-                total[c * from_column] = before + panel[thread * apart + c];
+                total[c * from_column] = before + block[thread * apart + c];
             }
 }
 

@@ -289,11 +289,12 @@ INLINE void pass_to_input(Maps maps, Strip strip, const REAL *g, const REAL *pan
 static void add_up(Maps maps, const REAL *parts, int64_t from_part, const int64_t apart[3], REAL *total) {
     int64_t padded_columns = padded(maps.columns, BLOCK_COLUMNS), rows = padded(maps.outputs, BLOCK_ROWS);
 #pragma omp for collapse(2)
-    for (int64_t tap = 0; tap < TAPS; tap++)
+    for (int64_t n = 0; n < maps.outputs; n += BLOCK_ROWS)
         for (int64_t c = 0; c < maps.columns; c += BLOCK_COLUMNS)
-            add_up_panel(parts + (tap * padded_columns + c) * rows, from_part, maps.outputs,
-                         least(BLOCK_COLUMNS, maps.columns - c), total + c * apart[1] + tap * apart[2], apart[0],
-                         apart[1]);
+            for (int64_t tap = 0; tap < TAPS; tap++) /* which may lie in one cache line */
+                add_up_block(parts + (tap * padded_columns + c) * rows + n * BLOCK_COLUMNS, from_part,
+                             least(BLOCK_ROWS, maps.outputs - n), least(BLOCK_COLUMNS, maps.columns - c),
+                             total + n * apart[0] + c * apart[1] + tap * apart[2], apart[0], apart[1]);
 }
 
 /* From grad [images, height, width, outputs], that of the convolution of relu(norm(x)):

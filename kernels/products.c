@@ -7,8 +7,8 @@
  * A library's product is handed relu(norm(x)) through memory, and hands back its gradient that way. Here a tile of
  * rows is normalized and multiplied while it lies in the caches, and what becomes of a product - statistics, the next
  * norm, the norm's backward - is done to a block of it on its way out of the registers, while the rows of the next
- * tile are on their way in. Forward a tile is a few blocks of rows, small enough for the first cache up to some 700
- * channels, and the weight's panels come from the second; backward the weight's gradient wants many rows.
+ * tile are on their way in. Forward a tile is a few blocks of rows, small enough for the first cache up to some 450
+ * channels or more, and the weight's panels come from the second; backward the weight's gradient wants many rows.
  */
 #include "blocks.h"
 
@@ -149,7 +149,7 @@ static APART void multiply_and_pass(const Left *left, const REAL *panel, int64_t
     if (is_whole(rows, columns)) {
         ask_for_block(to->x, to->x_stride);
         ask_for_block(to->x + BLOCK_COLUMNS, to->x_stride); /* the next panel's */
-        if (to->accumulates) ask_for_block(to->grad_x, to->grad_x_stride);
+        if (to->grad_x && to->accumulates) ask_for_block(to->grad_x, to->grad_x_stride);
         pass_rows(multiply(*left, panel, VECTORS).rows, BLOCK_ROWS, *to);
         return;
     }
@@ -171,10 +171,12 @@ INLINE void pass_to_input(const REAL *g, int64_t stride, int64_t rows, int64_t o
 
 /* What threads found; their panels lie `apart`. */
 static void add_up(const REAL *parts, int64_t apart, int64_t outputs, int64_t columns, REAL *total) {
-#pragma omp for
-    for (int64_t c = 0; c < columns; c += BLOCK_COLUMNS)
-        add_up_panel(parts + c * padded(outputs, BLOCK_ROWS), apart, outputs, least(BLOCK_COLUMNS, columns - c),
-                     total + c, columns, 1);
+#pragma omp for collapse(2)
+    for (int64_t n = 0; n < outputs; n += BLOCK_ROWS)
+        for (int64_t c = 0; c < columns; c += BLOCK_COLUMNS)
+            add_up_block(parts + c * padded(outputs, BLOCK_ROWS) + n * BLOCK_COLUMNS, apart,
+                         least(BLOCK_ROWS, outputs - n), least(BLOCK_COLUMNS, columns - c), total + n * columns + c,
+                         columns, 1);
 }
 
 /* A thread's own scratch: a tile of grad, a panel of a, the weight's gradient if needed. */

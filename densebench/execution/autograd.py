@@ -32,7 +32,8 @@ def compute(computation: StageComputation, x: Tensor) -> Tensor:
     Raises:
         ValueError: if x has another number of dimensions, as PyTorch's norms raise it, or of channels.
         TypeError: if its dtype is not that of the convolutions, outside autocast.
-        NotImplementedError: under forward-mode differentiation, and where torch.func differentiates.
+        NotImplementedError: under forward-mode differentiation, and where torch.func or torch.vmap transforms
+            it with gradients enabled.
         RuntimeError: if x, parameters and buffers are not on one device.
     """
     if x.dim() != 2 + computation.plan.spatial_dims:
@@ -72,7 +73,7 @@ def _refuse_tangents(tensors: Sequence[Tensor | None]) -> None:
 def _refuse_transforms() -> None:
     """PyTorch would say that it wants a `setup_context`, which does not help who has not written this."""
     if torch._C._are_functorch_transforms_active():
-        raise NotImplementedError("derivatives by torch.func work with strategy 'naive' only")
+        raise NotImplementedError("with gradients, torch.func and torch.vmap work with strategy 'naive' only")
 
 
 class _Part:

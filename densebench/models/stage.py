@@ -106,7 +106,7 @@ class Stage:
         strategy = self.strategy
         computes = strategy.bypasses != "nothing"
         if computes:
-            _refuse_transforms(strategy, maps[-1])
+            _refuse_graphs(strategy, maps[-1])
         if computes and not maps[-1].numel():
             strategy, computes = get_strategy("naive"), False  # what modules make of an empty batch costs nothing
         if not torch.compiler.is_compiling():
@@ -160,19 +160,12 @@ class Stage:
             raise UnsupportedError(f"strategy {strategy.name!r} cannot run {self.name}: {objection}")
 
 
-def _refuse_transforms(strategy: Strategy, x: object) -> None:
-    """Tracers would record what a strategy does for this input, or fail somewhere inside, as torch.vmap does."""
+def _refuse_graphs(strategy: Strategy, x: object) -> None:
+    """Tracers would record what a strategy does for this input, or fail somewhere inside."""
     if torch.jit.is_tracing() or torch.compiler.is_exporting() or isinstance(x, torch.fx.Proxy):
         raise UnsupportedError(
             f"strategy {strategy.name!r} cannot be traced or exported; densebench.set_strategy(model, 'naive') "
             "makes it a network that can, of the same parameters"
-        )
-    if torch.compiler.is_compiling() or not isinstance(x, Tensor):
-        return
-    if torch._C._functorch.is_batchedtensor(x):
-        raise UnsupportedError(
-            f"strategy {strategy.name!r} cannot be run by torch.vmap, whose tensors have no memory of their own; "
-            "densebench.set_strategy(model, 'naive') makes it a network that can"
         )
 
 

@@ -114,7 +114,8 @@ def table(
     """
     first = next(iter(found.values()))
     memory = first.device_memory
-    lines = [*_wrapped(f"{replace(first, strategy=None).question}: predicted"), ""]
+    asked = replace(first, strategy=None, dtype=first.dtype or "float32")
+    lines = [*_wrapped(f"{asked.question}: predicted"), ""]
     columns = "{:<18}{:>12}{:>12}{:>10}{:>14}{:>12}"
     head = ("fits", "largest batch") if memory else ("", "")
     lines.append(columns.format("strategy", "peak GiB", "activations", *head, "time"))

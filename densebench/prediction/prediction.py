@@ -62,9 +62,11 @@ class Prediction:
             f"{self.flops_executed / 1e9:,.1f} GFLOP, {self.bytes_moved / 1e9:,.1f} GB read and written: "
             f"at least {1e3 * self.floor_s:,.1f} ms on {self.gpu}"
         )
-        if self.device_memory is not None:
+        if self.device_memory is not None and self.largest_batch is not None:
             verdict = "fits" if self.fits else "does not fit"
             memory = f"{self.device_memory / 2**30:,.2f} GiB"
+            if self.reserved_bytes:
+                memory += f", of which {self.reserved_bytes / 2**30:.1f} GiB are left to the driver"
             lines.append(f"{verdict} in {memory}; largest batch: {self.largest_batch:,}")
         return "\n".join(lines)
 
@@ -73,9 +75,9 @@ class Prediction:
         """What was asked, in a line: the network, its step, precision and device."""
         strategy = f" with {self.strategy}" if self.strategy else ""
         shape = "x".join(map(str, self.input_shape))
-        precision = (self.dtype or "float32") + (f", autocast {self.autocast}" if self.autocast else "")
-        optimizer = f", {self.optimizer}" if self.optimizer else ""
-        return f"{self.model}{strategy}, {self.mode} {shape}, {precision}{optimizer}, on {self.device}"
+        autocast = f"autocast {self.autocast}" if self.autocast else None
+        settings = [setting for setting in (self.dtype, autocast, self.optimizer) if setting]
+        return f"{', '.join([f'{self.model}{strategy}', f'{self.mode} {shape}', *settings])}, on {self.device}"
 
     def to_dict(self) -> dict[str, Any]:
         """Plain values for JSON."""

@@ -214,13 +214,14 @@ def test_predictions_survive_json() -> None:
 def test_printed_it_is_a_few_lines() -> None:
     prediction = densebench.predict_memory("densenet_d2l", (4, 1, 64, 64), "fused", device_memory="24GiB")
     lines = str(prediction).splitlines()
-    assert lines[0] == "densenet_d2l with fused, train 4x1x64x64, float32, on cuda: predicted"
+    assert lines[0] == "densenet_d2l with fused, train 4x1x64x64, on cuda: predicted"
     assert lines[1].split()[0] == f"{prediction.peak_bytes / 2**20:,.1f}"
     counts = {line.split()[2]: float(line.split()[0].replace(",", "")) for line in lines[2:-2]}
     assert counts == {name: round(c / 2**20, 1) for name, c in prediction.breakdown.items() if c}
     assert list(counts.values()) == sorted(counts.values(), reverse=True)
     assert lines[-2].endswith(f"on {prediction.gpu}")
-    assert lines[-1] == f"fits in 24.00 GiB; largest batch: {prediction.largest_batch:,}"
+    left = "of which 0.5 GiB are left to the driver"
+    assert lines[-1] == f"fits in 24.00 GiB, {left}; largest batch: {prediction.largest_batch:,}"
     assert "largest batch" not in str(replace(prediction, device_memory=None))
 
 
