@@ -35,6 +35,7 @@ NOISE_RUNS = 6
 # A strategy's error against float64 over its reference's (the largest of so many), and what needs no excuse.
 ERROR_FACTOR = 2.0
 ERROR_RUNS = 9
+COUNTER = "num_batches_tracked"
 SEEDS_APART = 1000  # of the gradients of several outputs
 FLOORS = {torch.float32: 1e-6, torch.float16: 1e-3, torch.bfloat16: 8e-3}
 
@@ -104,7 +105,7 @@ def assert_equivalent(
     wrong = [difference for difference in differences if not difference.within]
     if wrong:
         worst = max(wrong, key=lambda d: d.error / d.gate if d.error == d.error else float("inf"))
-        twice = worst.name.endswith("num_batches_tracked") and not isinstance(reference, str)
+        twice = worst.name.endswith(COUNTER) and not isinstance(reference, str)
         hint = "; checkpoints (memory_efficient) move running statistics twice: switch them off" if twice else ""
         more = f" ({len(wrong) - 1} more quantities differ)" if len(wrong) > 1 else ""
         where = _first_difference(expected[worst.name], actual[worst.name])
@@ -214,7 +215,7 @@ def _compare_exactly(
         other = actual[name]
         if value is None or other is None:
             continue
-        gate = GATE_BUFFERS_FLOAT64 if _of_a_step(name).startswith("buffer ") else GATE_FLOAT64
+        gate = GATE_BUFFERS_FLOAT64 if _is_buffer(name) else GATE_FLOAT64
         error = _relative(other, value)
         if not error <= gate:
             if not noise:
@@ -258,11 +259,7 @@ def _compare_errors(
         value, other = expected[name], actual[name]
         if truth is None or value is None or other is None or _of_a_step(name) == "loss":
             continue  # the loss is a sum of outputs that cancel: which run is nearer by how much is chance
-        floor = (
-            FLOORS[torch.float32]
-            if _of_a_step(name).startswith("buffer ") and value.dtype == torch.float32
-            else FLOORS[dtype]
-        )
+        floor = FLOORS[torch.float32 if _is_buffer(name) and value.dtype == torch.float32 else dtype]
         own = max(_relative(each, truth) for each in (one[name] for one in references) if each is not None)
         gate = max(ERROR_FACTOR * own, floor)
         differences.append(Difference(name, _relative(other, truth), gate))
@@ -286,9 +283,7 @@ def _assert_comparable(expected: Quantities, actual: Quantities) -> None:
         if other.numel():
             shared = other.untyped_storage().data_ptr() in storages
             assert not shared, f"{name} lies in memory of the reference's run: it would be compared with itself"
-    given = [name for name in expected if _of_a_step(name) == "input" or "gradient of the output" in name]
-    names = [name for name in expected if name not in given and not name.endswith("num_batches_tracked")]
-    computed = [value for value in map(expected.get, names) if value is not None]
+    computed = [value for name, value in expected.items() if value is not None and _is_computed(name)]
     size = sum(float(value.double().abs().nan_to_num().sum()) for value in computed)
     assert size > 0, "the reference's run is all zeros: nothing could differ"
 
@@ -296,6 +291,16 @@ def _assert_comparable(expected: Quantities, actual: Quantities) -> None:
 def _of_a_step(name: str) -> str:
     """A quantity's name without its step's: output, output['out'], loss, input, input gradient, buffer x.y."""
     return re.sub(r"^step \d+: ", "", name)
+
+
+def _is_buffer(name: str) -> bool:
+    return _of_a_step(name).startswith("buffer ")
+
+
+def _is_computed(name: str) -> bool:
+    """Neither given nor only counted."""
+    plain = _of_a_step(name)
+    return plain != "input" and not plain.startswith("gradient of the output") and not plain.endswith(COUNTER)
 
 
 def _relative(value: Tensor, reference: Tensor) -> float:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from typing import Any, NamedTuple
 
 import pytest
 import torch
@@ -10,6 +11,7 @@ from torch import Tensor, nn
 
 import densebench
 from densebench import UnsupportedError, assert_equivalent
+from densebench.equivalence import GATE_FLOAT64
 from densebench.models import Stage
 from densebench.registry import list_strategies
 from tests.comparison import HUNDRED_STEPS
@@ -104,7 +106,7 @@ class Pyramid(nn.Module):
         super().__init__()
         self.trunk = with_strategy(small(num_classes=None), strategy)
 
-    def forward(self, x: Tensor) -> dict[str, object]:
+    def forward(self, x: Tensor) -> dict[str, Any]:
         points = self.trunk.end_points(x)
         maps = [points["transition1"], points["denseblock2"]]
         return {"maps": maps, "labels": maps[0].argmax(1), "loss": points["output"].mean(), "auxiliary": None}
@@ -120,30 +122,54 @@ def test_several_outputs(strategy: str, dtype: torch.dtype) -> None:
 
 
 class Maps(Pyramid):
-    def forward(self, x: Tensor) -> dict[str, object]:
+    def forward(self, x: Tensor) -> dict[str, Any]:
         return {"maps": super().forward(x)["maps"]}
+
+
+def _wrong_at_the_end(stage: Stage, x: Tensor) -> Tensor:
+    x = stage.run_tail(stage.run_block(stage.run_head(x)))
+    return x + 0.01 * x.detach() if stage.name == "denseblock2" else x
 
 
 def test_the_last_output_counts() -> None:
     """Nothing else is wrong here: in float32 the outputs' sum is not compared."""
-
-    def wrong(stage: Stage, x: Tensor) -> Tensor:
-        x = stage.run_tail(stage.run_block(stage.run_head(x)))
-        return x + 0.01 * x.detach() if stage.name == "denseblock2" else x
-
     with (
-        temporary_strategy("wrong", wrong),
+        temporary_strategy("wrong", _wrong_at_the_end),
         pytest.raises(AssertionError, match=r"in output\['maps'\]\[1\]: ") as info,
     ):
         assert_equivalent(Maps("naive").float().eval(), "wrong", images().float())
     assert "more quantities" not in str(info.value)
 
 
-class Named(Pyramid):
-    """Returns something to read, too."""
+class Output(NamedTuple):
+    loss: Tensor
 
-    def forward(self, x: Tensor) -> dict[str, object]:
-        return {**super().forward(x), "name": "pyramid"}
+
+class Loss(Pyramid):
+    """Its output is named as what is not compared in float32, and as what has a gate of its own."""
+
+    def forward(self, x: Tensor) -> dict[str, Any]:
+        return {"buffer": Output(super().forward(x)["maps"][1])}
+
+
+def test_names_of_outputs_decide_nothing() -> None:
+    network = Loss("naive").eval()
+    gates = {d.name: d.gate for d in assert_equivalent(network, "fused", images())}
+    assert gates["output['buffer'].loss"] == GATE_FLOAT64
+    found = r"in output\['buffer'\]\.loss: "
+    with temporary_strategy("wrong", _wrong_at_the_end), pytest.raises(AssertionError, match=found):
+        assert_equivalent(network.float(), "wrong", images().float())
+
+
+class Extra(Pyramid):
+    """Returns something more."""
+
+    def __init__(self, extra: object) -> None:
+        super().__init__("naive")
+        self.extra = extra
+
+    def forward(self, x: Tensor) -> dict[str, Any]:
+        return {**super().forward(x), "extra": self.extra}
 
 
 class Rows(nn.Module):
@@ -170,9 +196,10 @@ def test_gates_stay_narrow_where_rows_are_no_images(channels_first: bool) -> Non
         assert_equivalent(network, "wrong", images())
 
 
-def test_outputs_that_are_no_tensors() -> None:
-    with pytest.raises(ValueError, match="the network returns str; what can be compared are real tensors"):
-        assert_equivalent(Named("naive"), "naive", images())
+@pytest.mark.parametrize(("extra", "named"), [("pyramid", "str"), (torch.ones(1) * 1j, "complex numbers")])
+def test_outputs_that_cannot_be_compared(extra: object, named: str) -> None:
+    with pytest.raises(ValueError, match=f"the network returns {named}; what can be compared are real tensors"):
+        assert_equivalent(Extra(extra), "naive", images())
 
 
 def test_frozen_features(strategy: str) -> None:
