@@ -11,7 +11,6 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
-import pytest
 import torch
 
 from densebench.measure.memory import measure_peak
@@ -22,12 +21,6 @@ from densebench.workload import build_workload
 
 TOLERANCE = 0.02
 MIB = 2**20
-
-
-def skip_unfolded_gradients() -> None:
-    """For a float32 weight that is dilated or of three dimensions: see `densebench.prediction.hidden`."""
-    if torch.backends.cpu.get_cpu_capability() != "AVX512":
-        pytest.skip("not modelled: without AVX-512 oneDNN unfolds images for such a weight's gradient")
 
 
 @dataclass(frozen=True)

@@ -14,7 +14,6 @@ from torch import Tensor
 from torch.profiler import ProfilerActivity, profile, record_function
 
 from densebench.prediction.hidden import hidden_on_cpu
-from tests.prediction.table import skip_unfolded_gradients
 
 aten = torch.ops.aten
 SMALL = 128 * 1024  # scratch that depends on the machine and not on the batch: threads' buffers, oneDNN's own
@@ -86,11 +85,51 @@ def test_convolution(
     settings = ([stride] * dimensions, padding, [dilation] * dimensions, False, [0] * dimensions, 1)
     seen, out = _seen(aten.convolution.default, (x, weight, None, *settings), tmp_path)
     _agree(seen, hidden_on_cpu(aten.convolution.default, (x, weight, None, *settings), {}, out), x)
-    if dtype == torch.float32 and (dilation > 1 or dimensions == 3):
-        skip_unfolded_gradients()
     backward = (torch.randn_like(out), x, weight, [0], *settings, [True, True, False])
     seen, results = _seen(aten.convolution_backward.default, backward, tmp_path)
     _agree(seen, hidden_on_cpu(aten.convolution_backward.default, backward, {}, results), x)
+
+
+@pytest.fixture(params=[1, 2, 5])
+def threads(request: pytest.FixtureRequest) -> Iterator[int]:
+    before = torch.get_num_threads()
+    torch.set_num_threads(request.param)
+    yield request.param
+    torch.set_num_threads(before)
+
+
+@pytest.mark.parametrize("channels_last", [True, False])
+@pytest.mark.parametrize(
+    ("batch", "channels", "filters", "size", "dilation"),
+    [
+        pytest.param(4, 64, 32, (12, 12, 12), 1, id="small slices"),
+        pytest.param(2, 32, 16, (4, 40, 40), 1, id="slices that threads share"),
+        pytest.param(2, 64, 16, (40, 40), 2, id="dilated"),
+        pytest.param(1, 32, 16, (28, 28, 28), 1, id="one volume"),
+    ],
+)
+def test_unfolded_gradient(
+    batch: int,
+    channels: int,
+    filters: int,
+    size: tuple[int, ...],
+    dilation: int,
+    channels_last: bool,
+    threads: int,
+    tmp_path: Path,
+) -> None:
+    """To a cache line or so for each thread: nothing else is allocated."""
+    if torch.backends.cpu.get_cpu_capability() == "AVX512":
+        pytest.skip("oneDNN unfolds nothing where it has AVX-512")
+    axes = len(size)
+    maps = _maps(torch.float32, channels_last, axes)
+    x, grad = maps(batch, channels, *size), maps(batch, filters, *size)
+    weight = maps(filters, channels, *[3] * axes)
+    settings = ([1] * axes, [dilation] * axes, [dilation] * axes, False, [0] * axes, 1)
+    arguments = (grad, x, weight, [0], *settings, [False, True, False])
+    seen, results = _seen(aten.convolution_backward.default, arguments, tmp_path)
+    formula = hidden_on_cpu(aten.convolution_backward.default, arguments, {}, results)
+    assert 0 <= seen - formula <= 1024
 
 
 def _multiplies_with_amx() -> bool:

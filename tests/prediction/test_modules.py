@@ -14,7 +14,7 @@ from densebench.contenders import get_contender
 from densebench.measure.memory import measure_peak
 from densebench.workload import Workload
 from tests.conftest import lack
-from tests.prediction.table import TOLERANCE, skip_unfolded_gradients
+from tests.prediction.table import TOLERANCE
 
 CPU = torch.device("cpu")
 
@@ -39,13 +39,10 @@ def _error(network: nn.Module, input: Tensor, mode: str, autocast: torch.dtype |
 @pytest.mark.parametrize("mode", ["train", "infer"])
 def test_three_dimensions(mode: str, request: pytest.FixtureRequest) -> None:
     network = _monai(request, spatial_dims=3)
-    if mode == "train":
-        skip_unfolded_gradients()
     assert abs(_error(network, torch.randn(2, 1, 32, 32, 32), mode)) <= TOLERANCE
 
 
 def test_three_dimensions_channels_last(request: pytest.FixtureRequest) -> None:
-    skip_unfolded_gradients()
     network = _monai(request, spatial_dims=3).to(memory_format=torch.channels_last_3d)
     input = torch.randn(2, 1, 32, 32, 32)
     input = input.to(memory_format=torch.channels_last_3d)
