@@ -103,7 +103,7 @@ def _our_forward(operator: str, function: Any, operands: Operands) -> Call:
         grids = (operands.grid(x), operands.grid(out)) if operator in POOLS else (x, out)
         return Call(lambda: function(grids[0], *norm, grids[1]), lambda: {"out": out}, touched)
     mean, var = norm.mean.new_empty(2, operands.geometry.outputs).unbind()
-    arguments = (x, *_size(operator, operands), *norm, operands.weight, out, mean, var)
+    arguments = (x, *_maps(operator, operands), *norm, operands.weight, out, mean, var)
     results = {"out": out, "mean": mean, "var": var}
     return Call(lambda: function(*arguments), lambda: results, (*touched, operands.weight, mean, var))
 
@@ -111,7 +111,7 @@ def _our_forward(operator: str, function: Any, operands: Operands) -> Call:
 def _our_backward(operator: str, function: Any, operands: Operands) -> Call:
     x, norm, grad = operands.x, operands.norm(), operands.grad
     pending = operands.pending
-    arguments: list[Any] = [grad, x, *_size(operator, operands), *norm, True]
+    arguments: list[Any] = [grad, x, *_maps(operator, operands), *norm, True]
     touched: tuple[Tensor, ...]
     parameters = (norm.mean, norm.var, operands.gamma, operands.beta, operands.gamma, operands.beta)
     if operator == PRODUCT_BACKWARD:
@@ -145,9 +145,9 @@ def _our_backward(operator: str, function: Any, operands: Operands) -> Call:
     return Call(run, results, touched)
 
 
-def _size(operator: str, operands: Operands) -> tuple[int, ...]:
-    """Height and width, for operators that are not told them by a map."""
-    return (operands.geometry.height, operands.geometry.width) if operator in CONVOLUTIONS else ()
+def _maps(operator: str, operands: Operands) -> tuple[tuple[int, int], int] | tuple[()]:
+    """The images' size and the filter's dilation, for operators that are not told them by a map."""
+    return ((operands.geometry.height, operands.geometry.width), 1) if operator in CONVOLUTIONS else ()
 
 
 def eager(operator: str, copies: Sequence[Operands]) -> list[Call]:

@@ -1,9 +1,11 @@
-"""Backward through relu(norm(x)) and the 3x3 convolution that reads it, which is made anew tile by tile.
+"""Backward through relu(norm(x)) and the 3x3 or 3x3x3 convolution that reads it, which is made anew tile by tile.
 
 On a CPU, where it is compiled (see `bn_relu_conv3x3`).
 """
 
 from __future__ import annotations
+
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
@@ -19,9 +21,9 @@ from densebench.kernels.rows import as_rows
 
 
 def reference(
-    grad: Tensor, x: Tensor, height: int, width: int, norm: Norm, by_batch: bool, weight: Tensor
+    grad: Tensor, x: Tensor, size: Sequence[int], dilation: int, norm: Norm, by_batch: bool, weight: Tensor
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """(grad_x [M, C], dgamma, dbeta, dW [N, C, 3, 3]).
+    """(grad_x [M, C], dgamma, dbeta, dW).
 
     Bytes: relu(norm(x)) is made anew (2 M C), the convolution's backward reads it and grad twice and writes M C
     (3 M C + 2 M N), the norm's reads that and x twice and writes M C (5 M C). In one pass, and one for what comes
@@ -29,12 +31,13 @@ def reference(
     """
 
     def as_maps(rows: Tensor) -> Tensor:
-        return rows.view(-1, height, width, rows.shape[1]).permute(0, 3, 1, 2)
+        return rows.view(-1, *size, rows.shape[1]).movedim(-1, 1)
 
+    ones, zeros, apart = ([value] * len(size) for value in (1, 0, dilation))
     a = bn_relu(x, norm).to(weight.dtype)
     grad_a, grad_weight, _ = torch.ops.aten.convolution_backward(
         as_maps(grad.to(weight.dtype)), as_maps(a), weight, None,
-        [1, 1], [1, 1], [1, 1], False, [0, 0], 1, [True, True, False],
+        ones, apart, apart, False, zeros, 1, [True, True, False],
     )  # fmt: skip
     return *bn_relu_backward(as_rows(grad_a).to(norm.mean.dtype), x, norm, by_batch), grad_weight
 
@@ -42,8 +45,8 @@ def reference(
 def _cpu(
     grad: Tensor,
     x: Tensor,
-    height: int,
-    width: int,
+    size: Sequence[int],
+    dilation: int,
     mean: Tensor,
     var: Tensor,
     gamma: Tensor | None,
@@ -58,7 +61,7 @@ def _cpu(
     norm, sums = Norm(mean, var, gamma, beta, eps).folded(), Sums(x)
     grad_weight = torch.empty_like(weight) if needs_weight else weight.new_empty(0)
     made = grad_weight if needs_weight else None
-    convolve_backward(grad, x, Maps(height, width), norm, weight, sums, grad_x, made)
+    convolve_backward(grad, x, Maps(size, dilation), norm, weight, sums, grad_x, made)
     gradients = norm_gradients(sums, norm, x.shape[0])
     if by_batch and grad_x is not None:
         settle_rows(grad_x, x, mean, gradients.terms, grad_x)
@@ -66,31 +69,33 @@ def _cpu(
 
 
 def _fake(
-    grad: Tensor, x: Tensor, height: int, width: int, mean: Tensor, *arguments: Tensor
+    grad: Tensor, x: Tensor, size: Sequence[int], dilation: int, mean: Tensor, *arguments: Tensor
 ) -> tuple[Tensor, Tensor, Tensor]:
     weight, needs_weight = arguments[5], arguments[7]
     made = torch.empty_like(weight) if needs_weight else weight.new_empty(0)
     return torch.empty_like(mean), torch.empty_like(mean), made
 
 
-def _flops(grad: Tensor, x: Tensor, height: int, width: int, *arguments: Tensor, out_val: object = None) -> int:
+def _flops(
+    grad: Tensor, x: Tensor, size: Sequence[int], dilation: int, *arguments: Tensor, out_val: object = None
+) -> int:
     weight, grad_x, needs_weight = arguments[6:9]
     return (int(grad_x is not None) + int(needs_weight)) * 2 * x.shape[0] * weight.numel()
 
 
-def _workspace(grad: Tensor, x: Tensor, height: int, width: int, *arguments: Tensor) -> int:
+def _workspace(grad: Tensor, x: Tensor, size: Sequence[int], dilation: int, *arguments: Tensor) -> int:
     mean, weight, needs_weight = arguments[0], arguments[6], bool(arguments[8])
-    scratch = convolve_backward_bytes(x, Maps(height, width), weight, needs_weight)
+    scratch = convolve_backward_bytes(x, Maps(size, dilation), weight, needs_weight)
     return 6 * mean.nbytes + scratch + sum_bytes(x)
 
 
 bn_relu_conv3x3_backward = operator(
-    f"bn_relu_conv3x3_backward(Tensor grad, Tensor x, int height, int width, {NORM}, bool by_batch, Tensor weight,"
-    " Tensor(a!)? grad_x, bool needs_weight) -> (Tensor, Tensor, Tensor)",
-    """Through relu(norm(x)) and a 3x3 convolution, from the gradient grad [M, N] of what it makes.
+    f"bn_relu_conv3x3_backward(Tensor grad, Tensor x, int[] size, int dilation, {NORM}, bool by_batch,"
+    " Tensor weight, Tensor(a!)? grad_x, bool needs_weight) -> (Tensor, Tensor, Tensor)",
+    """Through relu(norm(x)) and a convolution of it, from the gradient grad [M, N] of what that makes.
 
     For a norm that is the only reader of x [M, C]: grad_x [M, C] is written whole; None: not needed, nor are
-    dgamma and dbeta, which are 0 then. Returns (dgamma, dbeta, dW [N, C, 3, 3]); without `needs_weight` dW is [0].
+    dgamma and dbeta, which are 0 then. Returns (dgamma, dbeta, dW as `weight`); without `needs_weight` dW is [0].
     """,
     cpu=_cpu,
     cuda=None,

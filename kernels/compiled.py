@@ -43,7 +43,7 @@ _CONTRACTION = {
 _POINTER, _SIZE, _INT = ctypes.c_void_p, ctypes.c_int64, ctypes.c_int
 _MATRIX = (_POINTER, _SIZE)  # address and stride of rows
 _SHAPE = (_SIZE, _SIZE)
-_MAPS = 4 * (_SIZE,)  # images, height, width, channels
+_MAPS = 6 * (_SIZE,)  # planes of the filter, depth, height, width, dilation, channels
 _FILTER = (_POINTER, *4 * (_SIZE,))  # address, strides of outputs, channels and taps, and how many outputs
 _VECTOR = (_POINTER,)
 _SUMS = (_POINTER, _SIZE)  # address and stride of threads
@@ -72,13 +72,13 @@ _SIGNATURES: dict[str, dict[str, tuple[Any, ...]]] = {
     },
     "convolutions": {
         "relu_norm_convolution": (
-            *_MATRIX, *_MAPS, *_VECTOR, *_FILTER, *_MATRIX, *_VECTOR, *_SUMS, *_VECTOR, _INT
+            *_MATRIX, _SIZE, *_MAPS, *_VECTOR, *_FILTER, *_MATRIX, *_VECTOR, *_SUMS, *_VECTOR, _INT
         ),
-        "relu_norm_convolution_scratch": 5 * (_SIZE,),
+        "relu_norm_convolution_scratch": (*_MAPS, _SIZE, _SIZE),
         "relu_norm_convolution_backward": (
-            *2 * _MATRIX, *_MAPS, *_VECTOR, *_FILTER, *_MATRIX, *_SUMS, *2 * _VECTOR, _INT
+            *2 * _MATRIX, _SIZE, *_MAPS, *_VECTOR, *_FILTER, *_MATRIX, *_SUMS, *2 * _VECTOR, _INT
         ),
-        "relu_norm_convolution_backward_scratch": (*4 * (_SIZE,), _INT, _SIZE),
+        "relu_norm_convolution_backward_scratch": (*_MAPS, _SIZE, _INT, _SIZE),
     },
 }  # fmt: skip
 

@@ -1,4 +1,4 @@
-"""The CPU path's 3x3 convolutions, of rows that are normalized on the way (`convolutions.c`).
+"""The CPU path's 3x3 and 3x3x3 convolutions, of rows that are normalized on the way (`convolutions.c`).
 
 They serve where everything has the dtype that is computed in. Elsewhere a dense layer's convolution is the
 library's, which reads its operand from memory.
@@ -6,6 +6,8 @@ library's, which reads its operand from memory.
 
 from __future__ import annotations
 
+import math
+from collections.abc import Sequence
 from types import SimpleNamespace
 from typing import NamedTuple
 
@@ -16,22 +18,36 @@ from densebench.kernels import compiled
 from densebench.kernels.norm import Folded, Sums, store_statistics, threads_for
 from densebench.kernels.products import Statistics, require, rows_apart
 
+_FILTERS = {4: (3, 3), 5: (3, 3, 3)}  # by the number of dimensions of the weight
+_LAYOUTS = {4: torch.channels_last, 5: torch.channels_last_3d}
+
 
 class Maps(NamedTuple):
-    """What the rows of a matrix are the pixels of."""
+    """What the rows of a matrix are the pixels of, and what of them a filter sees.
 
-    height: int
-    width: int
+    Attributes:
+        size: (H, W) of images, (D, H, W) of volumes.
+        dilation: pixels from tap to tap.
+    """
+
+    size: Sequence[int]
+    dilation: int
+
+    @property
+    def given(self) -> tuple[int, ...]:
+        """As the compiled form takes them: planes of the filter, depth, height, width, dilation."""
+        image = (1, 1, *self.size) if len(self.size) == 2 else (3, *self.size)
+        return (*image, self.dilation)
 
 
 def library(weight: Tensor, *matrices: Tensor | None) -> SimpleNamespace | None:
-    """The compiled convolutions, if they take these: on a CPU, a dense weight [N, C, 3, 3], and matrices of its
-    dtype with the values of a row side by side.
+    """The compiled convolutions, if they take these: on a CPU, a dense weight [N, C, 3, 3] or [N, C, 3, 3, 3], and
+    matrices of its dtype with the values of a row side by side.
     """
     found = compiled.library(weight.dtype, "convolutions") if weight.is_cpu else None
-    if found is None or weight.shape[2:] != (3, 3) or weight.numel() == 0:
+    if found is None or weight.shape[2:] != _FILTERS.get(weight.dim()) or weight.numel() == 0:
         return None
-    dense = weight.is_contiguous() or weight.is_contiguous(memory_format=torch.channels_last)
+    dense = weight.is_contiguous() or weight.is_contiguous(memory_format=_LAYOUTS[weight.dim()])
     given = [matrix for matrix in matrices if matrix is not None]
     alike = all(matrix.dtype == weight.dtype and rows_apart(matrix) for matrix in given)
     return found if dense and alike else None
@@ -47,7 +63,7 @@ def not_compiled(dtype: torch.dtype) -> str | None:
 def convolve(
     x: Tensor, maps: Maps, norm: Folded, weight: Tensor, out: Tensor, statistics: Statistics | None
 ) -> None:
-    """out [M, N] = relu(norm(x)) of x [M, C] through the weight [N, C, 3, 3], padded with zeros.
+    """out [M, N] = relu(norm(x)) of x [M, C] through a weight that `library` takes, padded with zeros.
 
     `statistics` are those of `out`. Of matrices that `library` takes.
 
@@ -59,10 +75,10 @@ def convolve(
     (rows, columns), outputs = x.shape, weight.shape[0]
     _require(x, maps, norm, weight, {"out": (out, (rows, outputs))})
     threads = threads_for(x)
-    scratch = x.new_empty(form.relu_norm_convolution_scratch(*maps, columns, outputs, threads))
+    scratch = x.new_empty(form.relu_norm_convolution_scratch(*maps.given, columns, outputs, threads))
     pivot, sums = (None, None) if statistics is None else (x.new_empty(outputs), Sums(out))
     form.relu_norm_convolution(
-        x, x.stride(0), _images(x, maps), *maps, columns, norm.table,
+        x, x.stride(0), _images(x, maps), *maps.given, columns, norm.table,
         *_strided(weight), outputs, out, out.stride(0),
         pivot, *((None, 0) if sums is None else sums.given[:2]), scratch, threads,
     )  # fmt: skip
@@ -102,10 +118,11 @@ def convolve_backward(
         )
     sums.require(columns)
     threads = min(threads_for(x), sums.parts.shape[0])
-    size = form.relu_norm_convolution_backward_scratch(*maps, columns, outputs, grad_weight is not None, threads)
+    given = (*maps.given, columns)
+    size = form.relu_norm_convolution_backward_scratch(*given, outputs, grad_weight is not None, threads)
     scratch = x.new_empty(size)
     form.relu_norm_convolution_backward(
-        grad, grad.stride(0), x, x.stride(0), _images(x, maps), *maps, columns,
+        grad, grad.stride(0), x, x.stride(0), _images(x, maps), *given,
         norm.table, *_strided(weight), outputs,
         grad_x, 0 if grad_x is None else grad_x.stride(0), *sums.given[:2], grad_weight,
         scratch, threads,
@@ -124,17 +141,17 @@ def convolve_backward_bytes(x: Tensor, maps: Maps, weight: Tensor, needs_weight:
 
 def _bytes(x: Tensor, maps: Maps, weight: Tensor, name: str, *arguments: int) -> int:
     form = compiled.library(x.dtype, "convolutions")
-    values: int = getattr(form, name)(*maps, x.shape[1], weight.shape[0], *arguments)
+    values: int = getattr(form, name)(*maps.given, x.shape[1], weight.shape[0], *arguments)
     return values * x.element_size()
 
 
 def _images(x: Tensor, maps: Maps) -> int:
-    return x.shape[0] // (maps.height * maps.width)
+    return x.shape[0] // math.prod(maps.size)
 
 
 def _strided(weight: Tensor) -> tuple[Tensor, int, int, int]:
     """With strides from output to output, channel to channel, tap to tap."""
-    return weight, weight.stride(0), weight.stride(1), weight.stride(3)
+    return weight, weight.stride(0), weight.stride(1), weight.stride(-1)
 
 
 def _require(
@@ -144,10 +161,15 @@ def _require(
     weight: Tensor,
     matrices: dict[str, tuple[Tensor | None, tuple[int, int]]],
 ) -> None:
-    if min(maps) < 1 or x.shape[0] % (maps.height * maps.width) != 0:
-        raise ValueError(f"{x.shape[0]} rows are not the pixels of whole images of {maps.height}x{maps.width}")
+    sides = "x".join(map(str, maps.size))
+    if len(maps.size) != weight.dim() - 2:
+        raise ValueError(f"a weight {list(weight.shape)} is not for images of {sides}")
+    if min(maps.size) < 1 or x.shape[0] % math.prod(maps.size) != 0:
+        raise ValueError(f"{x.shape[0]} rows are not the pixels of whole images of {sides}")
+    if maps.dilation < 1:
+        raise ValueError(f"a dilation of {maps.dilation} is none; 1 is that of a filter without gaps")
     if weight.shape[1] != x.shape[1]:
         raise ValueError(
-            f"a 3x3 convolution of {x.shape[1]} channels takes a weight of as many, got {list(weight.shape)}"
+            f"a convolution of {x.shape[1]} channels takes a weight of as many, got {list(weight.shape)}"
         )
-    require("a 3x3 convolution", x, {**matrices, "norm": (norm.table, (4, x.shape[1]))})
+    require("a convolution", x, {**matrices, "norm": (norm.table, (4, x.shape[1]))})

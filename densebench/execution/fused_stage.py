@@ -124,7 +124,7 @@ class FusedStage(StageComputation):
         weight = unit.weight(parameters)
         if layer.drop_rate == 0 and self._through.takes(unit, weight, x, new):
             taken = self.statistics.places(layer.new) if self.plan.shares_statistics else None
-            self._through.forward_into(x, norm, weight, new, taken)
+            self._through.forward_into(unit, x, norm, weight, new, taken)
             return
         made = self._through.forward(unit, x, norm, weight)
         if layer.drop_rate > 0:

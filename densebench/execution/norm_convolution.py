@@ -1,7 +1,7 @@
 """A dense layer's norm-ReLU-3x3 over the rows of a stage, and its backward.
 
-In one pass each where the kernels take it: images on a CPU, in float32 and float64, without dilation. Elsewhere
-operator by operator, the convolution being the library's, which reads relu(norm(x)) from memory.
+In one pass each where the kernels take it: on a CPU, in float32 and float64. Elsewhere operator by operator, the
+convolution being the library's, which reads relu(norm(x)) from memory.
 """
 
 from __future__ import annotations
@@ -35,18 +35,18 @@ class NormConvolution(NamedTuple):
     scratch: Scratch
 
     def takes(self, unit: ConvUnit, weight: Tensor, *rows: Tensor) -> bool:
-        """Whether `forward_into` and `backward` work in one pass. (A dense layer's padding is its dilation.)
+        """Whether `forward_into` and `backward` work in one pass.
 
-        The kernels have neither dilation nor depth.
+        The kernels have one dilation for all sides, and padding that keeps the size.
         """
-        return unit.options.dilation == (1, 1) and library(weight, *rows) is not None
+        return len({*unit.options.padding, *unit.options.dilation}) == 1 and library(weight, *rows) is not None
 
     def forward_into(
-        self, x: Tensor, norm: Norm, weight: Tensor, out: Tensor, statistics: MeanAndVar | None
+        self, unit: ConvUnit, x: Tensor, norm: Norm, weight: Tensor, out: Tensor, statistics: MeanAndVar | None
     ) -> None:
         """Into `out` [M, k], with mean and variance [k] of what is written."""
         mean, var = statistics or (None, None)
-        bn_relu_conv3x3(x, *self.pixels.size, *norm, weight, out, mean, var)
+        bn_relu_conv3x3(x, self.pixels.size, unit.options.dilation[0], *norm, weight, out, mean, var)
 
     def forward(self, unit: ConvUnit, x: Tensor, norm: Norm, weight: Tensor) -> Tensor:
         """As a map [N, k, H, W] of its own."""
@@ -71,7 +71,7 @@ class NormConvolution(NamedTuple):
         else:
             grad_x = self.scratch.rows("gradient", x) if needs_a else grad
             *sums, grad_weight = bn_relu_conv3x3_backward(
-                grad, x, *self.pixels.size, *norm, unit.call.by_batch, weight,
+                grad, x, self.pixels.size, unit.options.dilation[0], *norm, unit.call.by_batch, weight,
                 grad_x if needs_a else None, unit.weight(needs),
             )  # fmt: skip
             gradients = unit.weight_gradient(needs, grad_weight)

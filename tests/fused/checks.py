@@ -13,6 +13,7 @@ import densebench
 from densebench.kernels import passes
 from densebench.kernels.channel_statistics import channel_statistics
 from densebench.models import DenseNet
+from densebench.models.features import stages_in
 from tests import test_pooling
 from tests.comparison import assert_as_naive, everything, step
 from tests.kernels.problems import PROBLEMS, Shape
@@ -139,8 +140,23 @@ def plain_layers() -> None:
 
 @check
 def dilated() -> None:
-    """Convolutions with holes are the library's, between passes of their own."""
     _equivalent(small(stem="imagenet", block_config=(1, 1, 2), output_stride=8), images(2, 16))
+
+
+@check
+def dilated_volumes() -> None:
+    network = small(spatial_dims=3, stem="imagenet", block_config=(1, 1, 1, 2), output_stride=8)
+    _equivalent(network, images(2, 24, dims=3))
+
+
+@check
+def uneven_dilation() -> None:
+    """Such convolutions are the library's, between passes of their own."""
+    network = small()
+    for stage in stages_in(network):
+        for layer in stage.layers:
+            layer.conv3x3.dilation = layer.conv3x3.padding = (1, 2)
+    _equivalent(network, images())
 
 
 @check

@@ -16,7 +16,7 @@ from tests.fused.seeding import C, Fault, seeded
 
 NORM, TILES, VECTORS = "execution.batch_norm", "kernels.rows", "kernels.norm"
 PASSES, PRODUCTS, CONVOLUTIONS = (f"kernels/{name}.c" for name in ("passes", "products", "convolutions"))
-ROWS, BLOCKS = "kernels/rows.h", "kernels/blocks.h"
+ROWS, BLOCKS, MAPS = (f"kernels/{name}.h" for name in ("rows", "blocks", "tiles"))
 FUSED, STAGE, GRADIENT = "strategies.fused", "execution.fused_stage", "execution.feature_gradient"
 POOLING = "execution.pooling"
 PRODUCT = "FeatureGradient.through_product"
@@ -39,7 +39,7 @@ FAULTS = [
     Fault("eps in xhat forgotten", VECTORS, "norm_gradients", "sum_dz_x * norm.inv_std",
           "sum_dz_x * norm.inv_std / (1 - 1e-5 * norm.inv_std ** 2) ** 0.5", "training", uncompiled=True),
     Fault("norm2 as if in evaluation", "kernels.bn_relu_backward", "_cpu_backward", "if by_batch else",
-          "if False else", "dilated"),
+          "if False else", "uneven_dilation"),
     Fault("training's backward in evaluation", GRADIENT, PRODUCT, "unit.call.by_batch", "True",
           "mixed_modes"),
     # Running statistics
@@ -106,15 +106,23 @@ FAULTS = [
           "target.addcmul_(dz, norm.scale) if accumulate else", "None if accumulate else", "training",
           uncompiled=True),
     Fault("pending terms left out", PASSES, "settle", "* slope[c]", "* 0", "training"),
-    Fault("only one term in place", PASSES, "relu_norm_backward_in_place", "constant[c] + ", "", "dilated"),
+    Fault("only one term in place", PASSES, "relu_norm_backward_in_place", "constant[c] + ", "",
+          "uneven_dilation"),
     Fault("stale scratch in backward", "execution.norm_convolution", "NormConvolution.operand",
           "bn_relu(x, *norm, a)", "pass", "plain_layers"),
-    # The 3x3 convolution
-    Fault("no zeros beside a line", CONVOLUTIONS, "lay_out", "inside ? 1 : maps.line", "inside ? 0 : maps.line",
+    # The 3x3 and 3x3x3 convolutions
+    Fault("no zeros beside a line", MAPS, "lay_out_plane", "inside ? maps.reach : maps.line",
+          "inside ? 0 : maps.line", "training"),
+    Fault("a line above the image", MAPS, "lay_out_plane", "strip.row + line >= 0", "1", "training"),
+    Fault("what lies beyond the last line", MAPS, "lay_out_plane", "(SIDE - 1) * maps.reach", "maps.reach",
           "training"),
-    Fault("a line above the image", CONVOLUTIONS, "strip_at", "row > 0", "1", "training"),
-    Fault("what lies beyond the last line", CONVOLUTIONS, "lay_out", "2 * stride", "stride", "training"),
-    Fault("filter not turned around", CONVOLUTIONS, "pack_columns", "(TAPS - 1 - tap)", "tap", "training"),
+    Fault("no holes in a line", MAPS, "to_tap", "tap % SIDE * maps->reach", "tap % SIDE", "dilated"),
+    Fault("no holes in the depth", MAPS, "to_plane", "* maps.reach", "", "dilated_volumes"),
+    Fault("a slice of the next volume", MAPS, "strip_at", "line / maps.height % maps.depth", "line / maps.height",
+          "volumes"),
+    Fault("taps of a slice that is not there", CONVOLUTIONS, "pass_to_input", "panel += strip.first",
+          "panel += 0 * strip.first", "volumes"),
+    Fault("filter not turned around", CONVOLUTIONS, "pack_columns", "(maps.taps - 1 - tap)", "tap", "training"),
     Fault("pixels at their strip's beginning", CONVOLUTIONS, "finish_at", "strip.before + run.pixel",
           "strip.before", "training"),
     Fault("filter gradients of all taps at the first", CONVOLUTIONS, "add_up", "+ tap * apart[2]", "", "training"),

@@ -1,4 +1,4 @@
-"""Calls of the operators that only a compiler makes, the fused 3x3 convolutions, and what each must produce."""
+"""Calls of the operators that only a compiler makes, the fused convolutions, and what each must produce."""
 
 from __future__ import annotations
 
@@ -13,8 +13,10 @@ from tests.kernels.problems import Draw, Problem, Shape, Values, doubled
 
 
 def _weight(draw: Draw) -> Tensor:
-    weight = draw.values(draw.shape.outputs, draw.shape.columns, 3, 3)
-    return weight.contiguous(memory_format=torch.channels_last) if draw.shape.seed % 2 else weight
+    sides = len(draw.shape.size)
+    weight = draw.values(draw.shape.outputs, draw.shape.columns, *[3] * sides)
+    last = torch.channels_last if sides == 2 else torch.channels_last_3d
+    return weight.contiguous(memory_format=last) if draw.shape.seed % 2 else weight
 
 
 def _forward(shape: Shape) -> Problem:
@@ -23,8 +25,8 @@ def _forward(shape: Shape) -> Problem:
     norm, weight = draw.norm(x), _weight(draw)
     out = draw.slice(shape.rows, shape.outputs).fill_(float("nan"))
     statistics = torch.full((2, shape.outputs), float("nan"), dtype=norm.mean.dtype).unbind()
-    size = (shape.height, shape.width)
-    truth = bn_relu_conv3x3.reference(x.double(), *size, doubled(norm), weight.double())
+    maps = (shape.size, shape.dilation)
+    truth = bn_relu_conv3x3.reference(x.double(), *maps, doubled(norm), weight.double())
 
     def produced(a: list[Any], _: Any) -> Values:
         # The statistics are those of what was stored: held against that, which may be 0.
@@ -33,7 +35,7 @@ def _forward(shape: Shape) -> Problem:
 
     zero = torch.zeros(shape.outputs, dtype=torch.float64)
     expected = {"out": truth, "mean": zero, "var": zero}
-    return Problem("bn_relu_conv3x3", [x, *size, *norm, weight, out, *statistics], expected, produced)
+    return Problem("bn_relu_conv3x3", [x, *maps, *norm, weight, out, *statistics], expected, produced)
 
 
 def _backward(shape: Shape) -> Problem:
@@ -41,13 +43,13 @@ def _backward(shape: Shape) -> Problem:
     x = draw.slice(shape.rows, shape.columns)
     norm, weight, grad = draw.norm(x), _weight(draw), draw.slice(shape.rows, shape.outputs)
     grad_x = draw.slice(shape.rows, shape.columns).fill_(float("nan"))
-    size, names = (shape.height, shape.width), ("grad_x", "grad_gamma", "grad_beta", "grad_weight")
+    maps, names = (shape.size, shape.dilation), ("grad_x", "grad_gamma", "grad_beta", "grad_weight")
     truth = bn_relu_conv3x3_backward.reference(
-        grad.double(), x.double(), *size, doubled(norm), shape.by_batch, weight.double()
+        grad.double(), x.double(), *maps, doubled(norm), shape.by_batch, weight.double()
     )
     return Problem(
         "bn_relu_conv3x3_backward",
-        [grad, x, *size, *norm, shape.by_batch, weight, grad_x, True],
+        [grad, x, *maps, *norm, shape.by_batch, weight, grad_x, True],
         dict(zip(names, truth, strict=True)),
         lambda a, out: dict(zip(names, (a[11], *out), strict=True)),
     )

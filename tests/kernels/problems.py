@@ -6,6 +6,7 @@ A gradient buffer is compared as the gradient that it stands for, so implementat
 from __future__ import annotations
 
 import contextlib
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -40,6 +41,7 @@ class Shape:
         extra: columns that the buffer of x has beside its own, `before` of them before.
         affine: whether the norm has gamma and beta.
         integers: small integers and powers of two, on which every order of summation is exact.
+        depth, dilation: for convolutions; with a depth images are volumes.
     """
 
     images: int = 2
@@ -56,10 +58,18 @@ class Shape:
     integers: bool = False
     mean_over_std: float = 0.5
     seed: int = 0
+    depth: int | None = None
+    dilation: int = 1
+
+    @property
+    def size(self) -> tuple[int, ...]:
+        """Of an image, or of a volume."""
+        image = self.height, self.width
+        return image if self.depth is None else (self.depth, *image)
 
     @property
     def rows(self) -> int:
-        return self.images * self.height * self.width
+        return self.images * math.prod(self.size)
 
 
 @dataclass(frozen=True)

@@ -1,4 +1,4 @@
-"""The compiled 3x3 convolutions against PyTorch's: lines, strips, blocks and threads of every remainder."""
+"""The compiled convolutions against PyTorch's: slices, lines, strips, blocks and threads of every remainder."""
 
 from __future__ import annotations
 
@@ -67,12 +67,23 @@ SHAPES = [
     Shape(images=1, height=31, width=40, columns=128, outputs=32),  # an image in several strips
     Shape(images=1, height=3, width=700, columns=130, outputs=2),  # lines that no strip holds three of
     Shape(images=3, height=6, width=5, columns=70, outputs=70),
+    Shape(images=2, height=9, width=6, columns=20, outputs=12, dilation=2),
+    Shape(images=1, height=3, width=4, columns=33, outputs=5, dilation=5),  # only the middle tap meets anything
+    Shape(images=1, height=28, width=30, columns=128, outputs=32, dilation=4),
+    Shape(images=2, depth=1, height=3, width=5, columns=20, outputs=12),
+    Shape(images=3, depth=2, height=2, width=2, columns=128, outputs=32),
+    Shape(images=2, depth=5, height=4, width=6, columns=33, outputs=17),
+    Shape(images=1, depth=4, height=18, width=17, columns=128, outputs=32),  # a slice in several strips
+    Shape(images=1, depth=3, height=3, width=90, columns=130, outputs=2),
+    Shape(images=2, depth=7, height=5, width=6, columns=20, outputs=12, dilation=3),
 ]
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 @pytest.mark.parametrize("threads_in_use", [1, 2, 3, 7])
-@pytest.mark.parametrize("shape", SHAPES, ids=lambda s: f"{s.images}x{s.height}x{s.width} {s.columns}-{s.outputs}")
+@pytest.mark.parametrize(
+    "shape", SHAPES, ids=lambda s: f"{s.images}x{s.size} {s.columns}-{s.outputs} {s.dilation}"
+)
 def test_as_pytorch_does(shape: Shape, threads_in_use: int, dtype: torch.dtype) -> None:
     torch.set_num_threads(threads_in_use)
     for name in CONVOLUTIONS:
@@ -87,6 +98,8 @@ def test_as_pytorch_does(shape: Shape, threads_in_use: int, dtype: torch.dtype) 
     width=st.integers(1, 20),
     columns=st.integers(1, 70),
     outputs=st.integers(1, 70),
+    depth=st.sampled_from([None, None, 1, 2, 3, 5]),
+    dilation=st.sampled_from([1, 1, 2, 4]),
     extra=st.integers(0, 20),
     by_batch=st.booleans(),
     affine=st.booleans(),
@@ -162,6 +175,21 @@ def test_nan_and_infinity_stay_in_their_window(value: float) -> None:
     assert torch.equal(touched.isfinite(), truth.isfinite())
 
 
+@pytest.mark.parametrize("dilation", [1, 2])
+def test_nan_stays_in_its_slices(dilation: int) -> None:
+    """A slice at a volume's end is no neighbour of the one that begins the next volume."""
+    shape = Shape(2, 6, 5, depth=3, dilation=dilation, columns=20, by_batch=False)
+    problem = CONVOLUTIONS["bn_relu_conv3x3"](shape)
+    clean = problem.solve("cpu")["out"].view(2, 3, 6, 5, 12)
+    problem.arguments[0].view(2, 3, 6, 5, 20)[0, 2, 2, 4, 7] = float("nan")
+    touched = problem.solve("cpu")["out"].view(2, 3, 6, 5, 12)
+    pixel = torch.zeros(2, 1, 3, 6, 5)
+    pixel[0, 0, 2, 2, 4] = 1
+    window = F.conv3d(pixel, torch.ones(1, 1, 3, 3, 3), padding=dilation, dilation=dilation)[:, 0] > 0
+    assert torch.equal(touched[~window], clean[~window])
+    assert bool(touched[window].isnan().all())
+
+
 @pytest.mark.parametrize("pixels", [(0, 0), (3, 4), (5, 0)])
 def test_the_mean_beside_an_infinity(pixels: tuple[int, int]) -> None:
     """Infinite, not NaN: what values are taken relative to is finite wherever the infinity lies."""
@@ -169,7 +197,7 @@ def test_the_mean_beside_an_infinity(pixels: tuple[int, int]) -> None:
     x[(1, *pixels)] = float("inf")
     mean, var = torch.empty(2, 1)
     unit = (torch.zeros(1), torch.ones(1), None, None, 0.0)
-    bn_relu_conv3x3(x.view(-1, 1), 6, 5, *unit, weight, torch.empty(60, 1), mean, var)
+    bn_relu_conv3x3(x.view(-1, 1), (6, 5), 1, *unit, weight, torch.empty(60, 1), mean, var)
     assert float(mean) == float("inf")
 
 
@@ -240,31 +268,44 @@ def test_what_does_not_belong_together_is_refused() -> None:
     for places in [(forward.arguments[10], None), (None, forward.arguments[11]), torch.empty(2, 2, 12).double()]:
         with pytest.raises(ValueError, match="are a mean and a variance"):
             bn_relu_conv3x3(*forward.arguments[:10], *places)
-    for size in (0, 4):
+    for size in ((0, 7), (4, 7)):
         with pytest.raises(ValueError, match="not the pixels of whole images"):
             bn_relu_conv3x3(*_with(forward, 1, size))
+    for size in ((7,), (1, 5, 7), (5, 1, 1, 7)):
+        with pytest.raises(ValueError, match="is not for images of"):
+            bn_relu_conv3x3(*_with(forward, 1, size))
+    for dilation in (0, -1):
+        with pytest.raises(ValueError, match="a dilation of"):
+            bn_relu_conv3x3(*_with(forward, 2, dilation))
 
 
 @pytest.mark.parametrize(
     "weight",
-    [torch.randn(4, 6, 3, 3).bfloat16(), torch.randn(4, 6, 1, 1), torch.randn(4, 6, 3, 6)[..., ::2]],
-    ids=["bfloat16", "1x1", "strided"],
+    [
+        torch.randn(4, 6, 3, 3).bfloat16(),
+        torch.randn(4, 6, 1, 1),
+        torch.randn(4, 6, 3, 6)[..., ::2],
+        torch.randn(4, 6, 3),
+        torch.randn(4, 6, 1, 3, 3),
+    ],
+    ids=["bfloat16", "1x1", "strided", "1d", "flat"],
 )
 def test_what_it_does_not_take_is_refused_with_what_to_use(weight: Tensor) -> None:
     vectors = torch.ones(4, 6)
     x, out = torch.randn(80, 6), torch.empty(80, 4)
-    with pytest.raises(ValueError, match=r"use bn_relu and torch\.nn\.functional\.conv2d"):
-        bn_relu_conv3x3(x, 8, 10, *vectors, 0.0, weight, out, None, None)
-    with pytest.raises(ValueError, match=r"use bn_relu and torch\.nn\.functional\.conv2d"):
-        bn_relu_conv3x3_backward(out, x, 8, 10, *vectors, 0.0, True, weight, None, True)
+    with pytest.raises(ValueError, match=r"use bn_relu and torch\.nn\.functional\.conv2d or conv3d"):
+        bn_relu_conv3x3(x, (8, 10), 1, *vectors, 0.0, weight, out, None, None)
+    with pytest.raises(ValueError, match=r"use bn_relu and torch\.nn\.functional\.conv2d or conv3d"):
+        bn_relu_conv3x3_backward(out, x, (8, 10), 1, *vectors, 0.0, True, weight, None, True)
     with compiled.using(None), pytest.raises(ValueError, match=r"nothing is compiled here \(switched off\)"):
-        bn_relu_conv3x3(x, 8, 10, *vectors, 0.0, torch.randn(4, 6, 3, 3), out, None, None)
+        bn_relu_conv3x3(x, (8, 10), 1, *vectors, 0.0, torch.randn(4, 6, 3, 3), out, None, None)
 
 
 def test_what_is_taken() -> None:
     weight, rows = torch.empty(4, 6, 3, 3), torch.empty(80, 6)
     assert library(weight, rows, None) is not None
     assert library(weight.contiguous(memory_format=torch.channels_last), rows) is not None
+    assert library(torch.empty(4, 6, 3, 3, 3).to(memory_format=torch.channels_last_3d), rows) is not None
     assert library(weight.to("meta"), rows) is None
     for other in (rows.bfloat16(), rows.double(), rows.t(), rows[:0]):
         assert library(weight, other) is None
@@ -280,7 +321,8 @@ def test_what_is_taken() -> None:
         ({}, torch.bfloat16, 0, 0),
         ({"bn_size": None}, torch.float32, 4, 0),  # what its norms read, others read, too
         ({"drop_rate": 0.1}, torch.float32, 0, 4),  # statistics are of what is left after dropout
-        ({"stem": "imagenet", "output_stride": 8}, torch.float32, 2, 2),  # the last block is dilated
+        ({"stem": "imagenet", "output_stride": 8}, torch.float32, 4, 4),  # the last block is dilated
+        ({"spatial_dims": 3, "in_channels": 3}, torch.float32, 4, 4),
     ],
 )
 def test_where_the_fused_network_uses_them(
@@ -288,7 +330,7 @@ def test_where_the_fused_network_uses_them(
 ) -> None:
     network = densebench.set_strategy(small(block_config=(1, 1, 2), **options).to(dtype), "fused")
     with torch.profiler.profile() as profile:
-        network(images(2, 16, dtype=dtype)).float().sum().backward()
+        network(images(2, 16, dtype=dtype, dims=options.get("spatial_dims", 2))).float().sum().backward()
     calls = Counter({event.key.removeprefix("densebench::"): event.count for event in profile.key_averages()})
     assert [calls[name] for name in CONVOLUTIONS] == [forward, backward]
 
