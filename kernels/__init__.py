@@ -1,7 +1,7 @@
 """Operators of the fused path, one operation a file. They know matrices and maps, and nothing of networks.
 
 Each file holds a PyTorch reference that notes its bytes, a cache-blocked CPU path (made of `passes`), Triton
-kernels, and the registration as `torch.ops.densebench.<name>`. The 3x3 convolution with its norm is there for CPUs
+kernels, and the registration as `torch.ops.densebench.<name>`. The convolution with its norm is there for CPUs
 alone, where a compiler is; nowhere else does a strategy call it.
 
 Of all operators: a matrix [M, C] has pixels as rows and channels as columns, a map is channels-last,

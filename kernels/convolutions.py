@@ -35,9 +35,12 @@ class Maps(NamedTuple):
 
     @property
     def given(self) -> tuple[int, ...]:
-        """As the compiled form takes them: planes of the filter, depth, height, width, dilation."""
+        """As the compiled form takes them: planes of the filter, depth, height, width, dilation.
+
+        A tap farther away than the longest side meets nothing, however far that is; the tile need not reach there.
+        """
         image = (1, 1, *self.size) if len(self.size) == 2 else (3, *self.size)
-        return (*image, self.dilation)
+        return (*image, min(self.dilation, max(self.size)))
 
 
 def library(weight: Tensor, *matrices: Tensor | None) -> SimpleNamespace | None:
@@ -57,7 +60,7 @@ def not_compiled(dtype: torch.dtype) -> str | None:
     """Why there are no compiled convolutions of a dtype here; None if there are."""
     if compiled.library(dtype, "convolutions") is not None:
         return None
-    return f"fused 3x3 convolutions are compiled C, and nothing is compiled here ({compiled.reason() or dtype})"
+    return f"fused convolutions are compiled C, and nothing is compiled here ({compiled.reason() or dtype})"
 
 
 def convolve(

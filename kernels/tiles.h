@@ -1,14 +1,14 @@
 /* Tiles of maps for convolutions, 3x3 and 3x3x3: whatever the filter sees from some lines of an image.
  *
- * A tile is some lines of one image, with the lines above and below that the filter reaches (its dilation: one), and
- * as many pixels of zeros to the left of each line: those on a line's right are the next line's. Its pixels are
- * counted through, p = line * (width + dilation) + column, so a tap of the filter is the same tile, some pixels
- * further on, and the convolution a product whose left operand is read nine times. Of the blocks' rows, those at
- * pixels of zeros go nowhere: 2 % at 56 pixels a line, 13 % at 7. Zeros are multiplied like any pixel: what is not
- * finite makes NaN of them, in gradients of more taps than it meets.
+ * A tile is some lines of one image, with as many lines above and below as the filter reaches (its dilation), and as
+ * many pixels of zeros to the left of each line: those on a line's right are the next line's. Its pixels are counted
+ * through, p = line * (width + dilation) + column, so a tap of the filter is the same tile, some pixels further on,
+ * and the convolution a product whose left operand is read once for each tap. Of the blocks' rows, those at pixels of
+ * zeros go nowhere: without dilation 2 % at 56 pixels a line, 13 % at 7. Zeros are multiplied like any pixel: what is
+ * not finite makes NaN of them, in gradients of more taps than it meets.
  *
  * An image of a volume is one of its slices, and a tile has three planes: the same lines of the slice and of the two
- * that the filter reaches. There the left operand is read 27 times, but not where there is no such slice.
+ * that the filter reaches. Taps in a slice that is not there are left out.
  */
 #ifndef TILES_H
 #define TILES_H

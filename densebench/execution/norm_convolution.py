@@ -1,7 +1,7 @@
 """A dense layer's norm-ReLU-3x3 over the rows of a stage, and its backward.
 
-In one pass each where the kernels take it: on a CPU, in float32 and float64. Elsewhere operator by operator, the
-convolution being the library's, which reads relu(norm(x)) from memory.
+In one pass each where the kernels take it: on a CPU, in float32 and float64, with small dilations. Elsewhere
+operator by operator, the convolution being the library's, which reads relu(norm(x)) from memory.
 """
 
 from __future__ import annotations
@@ -22,6 +22,10 @@ from densebench.kernels.convolutions import library
 from densebench.kernels.norm import Norm
 from densebench.kernels.rows import as_rows
 
+# By the number of sides of an image: with larger ones a tile consists of what surrounds it, and the forward takes
+# twice the library's time and more (14 x 14 pixels at 8, 8 x 8 x 8 at 4).
+LARGEST_DILATION = {2: 4, 3: 2}
+
 
 class NormConvolution(NamedTuple):
     """relu(norm(x)) of rows x [M, C], M = N H W pixels, through the 3x3 convolution of a unit.
@@ -39,7 +43,10 @@ class NormConvolution(NamedTuple):
 
         The kernels have one dilation for all sides, and padding that keeps the size.
         """
-        return len({*unit.options.padding, *unit.options.dilation}) == 1 and library(weight, *rows) is not None
+        first, *others = *unit.options.dilation, *unit.options.padding
+        if first > LARGEST_DILATION[len(unit.options.dilation)] or any(other != first for other in others):
+            return False
+        return library(weight, *rows) is not None
 
     def forward_into(
         self, unit: ConvUnit, x: Tensor, norm: Norm, weight: Tensor, out: Tensor, statistics: MeanAndVar | None

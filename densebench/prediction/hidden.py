@@ -105,7 +105,7 @@ def _convolution_backward(
         return 0
     blocked_weight = _blocked(weight, 0, 1)
     last = _runs_channels_last(x, weight)
-    unfolding = wanted[1] and _unfolds(x, padding, dilation)
+    unfolding = wanted[1] and _unfolds(x, weight, padding, dilation)
     unfolded = _unfolded_bytes(grad, x, weight, last) if unfolding else 0
     if last:
         # The weight's gradient in blocks, and a second one that the threads' shares are added up in.
@@ -121,15 +121,16 @@ def _convolution_backward(
     return max(of_data, of_weight if wanted[1] else 0) - grad_x - grad_weight
 
 
-def _unfolds(x: Tensor, padding: Sequence[int], dilation: Sequence[int]) -> bool:
+def _unfolds(x: Tensor, weight: Tensor, padding: Sequence[int], dilation: Sequence[int]) -> bool:
     """Whether oneDNN takes the weight's gradient by matrix products of unfolded slices (`x64:gemm:jit`).
 
-    It does in float32 without AVX-512, where its direct kernel knows neither dilation nor padding in depth
-    (`jit_avx2_conv_bwd_weights_kernel_f32_t::init_conf`, oneDNN 3.12).
+    It does in float32 without AVX-512, where its direct kernel knows neither dilation, nor padding in depth, nor
+    images lower or shallower than the filter (`jit_avx2_conv_bwd_weights_kernel_f32_t::init_conf`, oneDNN 3.12).
     """
-    if x.dtype != torch.float32 or _has_avx512():
+    if x.dtype != torch.float32 or _has_avx512() or math.prod(weight.shape[2:]) == 1:
         return False
-    return any(step > 1 for step in dilation) or (len(padding) == 3 and padding[0] > 0)
+    low = any(taps > side for taps, side in zip(weight.shape[2:-1], x.shape[2:-1], strict=True))
+    return low or any(step > 1 for step in dilation) or (len(padding) == 3 and padding[0] > 0)
 
 
 def _unfolded_bytes(grad: Tensor, x: Tensor, weight: Tensor, channels_last: bool) -> int:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
@@ -18,7 +19,7 @@ import densebench
 from densebench.kernels import compiled
 from densebench.kernels.bn_relu_conv3x3 import bn_relu_conv3x3
 from densebench.kernels.bn_relu_conv3x3_backward import bn_relu_conv3x3_backward
-from densebench.kernels.convolutions import library
+from densebench.kernels.convolutions import Maps, convolve_bytes, library
 from densebench.kernels.library import WORKSPACE
 from densebench.measure.memory import measure_peak
 from densebench.prediction.networks import trace_network
@@ -237,6 +238,13 @@ def test_workspace_is_what_the_allocator_saw(name: str, threads_in_use: int) -> 
     assert peak - returned == pytest.approx(declared, rel=0.05, abs=64 * 1024)
 
 
+def test_scratch_does_not_grow_beyond_the_image() -> None:
+    for size in ((4, 4), (3, 4, 4)):
+        given = torch.empty(math.prod(size), 8), torch.empty(4, 8, *[3] * len(size))
+        near, far = (convolve_bytes(given[0], Maps(size, dilation), given[1]) for dilation in (4, 10_000))
+        assert near == far
+
+
 def test_flops_are_those_of_pytorchs_convolution() -> None:
     shape = Shape(columns=24, outputs=12)
     of_one = 2 * shape.rows * 9 * 24 * 12
@@ -245,6 +253,9 @@ def test_flops_are_those_of_pytorchs_convolution() -> None:
         with FlopCounterMode(display=False) as counter:
             getattr(torch.ops.densebench, name)(*problem.arguments)
         assert counter.get_total_flops() == convolutions * of_one
+
+
+DILATED = {"stem": "imagenet", "output_stride": 8, "block_config": (1, 1, 1, 1)}
 
 
 def _with(problem: Problem, at: int, value: Any) -> list[Any]:
@@ -321,14 +332,15 @@ def test_what_is_taken() -> None:
         ({}, torch.bfloat16, 0, 0),
         ({"bn_size": None}, torch.float32, 4, 0),  # what its norms read, others read, too
         ({"drop_rate": 0.1}, torch.float32, 0, 4),  # statistics are of what is left after dropout
-        ({"stem": "imagenet", "output_stride": 8}, torch.float32, 4, 4),  # the last block is dilated
-        ({"spatial_dims": 3, "in_channels": 3}, torch.float32, 4, 4),
+        ({"spatial_dims": 3}, torch.float32, 4, 4),
+        (DILATED, torch.float32, 4, 4),  # by 2 and by 4 in the last blocks, ...
+        ({**DILATED, "spatial_dims": 3}, torch.float32, 3, 3),  # ... which is too far in volumes
     ],
 )
 def test_where_the_fused_network_uses_them(
     options: dict[str, Any], dtype: torch.dtype, forward: int, backward: int
 ) -> None:
-    network = densebench.set_strategy(small(block_config=(1, 1, 2), **options).to(dtype), "fused")
+    network = densebench.set_strategy(small(**{"block_config": (1, 1, 2), **options}).to(dtype), "fused")
     with torch.profiler.profile() as profile:
         network(images(2, 16, dtype=dtype, dims=options.get("spatial_dims", 2))).float().sum().backward()
     calls = Counter({event.key.removeprefix("densebench::"): event.count for event in profile.key_averages()})

@@ -106,6 +106,7 @@ def threads(request: pytest.FixtureRequest) -> Iterator[int]:
         pytest.param(2, 32, 16, (4, 40, 40), 1, id="slices that threads share"),
         pytest.param(2, 64, 16, (40, 40), 2, id="dilated"),
         pytest.param(1, 32, 16, (28, 28, 28), 1, id="one volume"),
+        pytest.param(8, 128, 32, (2, 9), 1, id="lower than the filter"),
     ],
 )
 def test_unfolded_gradient(
