@@ -14,12 +14,10 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from densebench.formats import CHANNELS_LAST
 from densebench.kernels import compiled
 from densebench.kernels.norm import Folded, Sums, store_statistics, threads_for
 from densebench.kernels.products import Statistics, require, rows_apart
-
-_FILTERS = {4: (3, 3), 5: (3, 3, 3)}  # by the number of dimensions of the weight
-_LAYOUTS = {4: torch.channels_last, 5: torch.channels_last_3d}
 
 
 class Maps(NamedTuple):
@@ -48,9 +46,10 @@ def library(weight: Tensor, *matrices: Tensor | None) -> SimpleNamespace | None:
     matrices of its dtype with the values of a row side by side.
     """
     found = compiled.library(weight.dtype, "convolutions") if weight.is_cpu else None
-    if found is None or weight.shape[2:] != _FILTERS.get(weight.dim()) or weight.numel() == 0:
+    last = CHANNELS_LAST.get(weight.dim())
+    if found is None or last is None or set(weight.shape[2:]) != {3} or weight.numel() == 0:
         return None
-    dense = weight.is_contiguous() or weight.is_contiguous(memory_format=_LAYOUTS[weight.dim()])
+    dense = weight.is_contiguous() or weight.is_contiguous(memory_format=last)
     given = [matrix for matrix in matrices if matrix is not None]
     alike = all(matrix.dtype == weight.dtype and rows_apart(matrix) for matrix in given)
     return found if dense and alike else None

@@ -8,15 +8,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from densebench.formats import CHANNELS_LAST
 from densebench.kernels import bn_relu_conv3x3, bn_relu_conv3x3_backward, channel_statistics
 from tests.kernels.problems import Draw, Problem, Shape, Values, doubled
 
 
 def _weight(draw: Draw) -> Tensor:
-    sides = len(draw.shape.size)
-    weight = draw.values(draw.shape.outputs, draw.shape.columns, *[3] * sides)
-    last = torch.channels_last if sides == 2 else torch.channels_last_3d
-    return weight.contiguous(memory_format=last) if draw.shape.seed % 2 else weight
+    weight = draw.values(draw.shape.outputs, draw.shape.columns, *[3] * len(draw.shape.size))
+    return weight.contiguous(memory_format=CHANNELS_LAST[weight.dim()]) if draw.shape.seed % 2 else weight
 
 
 def _forward(shape: Shape) -> Problem:

@@ -255,9 +255,6 @@ def test_flops_are_those_of_pytorchs_convolution() -> None:
         assert counter.get_total_flops() == convolutions * of_one
 
 
-DILATED = {"stem": "imagenet", "output_stride": 8, "block_config": (1, 1, 1, 1)}
-
-
 def _with(problem: Problem, at: int, value: Any) -> list[Any]:
     return [value if place == at else argument for place, argument in enumerate(problem.arguments)]
 
@@ -322,6 +319,9 @@ def test_what_is_taken() -> None:
         assert library(weight, other) is None
     with compiled.using(None):
         assert library(weight, rows) is None
+
+
+DILATED = {"stem": "imagenet", "output_stride": 8, "block_config": (1, 1, 1, 1)}
 
 
 @pytest.mark.parametrize(

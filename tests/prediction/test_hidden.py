@@ -90,7 +90,7 @@ def test_convolution(
     _agree(seen, hidden_on_cpu(aten.convolution_backward.default, backward, {}, results), x)
 
 
-@pytest.fixture(params=[1, 2, 5])
+@pytest.fixture(params=[1, 2, 5, 64])
 def threads(request: pytest.FixtureRequest) -> Iterator[int]:
     before = torch.get_num_threads()
     torch.set_num_threads(request.param)
@@ -104,7 +104,8 @@ def threads(request: pytest.FixtureRequest) -> Iterator[int]:
     [
         pytest.param(4, 64, 32, (12, 12, 12), 1, id="small slices"),
         pytest.param(2, 32, 16, (4, 40, 40), 1, id="slices that threads share"),
-        pytest.param(2, 64, 16, (40, 40), 2, id="dilated"),
+        pytest.param(2, 64, 16, (20, 20), 2, id="dilated"),
+        pytest.param(2, 128, 32, (4, 48, 48), 1, id="too much for many threads, cut or one at a time"),
         pytest.param(1, 32, 16, (28, 28, 28), 1, id="one volume"),
         pytest.param(8, 128, 32, (2, 9), 1, id="lower than the filter"),
     ],
