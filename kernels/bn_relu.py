@@ -7,11 +7,12 @@ from torch import Tensor
 
 from densebench.kernels.device import load_norm, relu
 from densebench.kernels.language import tl, triton
-from densebench.kernels.launch import cdiv, elementwise_tile, launch, loadable
+from densebench.kernels.launch import launch, loadable
 from densebench.kernels.library import NORM, operator
 from densebench.kernels.norm import Norm
 from densebench.kernels.passes import pass_bytes, pass_rows, relu_norm
 from densebench.kernels.rows import tile_bytes
+from densebench.kernels.tiling import Tile, cdiv, choice, elementwise_tile
 
 
 def reference(x: Tensor, norm: Norm) -> Tensor:
@@ -49,11 +50,17 @@ def _kernel(
     tl.store(out, a.to(out_pointer.dtype.element_ty), mask=mask & kept[None, :])
 
 
+@choice
+def _tile(columns: int) -> Tile:
+    """32 values a thread: there are no sums to hold."""
+    return elementwise_tile(columns)
+
+
 def _cuda(
     x: Tensor, mean: Tensor, var: Tensor, gamma: Tensor | None, beta: Tensor | None, eps: float, out: Tensor
 ) -> None:
     rows, columns = x.shape
-    tile = elementwise_tile(columns)
+    tile = _tile(columns)
     launch(
         _kernel, (cdiv(rows, tile.rows), cdiv(columns, tile.columns)),
         (x, mean, var, gamma, beta, out), (rows, columns, loadable(x), x.stride(0), out.stride(0)),

@@ -12,20 +12,12 @@ from torch import Tensor
 from densebench.kernels.deferred import defer, reduce_terms
 from densebench.kernels.device import load_norm, relu, relu_backward
 from densebench.kernels.language import tl, triton
-from densebench.kernels.launch import (
-    Share,
-    Tile,
-    cdiv,
-    device_of,
-    elementwise_tile,
-    launch,
-    loadable,
-    share,
-)
+from densebench.kernels.launch import device_of, launch, loadable
 from densebench.kernels.library import NORM, operator
 from densebench.kernels.norm import Norm, Sums, norm_gradients
 from densebench.kernels.passes import backward_bytes, pass_rows, relu_norm_backward, relu_norm_backward_in_place
 from densebench.kernels.rows import tile_bytes
+from densebench.kernels.tiling import Share, Tile, cdiv, choice, elementwise_tile, share
 
 
 def reference(grad: Tensor, x: Tensor, norm: Norm, by_batch: bool) -> tuple[Tensor, Tensor, Tensor]:
@@ -139,9 +131,13 @@ def _kernel(
         tl.store(partial + columns, tl.sum(sum_dz_x, axis=0) * inv_std, mask=kept)
 
 
+@choice
 def _tile(columns: int) -> Tile:
-    """16 values a thread: of each, two to three operands and two sums are held at a time."""
-    return elementwise_tile(columns, values=16, stages=3)
+    """16 values a thread: of each, two to three operands and two sums are held at a time.
+
+    Programs enough to fill the device four times: more would lengthen the second step of the sums.
+    """
+    return elementwise_tile(columns, values=16, stages=3, programs=4)
 
 
 def _launch(
@@ -166,9 +162,9 @@ def _launch(
 
 
 def _shared(x: Tensor) -> Share:
-    """Programs enough to fill the device four times: more would lengthen the second step of the sums."""
     tile = _tile(x.shape[1])
-    return share(x.shape[0], tile.rows, cdiv(4 * device_of(x).multiprocessors, cdiv(x.shape[1], tile.columns)))
+    programs = tile.programs * device_of(x).multiprocessors
+    return share(x.shape[0], tile.rows, cdiv(programs, cdiv(x.shape[1], tile.columns)))
 
 
 def _cuda_backward(

@@ -13,21 +13,13 @@ from densebench.kernels.bn_relu import reference as bn_relu
 from densebench.kernels.channel_statistics import RunningStatistics, merge_partial_statistics
 from densebench.kernels.device import load_norm, merge_statistics, operand, relu, tile_statistics
 from densebench.kernels.language import VERSION, tl, triton
-from densebench.kernels.launch import (
-    Tile,
-    cdiv,
-    device_of,
-    launch,
-    loadable,
-    matmul_precision,
-    power_of_two,
-    share,
-)
+from densebench.kernels.launch import device_of, launch, loadable, matmul_precision
 from densebench.kernels.library import NORM, operator
 from densebench.kernels.norm import Folded, Norm, sum_bytes
 from densebench.kernels.passes import pass_bytes, relu_norm
 from densebench.kernels.products import FEW_ROWS, Statistics, library, multiply, multiply_bytes, wanted
 from densebench.kernels.rows import tile_bytes, tile_rows, tiles
+from densebench.kernels.tiling import Tile, cdiv, choice, power_of_two, share
 
 
 def reference(x: Tensor, norm: Norm, weight: Tensor) -> Tensor:
@@ -163,6 +155,7 @@ def _kernel(
             tl.debug_barrier()
 
 
+@choice
 def _tile(x: Tensor, weight: Tensor, normalizes: bool) -> Tile:
     """All outputs at once (up to 256), so that x is read once, and 16 warps a multiprocessor to hide that.
 
@@ -176,15 +169,16 @@ def _tile(x: Tensor, weight: Tensor, normalizes: bool) -> Tile:
     device, columns = device_of(x), x.shape[1]
     outputs = power_of_two(weight.shape[0], 16, 64 if x.element_size() == 8 else 256)
     if x.element_size() == 8:
-        return Tile(32, 16, outputs, warps=4, stages=2)
+        return Tile(32, 16, outputs, warps=4, stages=2, programs=2)
     if x.element_size() == 4:
-        return Tile(32, 16, outputs, warps=8, stages=3)
+        return Tile(32, 16, outputs, warps=8, stages=3, programs=2)
     fits = device.is_hopper and not normalizes
     if fits and columns > 128 and outputs == 128 and cdiv(x.shape[0], 128) >= device.multiprocessors:
         return Tile(128, 64, outputs, warps=16, stages=3)
     if cdiv(x.shape[0], 64) >= device.multiprocessors:
-        return Tile(64, 32, outputs, warps=8, stages=4, registers=128 if fits and outputs <= 128 else None)
-    return Tile(32, 32, outputs, warps=4 if outputs <= 64 and not normalizes else 8, stages=4)
+        registers = 128 if fits and outputs <= 128 else None
+        return Tile(64, 32, outputs, warps=8, stages=4, registers=registers, programs=2)
+    return Tile(32, 32, outputs, warps=4 if outputs <= 64 and not normalizes else 8, stages=4, programs=2)
 
 
 def _waits(x: Tensor, tile: Tile, version: tuple[int, ...] = VERSION) -> bool:
@@ -207,8 +201,7 @@ def _cuda(
     (rows, columns), outputs = x.shape, weight.shape[0]
     weight = packed(weight)
     tile = _tile(x, weight, normalizes=next_mean is not None)
-    resident = 1 if tile.warps > 8 else 2  # programs on a multiprocessor, by their registers
-    shared = share(rows, tile.rows, resident * device_of(x).multiprocessors)
+    shared = share(rows, tile.rows, tile.programs * device_of(x).multiprocessors)
     partial = None if out_mean is None else mean.new_empty(shared.parts, 2, outputs)
     launch(
         _kernel, (shared.parts, cdiv(outputs, tile.outputs)),

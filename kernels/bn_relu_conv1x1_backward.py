@@ -18,22 +18,13 @@ from densebench.kernels.bn_relu_conv1x1 import packed
 from densebench.kernels.deferred import defer, reduce_terms
 from densebench.kernels.device import load_norm, operand, relu, relu_backward
 from densebench.kernels.language import tl, triton
-from densebench.kernels.launch import (
-    Share,
-    Tile,
-    cdiv,
-    device_of,
-    launch,
-    loadable,
-    matmul_precision,
-    power_of_two,
-    share,
-)
+from densebench.kernels.launch import device_of, launch, loadable, matmul_precision
 from densebench.kernels.library import NORM, operator
 from densebench.kernels.norm import Folded, Norm, Sums, norm_gradients, sum_bytes
 from densebench.kernels.passes import backward_bytes, relu_norm, relu_norm_backward
 from densebench.kernels.products import library, multiply_backward, multiply_backward_bytes
 from densebench.kernels.rows import tile_bytes, tile_rows, tiles
+from densebench.kernels.tiling import Share, Tile, cdiv, choice, power_of_two, share
 
 
 def reference(
@@ -190,6 +181,7 @@ def _kernel(
         tl.store(partial_weight_pointer + place, grad_weight, mask=made[:, None] & kept[None, :])
 
 
+@choice
 def _tile(x: Tensor, outputs: int) -> Tile:
     """The wider the tile, the less often `grad` is read.
 
@@ -214,7 +206,8 @@ def _tile(x: Tensor, outputs: int) -> Tile:
 
 def _shared(x: Tensor, tile: Tile) -> Share:
     """One program a multiprocessor: its registers are all taken by one."""
-    return share(x.shape[0], tile.rows, device_of(x).multiprocessors // cdiv(x.shape[1], tile.columns))
+    programs = tile.programs * device_of(x).multiprocessors
+    return share(x.shape[0], tile.rows, programs // cdiv(x.shape[1], tile.columns))
 
 
 def _pass(

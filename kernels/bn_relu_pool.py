@@ -15,11 +15,12 @@ from torch import Tensor
 from densebench.kernels.bn_relu import reference as bn_relu
 from densebench.kernels.device import load_norm, relu
 from densebench.kernels.language import tl, triton
-from densebench.kernels.launch import cdiv, elementwise_tile, launch, pixel_stride
+from densebench.kernels.launch import launch, pixel_stride
 from densebench.kernels.library import NORM, operator
 from densebench.kernels.norm import Folded, Norm
 from densebench.kernels.passes import relu_norm
 from densebench.kernels.rows import TILE_BYTES, accumulate_dtype
+from densebench.kernels.tiling import Tile, cdiv, choice, elementwise_tile
 
 STEM = ([3, 3], [2, 2], [1, 1])  # kernel, stride, padding
 
@@ -146,11 +147,17 @@ def _kernel(
         tl.store(out, pooled.to(out_pointer.dtype.element_ty), mask=mask)
 
 
+@choice
+def _tile(columns: int) -> Tile:
+    """16 values a thread, of four or nine pixels each."""
+    return elementwise_tile(columns, values=16)
+
+
 def launch_pool(x: Tensor, norm: Norm, pool: str, out: Tensor | None, chosen: Tensor | None) -> None:
     """Write the pooled map [N, H', W', C], or the places of the maxima."""
     images, height, width, columns = x.shape
     out_height, out_width = pooled_size(height, width, pool)
-    windows, tile = images * out_height * out_width, elementwise_tile(columns, values=16)
+    windows, tile = images * out_height * out_width, _tile(columns)
     launch(
         _kernel, (cdiv(windows, tile.rows), cdiv(columns, tile.columns)),
         (x, *norm[:4], out, chosen),

@@ -23,10 +23,11 @@ from densebench.kernels.bn_relu_pool import (
 from densebench.kernels.deferred import reduce_terms, settle_rows
 from densebench.kernels.device import load_norm, relu, relu_backward
 from densebench.kernels.language import tl, triton
-from densebench.kernels.launch import Share, cdiv, device_of, elementwise_tile, launch, pixel_stride, share
+from densebench.kernels.launch import device_of, launch, pixel_stride
 from densebench.kernels.library import NORM, operator
 from densebench.kernels.norm import Norm, Sums, norm_gradients
 from densebench.kernels.passes import backward_bytes, relu_norm_backward
+from densebench.kernels.tiling import Share, Tile, cdiv, choice, elementwise_tile, share
 
 aten = torch.ops.aten
 
@@ -185,13 +186,19 @@ def _kernel(
         tl.store(partial + columns, tl.sum(sum_dz_x, axis=0) * inv_std, mask=kept)
 
 
+@choice
+def _tile(columns: int) -> Tile:
+    """8 values a thread: with 16 of them registers halve the warps beside it."""
+    return elementwise_tile(columns, values=8, programs=4)
+
+
 def _launch(
     grad: Tensor, x: Tensor, norm: Norm, chosen: Tensor | None,
     grad_x: Tensor | None, terms: Tensor | None, partial: Tensor | None, shared: Share,
 ) -> None:  # fmt: skip
     """One pass; without `grad_x` for the sums alone, without `partial` for grad_x alone."""
     images, height, width, columns = x.shape
-    tile = elementwise_tile(columns, values=8)
+    tile = _tile(columns)
     launch(
         _kernel, (shared.parts, cdiv(columns, tile.columns)),
         (grad, x, *norm[:4], chosen, grad_x, terms, partial),
@@ -205,10 +212,9 @@ def _launch(
 
 def _shared(x: Tensor) -> Share:
     columns = x.shape[-1]
-    tile = elementwise_tile(columns, values=8)
-    return share(
-        x.numel() // columns, tile.rows, cdiv(4 * device_of(x).multiprocessors, cdiv(columns, tile.columns))
-    )
+    tile = _tile(columns)
+    programs = tile.programs * device_of(x).multiprocessors
+    return share(x.numel() // columns, tile.rows, cdiv(programs, cdiv(columns, tile.columns)))
 
 
 def _cuda_max_backward(

@@ -11,11 +11,12 @@ from torch import Tensor
 
 from densebench.kernels.device import merge_statistics, tile_statistics
 from densebench.kernels.language import tl, triton
-from densebench.kernels.launch import Share, Tile, cdiv, device_of, launch, parts_tile, power_of_two, share
+from densebench.kernels.launch import device_of, launch
 from densebench.kernels.library import operator
 from densebench.kernels.norm import Sums, pivot_of, store_statistics, sum_bytes
 from densebench.kernels.passes import add_column_sums, pass_bytes, pass_rows
 from densebench.kernels.rows import accumulate_dtype, tile_bytes
+from densebench.kernels.tiling import Share, Tile, cdiv, choice, parts_tile, power_of_two, share
 
 
 def reference(x: Tensor) -> tuple[Tensor, Tensor]:
@@ -138,12 +139,17 @@ def merge_partial_statistics(
     )  # fmt: skip
 
 
+@choice
+def _tile(columns: int) -> Tile:
+    """Programs enough to fill the device four times over; more would only lengthen the merge."""
+    return Tile(64, power_of_two(columns, 16, 64), warps=4, stages=2, programs=4)
+
+
 def _cuda(x: Tensor, mean: Tensor, var: Tensor, out: Tensor | None = None) -> None:
     rows, columns = x.shape
-    tile = Tile(64, power_of_two(columns, 16, 64), warps=4, stages=2)
+    tile = _tile(columns)
     column_tiles = cdiv(columns, tile.columns)
-    # Enough programs to fill the device four times over; more would only lengthen the merge.
-    shared = share(rows, tile.rows, cdiv(4 * device_of(x).multiprocessors, column_tiles))
+    shared = share(rows, tile.rows, cdiv(tile.programs * device_of(x).multiprocessors, column_tiles))
     partial = mean.new_empty(shared.parts, 2, columns)
     launch(
         _partial_statistics_kernel, (shared.parts, column_tiles),

@@ -17,11 +17,12 @@ from torch import Tensor
 
 from densebench.kernels.device import load_norm
 from densebench.kernels.language import tl, triton
-from densebench.kernels.launch import cdiv, elementwise_tile, launch, loadable, parts_tile
+from densebench.kernels.launch import launch, loadable
 from densebench.kernels.library import operator
 from densebench.kernels.norm import Norm
 from densebench.kernels.passes import pass_bytes, pass_rows, settle
 from densebench.kernels.rows import tile_bytes
+from densebench.kernels.tiling import Tile, cdiv, choice, elementwise_tile, parts_tile
 
 
 def reference(grad: Tensor, x: Tensor, mean: Tensor, pending: Tensor) -> Tensor:
@@ -71,9 +72,15 @@ def _settle_kernel(
     tl.store(out, settled.to(out_pointer.dtype.element_ty), mask=mask)
 
 
+@choice
+def _tile(columns: int) -> Tile:
+    """32 values a thread: there are no sums to hold."""
+    return elementwise_tile(columns)
+
+
 def _cuda(grad: Tensor, x: Tensor, mean: Tensor, pending: Tensor, out: Tensor) -> None:
     rows, columns = x.shape
-    tile = elementwise_tile(columns)
+    tile = _tile(columns)
     launch(
         _settle_kernel, (cdiv(rows, tile.rows), cdiv(columns, tile.columns)),
         (grad, x, mean, pending, out),

@@ -1,4 +1,4 @@
-"""How a kernel is launched: rows shared out among programs, columns that may be loaded, one way to start it."""
+"""How a kernel is launched: what the device is, which columns may be loaded, one way to start it."""
 
 from __future__ import annotations
 
@@ -13,6 +13,7 @@ from torch import Tensor
 
 from densebench.kernels.language import triton
 from densebench.kernels.started import STREAM, Started, watcher
+from densebench.kernels.tiling import Tile, cdiv
 
 
 class Device(NamedTuple):
@@ -42,35 +43,6 @@ def compiling_for(device: Device) -> Iterator[None]:
         yield
     finally:
         _meta_device = before
-
-
-# Asked hundreds of times a step, of few different things: looking the answer up takes a tenth of finding it.
-_known = functools.lru_cache(maxsize=4096)
-
-
-class Tile(NamedTuple):
-    """Sizes of a program's tile and how it is compiled."""
-
-    rows: int
-    columns: int
-    outputs: int = 0
-    warps: int = 4
-    stages: int = 3
-    registers: int | None = None  # a limit, where a few fewer let one more program run beside
-
-
-class Share(NamedTuple):
-    """Rows [0, M) in `parts` consecutive ranges of `rows` each (the last may be shorter)."""
-
-    parts: int
-    rows: int
-
-
-@_known
-def elementwise_tile(columns: int, values: int = 32, stages: int = 1) -> Tile:
-    """So many values a thread; 32 are four 16-byte loads of 2-byte values in flight from each operand."""
-    block = power_of_two(columns, 16, 64)
-    return Tile(128 * values // block, block, warps=4, stages=stages)
 
 
 def launch(
@@ -198,18 +170,6 @@ def _compile(
     return found
 
 
-@_known
-def share(rows: int, tile_rows: int, programs: int) -> Share:
-    """Share rows out among at most so many programs, in whole tiles. It depends on nothing but its arguments,
-    so the order of every sum does not either.
-
-    Programs that take a whole multiprocessor each must not be more than there are, by rounding or otherwise:
-    those left over would run alone, for as long as all the others together.
-    """
-    a_program = cdiv(cdiv(rows, tile_rows), max(1, programs)) * tile_rows
-    return Share(cdiv(rows, a_program), a_program)
-
-
 def device_of(x: Tensor) -> Device:
     """The device that kernels on x run on."""
     if x.is_cuda:
@@ -240,27 +200,6 @@ def loadable(x: Tensor) -> int:
 def pixel_stride(x: Tensor) -> int:
     """Values from one pixel of [N, H, W, C] to the next; the stride of an extent of 1 means nothing."""
     return next((x.stride(extent) for extent in (2, 1, 0) if x.shape[extent] > 1), x.shape[3])
-
-
-def cdiv(a: int, b: int) -> int:
-    return -(-a // b)
-
-
-def power_of_two(value: int, least: int, most: int) -> int:
-    """The next power of two, within limits that are powers of two."""
-    return min(most, max(least, 1 << (value - 1).bit_length()))
-
-
-@_known
-def parts_tile(parts: int) -> Tile:
-    """For merging what so many programs found, all at once.
-
-    Raises:
-        ValueError: if they are more than a tile takes.
-    """
-    if parts > 4096:
-        raise ValueError(f"{parts} partial results are more than the 4096 that are merged at once")
-    return Tile(power_of_two(parts, 16, 4096), 8, warps=4, stages=1)
 
 
 def matmul_precision(dtype: torch.dtype) -> str:

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from densebench.kernels import launch as kernel_launch
 from densebench.kernels.bn_relu_conv1x1 import _tile
+from densebench.kernels.tiling import share
 from tests.conftest import lack
 from tests.gpu.operators import COLUMNS, ROWS_BEFORE, arguments_on, far_shape, solve_far, solve_on
 from tests.gpu.runs import CPU, CUDA, REPEATS, repeatable
@@ -83,7 +84,7 @@ def test_many_tiles_are_many() -> None:
             x = torch.empty(shape.rows, shape.columns, dtype=torch.bfloat16, device="meta")
             tile = _tile(x, x.new_empty(shape.outputs, shape.columns), normalizes=False)
             taken.add((tile.rows, tile.columns, tile.outputs, tile.warps))
-            assert kernel_launch.share(shape.rows, tile.rows, 2 * FEW).rows >= 4 * tile.rows
+            assert share(shape.rows, tile.rows, tile.programs * FEW).rows >= 4 * tile.rows
     assert taken == {(64, 32, 128, 8), (128, 64, 128, 16), (64, 32, 256, 8)}
 
 

@@ -6,9 +6,10 @@ import pytest
 import torch
 
 from densebench.kernels import bn_relu_conv1x1_backward
-from densebench.kernels.launch import H100, Device, cdiv, compiling_for, loadable, parts_tile, share
+from densebench.kernels.launch import H100, Device, compiling_for, loadable
 from densebench.kernels.library import require_dense_rows
 from densebench.kernels.rows import as_rows
+from densebench.kernels.tiling import cdiv, parts_tile, share
 
 BLOCKS = ((6, 64, 56), (12, 128, 28), (24, 256, 14), (16, 512, 7))  # layers, first channels, side
 

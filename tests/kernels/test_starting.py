@@ -25,9 +25,10 @@ from torch import Tensor
 from densebench.kernels import bn_relu
 from densebench.kernels import launch as starting
 from densebench.kernels.language import tl, triton
-from densebench.kernels.launch import Tile, launch
+from densebench.kernels.launch import launch
 from densebench.kernels.library import IMPLEMENTATIONS
 from densebench.kernels.started import STREAM
+from densebench.kernels.tiling import Tile
 
 pytest.importorskip("triton.backends.nvidia", reason="Triton for NVIDIA is not installed")
 # The cases, and how many compiled kernels Triton tells apart in each.
