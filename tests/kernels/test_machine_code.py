@@ -17,9 +17,10 @@ import pytest
 import torch
 
 from densebench.kernels.bn_relu_conv1x1 import _waits
-from densebench.kernels.compile_report import TARGETS
 from densebench.kernels.language import VERSION
-from densebench.kernels.launch import Tile, compiling_for
+from densebench.kernels.launch import compiling_for
+from densebench.kernels.offline import TARGETS
+from densebench.kernels.tiling import Tile
 
 pytest.importorskip("triton.backends.nvidia", reason="Triton for NVIDIA is not installed")
 TENSOR_CORE_KERNELS = ("bn_relu_conv1x1", "bn_relu_conv1x1_backward")
@@ -87,27 +88,42 @@ def test_the_gradient_buffer_is_loaded_ahead_too(hopper: list[dict[str, Any]]) -
         assert row["shared_bytes"] >= tiles * stages, row
 
 
-_WAITS = """
-import importlib, re, sys
-from densebench.kernels import compile_report
+_PRODUCTS = """
+import importlib, json, re, torch
+from densebench.kernels import compile_report, offline
 forward = importlib.import_module("densebench.kernels.bn_relu_conv1x1")
 forward._waits = lambda *_: True
-for launch in compile_report.recorded_launches(32, compile_report.DTYPES[0]):
+for launch in offline.recorded_launches(32, torch.bfloat16):
     if launch.name == "bn_relu_conv1x1" and dict(launch.constants)["BLOCK_ROWS"] >= 64:
-        code = compile_report.compiled_kernel(launch, "sm_90").asm["ttgir"]
+        built = offline.compiled_kernel(launch, "sm_90")
+        code, cubin = built.asm["ttgir"], built.asm["cubin"]
         loop = code[code.index("ttng.warp_group_dot ") : code.rindex("scf.yield")]
-        print(launch.constants, "waits for all but", *re.findall(r"warp_group_dot_wait .*pendings = (\\d+)", loop))
+        listed = re.findall(r"^\\s+/[*][0-9a-f]{4,}[*]/", compile_report._of_cubin(cubin, "-sass"), re.MULTILINE)
+        counts = [compile_report._code_bytes(cubin) // 16, len(listed)]
+        waits = re.findall(r"warp_group_dot_wait .*pendings = (\\d+)", loop)
+        print(json.dumps({"waits for all but": waits, "instructions": counts}))
 """
 
 
-def test_a_product_can_be_waited_for_before_its_operand_is_overwritten() -> None:
-    """What older Triton needs; this one is asked to do it, too (see `_waits`)."""
+@pytest.fixture(scope="module")
+def products() -> list[dict[str, Any]]:
+    """The forward product's tiles of 64 rows and more, compiled to wait for each product."""
     environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
-    done = subprocess.run([sys.executable, "-c", _WAITS], env=environment, capture_output=True, text=True)
+    done = subprocess.run([sys.executable, "-c", _PRODUCTS], env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
-    waits = [line.partition("waits for all but")[2].split() for line in done.stdout.splitlines()]
-    assert len(waits) >= 2
-    assert all(pending and set(pending) == {"0"} for pending in waits), done.stdout
+    return [json.loads(line) for line in done.stdout.splitlines()]
+
+
+def test_a_product_can_be_waited_for_before_its_operand_is_overwritten(products: list[dict[str, Any]]) -> None:
+    """What older Triton needs; this one is asked to do it, too (see `_waits`)."""
+    assert len(products) >= 2
+    assert all(set(product["waits for all but"]) == {"0"} for product in products), products
+
+
+def test_instructions_are_counted_without_disassembling(products: list[dict[str, Any]]) -> None:
+    for product in products:
+        counted, listed = product["instructions"]
+        assert counted == listed > 500
 
 
 def test_products_are_waited_for_where_the_compiler_does_not_order_them() -> None:
