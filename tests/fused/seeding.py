@@ -19,6 +19,7 @@ from typing import Any, NamedTuple
 
 import torch
 
+from densebench.cache_folder import cache_folder
 from densebench.kernels import compiled
 
 C = (".c", ".h")  # the ends of modules that are not Python
@@ -57,9 +58,11 @@ def seeded(fault: Fault, folder: Path) -> Iterator[None]:
 
 
 def _mutated_sources(fault: Fault, folder: Path) -> Path:
-    """A folder with all C sources, one of them mutated."""
+    """A folder with all C sources, one of them mutated, and what has been compiled of the others."""
     for file in compiled.FOLDER.glob("*.[ch]"):
         shutil.copy(file, folder)
+    for built in cache_folder().glob("*.so"):  # found by what it was made of: a fault's own is made anew
+        (folder / built.name).symlink_to(built)
     file = folder / Path(fault.module).name
     source = file.read_text()
     body = r"(?:[^\n]*}$|.*?^}$)"  # on one line, or up to the first brace that begins one
