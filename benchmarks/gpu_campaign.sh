@@ -3,7 +3,7 @@
 #
 #   benchmarks/gpu_campaign.sh [--device cpu|cuda] OUT [STAGE...]
 #
-# Stages, in this order if none is named: ceilings, networks, correctness, kernels, compiled, sanitizer.
+# Stages, in this order if none is named: ceilings, networks, correctness, kernels, tiles, compiled, sanitizer.
 # A stage that fails or is cut short does not stop the next. Run it again with the same OUT: what is finished for
 # this source is skipped, everything else goes on where it was. Records are in OUT/STAGE/cases.jsonl after every
 # case, one line a stage is added to OUT/summary.txt, and everything worth keeping is in EVIDENCE: unpacked into an
@@ -23,7 +23,7 @@ TOTAL=${TOTAL:-}
 cores=$(($(nproc 2>/dev/null || echo 4) - 4))
 WORKERS=${WORKERS:-$((cores < 2 ? 2 : cores > 12 ? 12 : cores))}
 # Networks before what takes longest: each of their cases is checked against naive before it is measured.
-STAGES=(ceilings networks correctness kernels compiled sanitizer)
+STAGES=(ceilings networks correctness kernels tiles compiled sanitizer)
 
 usage() {
     sed -n '2,16s/^# \{0,1\}//p' "$0"
@@ -104,11 +104,15 @@ note() {
 # Records go to the stage's folder. A case that makes the device unusable ends the process; another goes on without it.
 # What hangs has not all of the stage's time.
 measure() {  # NAME and what pytest is to select
+    CAP=$((2 * LIMIT / 3)) go_on "$1" "$PYTHON" -m pytest "${@:2}" --benchmark-only -p no:cacheprovider -q \
+        --densebench-profile "$PROFILE" --densebench-device "$DEVICE" --densebench-out "$FOLDER" \
+        --densebench-resume
+}
+
+go_on() {  # NAME COMMAND...
     local attempt log="$FOLDER/${1// /-}.log"
     for attempt in 1 2 3; do
-        CAP=$((2 * LIMIT / 3)) run "$1" "$PYTHON" -m pytest "${@:2}" --benchmark-only -p no:cacheprovider -q \
-            --densebench-profile "$PROFILE" --densebench-device "$DEVICE" --densebench-out "$FOLDER" \
-            --densebench-resume
+        run "$@"
         ! done_before "$1" && grep -qs "nothing more can run on it" "$log" || break
         mv "$log" "${log%.log}.$attempt.log"
     done
@@ -156,6 +160,16 @@ test_files() {
 # Every operator on every shape, of which few are compiled.
 stage_kernels() {
     PROFILE=$KERNEL_PROFILE measure kernels benchmarks/test_kernels.py
+}
+
+# What other tiles would take.
+stage_tiles() {
+    if [ "$DEVICE" != cuda ]; then
+        note "not run: tiles are the GPU's"
+        SKIPPED=1
+        return 0
+    fi
+    go_on tiles "$PYTHON" -m benchmarks.tile_search "$FOLDER"
 }
 
 # Group by group, those that were not.
@@ -209,6 +223,7 @@ perform() {
         ceilings) stage_ceilings ;;
         correctness) stage_correctness ;;
         kernels) stage_kernels ;;
+        tiles) stage_tiles ;;
         compiled) stage_compiled ;;
         networks) stage_networks ;;
         sanitizer) stage_sanitizer ;;

@@ -72,8 +72,12 @@ def ours(operator: str, copies: Sequence[Operands]) -> list[Call]:
     return [_our_call(operator, operands) for operands in copies]
 
 
+def _function(operator: str) -> Any:
+    return getattr(torch.ops.densebench, operator).default
+
+
 def _our_call(operator: str, operands: Operands) -> Call:
-    function = getattr(torch.ops.densebench, operator).default
+    function = _function(operator)
     if operator == "channel_statistics":
         return _our_statistics(function, operands)
     if operator == "settled_gradient":
