@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from densebench.kernels.deferred import defer, reduce_terms
-from densebench.kernels.device import load_norm, relu, relu_backward
+from densebench.kernels.device import load_norm, relu_backward
 from densebench.kernels.language import tl, triton
 from densebench.kernels.launch import device_of, launch, loadable
 from densebench.kernels.library import NORM, operator
@@ -113,7 +113,7 @@ def _kernel(
         x = tl.load(x_pointer + wide * x_stride + column[None, :], mask=mask & loaded, other=0.0)
         grad = tl.load(grad_pointer + wide * grad_stride + column[None, :], mask=mask & kept[None, :], other=0.0)
         centered = x.to(mean.dtype) - mean[None, :]
-        dz = relu_backward(grad.to(mean.dtype), relu(centered * scale[None, :] + shift[None, :]))
+        dz = relu_backward(grad.to(mean.dtype), centered * scale[None, :] + shift[None, :])
         if SUMS:
             sum_dz += dz
             sum_dz_x += dz * centered

@@ -11,7 +11,16 @@ from torch import Tensor
 
 from densebench.kernels.bn_relu import reference as bn_relu
 from densebench.kernels.channel_statistics import RunningStatistics, merge_partial_statistics
-from densebench.kernels.device import load_norm, merge_statistics, operand, relu, tile_statistics
+from densebench.kernels.device import (
+    count_in,
+    load_norm,
+    merge_rows,
+    operand,
+    read_norm,
+    relu,
+    rows_of_threads,
+    write_norm,
+)
 from densebench.kernels.language import VERSION, tl, triton
 from densebench.kernels.launch import device_of, launch, loadable, matmul_precision
 from densebench.kernels.library import NORM, operator
@@ -89,24 +98,30 @@ def _by_tiles(
 @triton.jit
 def _kernel(
     x_pointer, mean_pointer, var_pointer, gamma_pointer, beta_pointer, weight_pointer, out_pointer,
-    partial_pointer, next_mean_pointer, next_var_pointer, next_gamma_pointer, next_beta_pointer,
+    table_pointer, partial_pointer, next_mean_pointer, next_var_pointer, next_gamma_pointer, next_beta_pointer,
     rows, columns, width, outputs, weight_width, rows_a_program,
     x_stride, weight_stride, out_stride,
     eps: tl.constexpr, next_eps: tl.constexpr, PRECISION: tl.constexpr,
-    BLOCK_ROWS: tl.constexpr, BLOCK_COLUMNS: tl.constexpr, BLOCK_OUTPUTS: tl.constexpr, WAITS: tl.constexpr,
+    BLOCK_ROWS: tl.constexpr, BLOCK_COLUMNS: tl.constexpr, BLOCK_OUTPUTS: tl.constexpr,
+    WHOLE: tl.constexpr, WAITS: tl.constexpr,
 ):  # fmt: skip
     """A range of rows, tile by tile: x is normalized in registers, between its load and the tensor core.
 
     All outputs of a row are computed at once, so x is read once. With `partial` [parts, 2, N] the range's
     statistics of the product as stored are kept; with `next`, a norm of the outputs, that norm and a ReLU are
-    applied instead.
+    applied instead. WHOLE: no tile reaches beyond the last column or output.
     """
     part = tl.program_id(0)
     output = tl.program_id(1) * BLOCK_OUTPUTS + tl.arange(0, BLOCK_OUTPUTS)
     made = output < outputs
     dtype = mean_pointer.dtype.element_ty
+    table = table_pointer + (part * tl.num_programs(1) + tl.program_id(1)).to(tl.int64) * 3 * columns
+    write_norm(table, mean_pointer, var_pointer, gamma_pointer, beta_pointer, eps, columns)
     first = part * rows_a_program
     last = tl.minimum(first + rows_a_program, rows)
+    out_mean = tl.zeros((BLOCK_ROWS // 16, 8, BLOCK_OUTPUTS), dtype)
+    out_squares = tl.zeros((BLOCK_ROWS // 16, 8, BLOCK_OUTPUTS), dtype)
+    upper_row = tl.arange(0, BLOCK_ROWS // 16)[:, None] * 16 + tl.arange(0, 8)[None, :]
     for start in range(first, last, BLOCK_ROWS):
         row = start + tl.arange(0, BLOCK_ROWS)
         mask = (row < last)[:, None]
@@ -115,22 +130,23 @@ def _kernel(
         for first_column in range(0, columns, BLOCK_COLUMNS):
             column = first_column + tl.arange(0, BLOCK_COLUMNS)
             kept = column < columns
-            loaded = (column < width)[None, :]
-            x = tl.load(x_pointer + wide * x_stride + column[None, :], mask=mask & loaded, other=0.0)
-            weight = tl.load(
-                weight_pointer + output.to(tl.int64)[None, :] * weight_stride + column[:, None],
-                mask=(column < weight_width)[:, None] & made[None, :],
-                other=0.0,
-            )  # [columns, outputs]
-            mean, _, scale, shift = load_norm(
-                mean_pointer, var_pointer, gamma_pointer, beta_pointer, eps, column, kept
-            )
+            x_at = x_pointer + wide * x_stride + column[None, :]
+            weight_at = weight_pointer + output.to(tl.int64)[None, :] * weight_stride + column[:, None]
+            if WHOLE:
+                x = tl.load(x_at, mask=mask, other=0.0)
+                weight = tl.load(weight_at)
+            else:
+                x = tl.load(x_at, mask=mask & (column < width)[None, :], other=0.0)
+                weight = tl.load(weight_at, mask=(column < weight_width)[:, None] & made[None, :], other=0.0)
+            mean, scale, shift = read_norm(table, columns, column, WHOLE)
             a = relu((x.to(dtype) - mean[None, :]) * scale[None, :] + shift[None, :])
-            a = operand(tl.where(kept[None, :], a, 0.0).to(weight.dtype), PRECISION)
+            if not WHOLE:
+                a = tl.where(kept[None, :], a, 0.0)
+            a = operand(a.to(weight.dtype), PRECISION)
             weight = operand(weight, PRECISION)
             product = tl.dot(a, weight, product, input_precision=PRECISION, out_dtype=dtype)
-            if WAITS:
-                product += 0.0
+            if WAITS:  # no instruction, but who reads a product waits for it
+                product = tl.inline_asm_elementwise("", "=f,0", [product], dtype, is_pure=False, pack=1)
         if next_mean_pointer is not None:
             mean, _, scale, shift = load_norm(
                 next_mean_pointer, next_var_pointer, next_gamma_pointer, next_beta_pointer, next_eps, output, made
@@ -139,32 +155,32 @@ def _kernel(
         stored = product.to(out_pointer.dtype.element_ty)
         tl.store(out_pointer + wide * out_stride + output[None, :], stored, mask=mask & made[None, :])
         if partial_pointer is not None:
-            # Merged in memory: kept for the whole range they would take 64 registers from the product.
-            here = tl.minimum(last - start, BLOCK_ROWS).to(dtype)
-            out_mean, out_squares = tile_statistics(stored.to(dtype), mask, here)
-            partial = partial_pointer + part.to(tl.int64) * 2 * outputs + output
-            if start > first:
-                before = tl.load(partial, mask=made, other=0.0)
-                squares = tl.load(partial + outputs, mask=made, other=0.0)
-                _, out_mean, out_squares = merge_statistics(
-                    (start - first).to(dtype), before, squares, here, out_mean, out_squares
-                )
-            tl.debug_barrier()
-            tl.store(partial, out_mean, mask=made)
-            tl.store(partial + outputs, out_squares, mask=made)
-            tl.debug_barrier()
+            upper, lower = rows_of_threads(stored.to(dtype), BLOCK_ROWS, BLOCK_OUTPUTS)
+            left = (last - start - upper_row)[:, :, None]
+            counted = (start - first) // BLOCK_ROWS * 2
+            out_mean, out_squares = count_in(upper, left > 0, counted, out_mean, out_squares)
+            out_mean, out_squares = count_in(lower, left > 8, counted + 1, out_mean, out_squares)
+    if partial_pointer is not None:
+        rest = (last - first) % BLOCK_ROWS
+        counts = (last - first) // BLOCK_ROWS * 2 + (upper_row < rest).to(tl.int32) + (upper_row + 8 < rest)
+        counts = tl.reshape(counts, (BLOCK_ROWS // 2, 1)).to(dtype)
+        out_mean = tl.reshape(out_mean, (BLOCK_ROWS // 2, BLOCK_OUTPUTS))
+        out_squares = tl.reshape(out_squares, (BLOCK_ROWS // 2, BLOCK_OUTPUTS))
+        mean, squares = merge_rows(counts, out_mean, out_squares, (last - first).to(dtype))
+        partial = partial_pointer + part.to(tl.int64) * 2 * outputs + output
+        tl.store(partial, mean, mask=made)
+        tl.store(partial + outputs, squares, mask=made)
 
 
 @choice
-def _tile(x: Tensor, weight: Tensor, normalizes: bool) -> Tile:
-    """All outputs at once (up to 256), so that x is read once, and 16 warps a multiprocessor to hide that.
+def _tile(x: Tensor, weight: Tensor) -> Tile:
+    """All outputs at once (up to 256), so that x is read once.
 
-    Few channels: two programs of 64 rows side by side, one loads while the other stores; on Hopper 128 registers
-    are enough for it. Many channels: one of 128 rows, or reloading the weight for every 64 rows would take more
-    of the L2 cache's bandwidth than x takes of the memory's; and 64 channels at a time, which halves the work
-    beside the products, and for which smaller tiles have too few registers. A feature map of few pixels gets
-    shorter tiles, or most multiprocessors would have none. Values of 4 and 8 bytes take as many times the shared
-    memory. The next norm's vectors do not fit beside the product into 128 registers.
+    What bounds it beside the memory is how many instructions a multiprocessor can start. On Hopper 4 warps
+    multiply 64 rows by all outputs; of 8, each half would normalize all of x for itself. Two programs run side by
+    side, one loads while the other stores; tiles of 64 channels, or of 32, are on their way for each.
+    Elsewhere a feature map of few pixels gets shorter tiles, or most multiprocessors would have none. Values of 4
+    and 8 bytes take as many times the shared memory.
     """
     device, columns = device_of(x), x.shape[1]
     outputs = power_of_two(weight.shape[0], 16, 64 if x.element_size() == 8 else 256)
@@ -172,23 +188,22 @@ def _tile(x: Tensor, weight: Tensor, normalizes: bool) -> Tile:
         return Tile(32, 16, outputs, warps=4, stages=2, programs=2)
     if x.element_size() == 4:
         return Tile(32, 16, outputs, warps=8, stages=3, programs=2)
-    fits = device.is_hopper and not normalizes
-    if fits and columns > 128 and outputs == 128 and cdiv(x.shape[0], 128) >= device.multiprocessors:
-        return Tile(128, 64, outputs, warps=16, stages=3)
-    if cdiv(x.shape[0], 64) >= device.multiprocessors:
-        registers = 128 if fits and outputs <= 128 else None
-        return Tile(64, 32, outputs, warps=8, stages=4, registers=registers, programs=2)
-    return Tile(32, 32, outputs, warps=4 if outputs <= 64 and not normalizes else 8, stages=4, programs=2)
+    if device.is_hopper and outputs <= 128:
+        whole = columns % 64 == 0
+        return Tile(64, 64 if whole else 32, outputs, warps=4, stages=3 if whole else 6, programs=2)
+    rows = 64 if cdiv(x.shape[0], 64) >= device.multiprocessors else 32
+    return Tile(rows, 32, outputs, warps=8, stages=4, programs=1 if outputs > 128 else 2)
 
 
 def _waits(x: Tensor, tile: Tile, version: tuple[int, ...] = VERSION) -> bool:
-    """Whether to wait for a product before the next one's operand is made, by using its result.
+    """Whether to wait for a product before the next one's operand is made.
 
     Hopper multiplies 64 rows or more asynchronously and reads `a` from registers. Before 3.9, Triton's loop may
     write them again while a product is still under way (triton-lang/triton#9433; seen in the machine code of 3.6,
     3.7 and 3.8 for sm_90, also with newer assemblers, and not in that of 3.9).
     """
-    return device_of(x).is_hopper and x.element_size() == 2 and tile.rows >= 64 and version < (3, 9)
+    compiles = x.is_cuda or x.is_meta  # the interpreter has nothing to wait for, and no assembly
+    return compiles and device_of(x).is_hopper and x.element_size() == 2 and tile.rows >= 64 and version < (3, 9)
 
 
 def _cuda(
@@ -200,18 +215,21 @@ def _cuda(
 ) -> None:  # fmt: skip
     (rows, columns), outputs = x.shape, weight.shape[0]
     weight = packed(weight)
-    tile = _tile(x, weight, normalizes=next_mean is not None)
+    tile = _tile(x, weight)
     shared = share(rows, tile.rows, tile.programs * device_of(x).multiprocessors)
     partial = None if out_mean is None else mean.new_empty(shared.parts, 2, outputs)
+    slices = cdiv(outputs, tile.outputs)
+    table = mean.new_empty(shared.parts * slices, 3, columns)
     launch(
-        _kernel, (shared.parts, cdiv(outputs, tile.outputs)),
-        (x, mean, var, gamma, beta, weight, out, partial, next_mean, next_var, next_gamma, next_beta),
+        _kernel, (shared.parts, slices),
+        (x, mean, var, gamma, beta, weight, out, table, partial, next_mean, next_var, next_gamma, next_beta),
         (
             rows, columns, loadable(x), outputs, weight.shape[1], shared.rows,
             x.stride(0), weight.stride(0), out.stride(0),
         ),
         tile=tile, eps=eps, next_eps=next_eps, PRECISION=matmul_precision(weight.dtype),
         BLOCK_ROWS=tile.rows, BLOCK_COLUMNS=tile.columns, BLOCK_OUTPUTS=tile.outputs,
+        WHOLE=columns % tile.columns == 0 and outputs % tile.outputs == 0,
         WAITS=_waits(x, tile),
     )  # fmt: skip
     if partial is not None and out_mean is not None and out_var is not None:

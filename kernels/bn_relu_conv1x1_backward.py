@@ -16,7 +16,7 @@ from densebench.kernels.bn_relu import reference as bn_relu
 from densebench.kernels.bn_relu_backward import reference as bn_relu_backward
 from densebench.kernels.bn_relu_conv1x1 import packed
 from densebench.kernels.deferred import defer, reduce_terms
-from densebench.kernels.device import load_norm, operand, relu, relu_backward
+from densebench.kernels.device import load_norm, operand, relu, relu_backward, rows_of_threads
 from densebench.kernels.language import tl, triton
 from densebench.kernels.launch import device_of, launch, loadable, matmul_precision
 from densebench.kernels.library import NORM, operator
@@ -103,12 +103,14 @@ def _kernel(
     rows, columns, width, outputs, weight_width, rows_a_program,
     grad_stride, x_stride, weight_stride, grad_x_stride, pending_stride,
     eps: tl.constexpr, PRECISION: tl.constexpr, ACCUMULATES: tl.constexpr, SETTLES: tl.constexpr,
-    BLOCK_ROWS: tl.constexpr, BLOCK_COLUMNS: tl.constexpr, BLOCK_OUTPUTS: tl.constexpr, STAGES: tl.constexpr,
+    BLOCK_ROWS: tl.constexpr, BLOCK_COLUMNS: tl.constexpr, BLOCK_OUTPUTS: tl.constexpr, WHOLE: tl.constexpr,
+    STAGES: tl.constexpr,
 ):  # fmt: skip
     """A range of rows of a few channels, tile by tile.
 
     The weight's columns stay loaded and their gradient stays in registers for the whole range; programs of one
-    range run side by side, so that the rows of `grad` that they share come from the cache.
+    range run side by side, so that the rows of `grad` that they share come from the cache. WHOLE: no tile reaches
+    beyond the last column or output.
     """
     column = tl.program_id(0) * BLOCK_COLUMNS + tl.arange(0, BLOCK_COLUMNS)
     part = tl.program_id(1)
@@ -129,8 +131,8 @@ def _kernel(
     if SETTLES:
         constant = tl.load(pending_pointer + column, mask=kept, other=0.0)
         slope = tl.load(pending_pointer + pending_stride + column, mask=kept, other=0.0)
-    sum_dz = tl.zeros((BLOCK_COLUMNS,), dtype)
-    sum_dz_x = tl.zeros((BLOCK_COLUMNS,), dtype)
+    sum_dz = tl.zeros((BLOCK_ROWS // 16, 8, BLOCK_COLUMNS), dtype)
+    sum_dz_x = tl.zeros((BLOCK_ROWS // 16, 8, BLOCK_COLUMNS), dtype)
     grad_weight = tl.zeros((BLOCK_OUTPUTS, BLOCK_COLUMNS), dtype)
     first = part * rows_a_program
     last = tl.minimum(first + rows_a_program, rows)
@@ -139,27 +141,34 @@ def _kernel(
         row = start + tl.arange(0, BLOCK_ROWS)
         mask = (row < last)[:, None]
         wide = row.to(tl.int64)[:, None]
+        loads = mask if WHOLE else mask & loaded
         grad = tl.load(
-            grad_pointer + wide * grad_stride + output[None, :], mask=mask & made[None, :], other=0.0
+            grad_pointer + wide * grad_stride + output[None, :],
+            mask=mask if WHOLE else mask & made[None, :],
+            other=0.0,
         )  # [rows, outputs]
         grad = operand(grad, PRECISION)
-        x = tl.load(x_pointer + wide * x_stride + column[None, :], mask=mask & loaded, other=0.0)
+        x = tl.load(x_pointer + wide * x_stride + column[None, :], mask=loads, other=0.0)
         centered = x.to(dtype) - mean[None, :]
-        a = relu(centered * scale[None, :] + shift[None, :])
-        # Rows beyond the last have no gradient, but 0 * inf would be one: the norm of 0 may leave float16.
-        a = tl.where(mask, a, 0.0)
+        z = centered * scale[None, :] + shift[None, :]
         if partial_weight_pointer is not None:
+            a = relu(z)
+            if grad.dtype == tl.float16:
+                # Rows beyond the last have no gradient, but 0 * inf would be one: the norm of 0 may leave float16.
+                a = tl.where(mask, a, 0.0)
             grad_weight = tl.dot(
                 tl.trans(grad), operand(a.to(grad.dtype), PRECISION), grad_weight,
                 input_precision=PRECISION, out_dtype=dtype,
             )  # fmt: skip
         if ACCUMULATES:
             grad_x = grad_x_pointer + wide * grad_x_stride + column[None, :]
-            before = tl.load(grad_x, mask=mask & loaded, other=0.0)
+            before = tl.load(grad_x, mask=loads, other=0.0)
         if partial_pointer is not None:
-            dz = relu_backward(tl.dot(grad, weight, input_precision=PRECISION, out_dtype=dtype), a)
-            sum_dz += tl.sum(dz, axis=0)
-            sum_dz_x += tl.sum(dz * centered, axis=0)
+            dz = relu_backward(tl.dot(grad, weight, input_precision=PRECISION, out_dtype=dtype), z)
+            upper, lower = rows_of_threads(dz, BLOCK_ROWS, BLOCK_COLUMNS)
+            sum_dz += upper + lower
+            upper, lower = rows_of_threads(dz * centered, BLOCK_ROWS, BLOCK_COLUMNS)
+            sum_dz_x += upper + lower
             if grad_x_pointer is not None:
                 grad_x = grad_x_pointer + wide * grad_x_stride + column[None, :]
                 value = scale[None, :] * dz
@@ -168,12 +177,14 @@ def _kernel(
                 if ACCUMULATES:
                     # As many columns as are loaded are stored, so that both are 16 bytes wide; those beyond
                     # this reader's channels get back what they held.
-                    value = before.to(dtype) + tl.where(kept[None, :], value, 0.0)
-                    tl.store(grad_x, value.to(grad_x_pointer.dtype.element_ty), mask=mask & loaded)
+                    value = before.to(dtype) + (value if WHOLE else tl.where(kept[None, :], value, 0.0))
+                    tl.store(grad_x, value.to(grad_x_pointer.dtype.element_ty), mask=loads)
                 else:
                     tl.store(grad_x, value.to(grad_x_pointer.dtype.element_ty), mask=mask & kept[None, :])
     if partial_pointer is not None:
         partial = partial_pointer + part.to(tl.int64) * 2 * columns + column
+        sum_dz = tl.sum(tl.reshape(sum_dz, (BLOCK_ROWS // 2, BLOCK_COLUMNS)), axis=0)
+        sum_dz_x = tl.sum(tl.reshape(sum_dz_x, (BLOCK_ROWS // 2, BLOCK_COLUMNS)), axis=0)
         tl.store(partial, sum_dz, mask=kept)
         tl.store(partial + columns, sum_dz_x * inv_std, mask=kept)
     if partial_weight_pointer is not None:
@@ -227,7 +238,8 @@ def _pass(
         ),
         tile=tile, eps=norm.eps, PRECISION=matmul_precision(weight.dtype), ACCUMULATES=accumulates,
         SETTLES=pending is not None,
-        BLOCK_ROWS=tile.rows, BLOCK_COLUMNS=tile.columns, BLOCK_OUTPUTS=tile.outputs, STAGES=tile.stages,
+        BLOCK_ROWS=tile.rows, BLOCK_COLUMNS=tile.columns, BLOCK_OUTPUTS=tile.outputs,
+        WHOLE=columns % tile.columns == 0 and grad.shape[1] == tile.outputs, STAGES=tile.stages,
     )  # fmt: skip
 
 

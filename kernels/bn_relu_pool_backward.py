@@ -21,7 +21,7 @@ from densebench.kernels.bn_relu_pool import (
     scratch_bytes,
 )
 from densebench.kernels.deferred import reduce_terms, settle_rows
-from densebench.kernels.device import load_norm, relu, relu_backward
+from densebench.kernels.device import load_norm, relu_backward
 from densebench.kernels.language import tl, triton
 from densebench.kernels.launch import device_of, launch, pixel_stride
 from densebench.kernels.library import NORM, operator
@@ -170,7 +170,7 @@ def _kernel(
         wide = pixel.to(tl.int64)[:, None]
         x = tl.load(x_pointer + wide * x_stride + column[None, :], mask=mask, other=0.0)
         centered = x.to(mean.dtype) - mean[None, :]
-        dz = relu_backward(grad, relu(centered * scale[None, :] + shift[None, :]))
+        dz = relu_backward(grad, centered * scale[None, :] + shift[None, :])
         if partial_pointer is not None:
             sum_dz += dz
             sum_dz_x += dz * centered

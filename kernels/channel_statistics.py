@@ -9,7 +9,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from densebench.kernels.device import merge_statistics, tile_statistics
+from densebench.kernels.device import count_in, merge_rows
 from densebench.kernels.language import tl, triton
 from densebench.kernels.launch import device_of, launch
 from densebench.kernels.library import operator
@@ -73,9 +73,8 @@ def _partial_statistics_kernel(
     pivot = tl.load(x_pointer + column, mask=kept, other=0.0).to(dtype)
     first = part * rows_a_program
     last = tl.minimum(first + rows_a_program, rows)
-    count = tl.zeros((1,), dtype)
-    mean = tl.zeros((BLOCK_COLUMNS,), dtype)
-    squares = tl.zeros((BLOCK_COLUMNS,), dtype)
+    mean = tl.zeros((BLOCK_ROWS, BLOCK_COLUMNS), dtype)
+    squares = tl.zeros((BLOCK_ROWS, BLOCK_COLUMNS), dtype)
     for start in tl.range(first, last, BLOCK_ROWS, num_stages=STAGES):
         row = start + tl.arange(0, BLOCK_ROWS)
         mask = (row < last)[:, None]
@@ -84,10 +83,10 @@ def _partial_statistics_kernel(
         if out_pointer is not None:
             out = out_pointer + wide * out_stride + column[None, :]
             tl.store(out, x.to(out_pointer.dtype.element_ty), mask=mask & kept[None, :])
-        x = x.to(dtype) - pivot[None, :]  # [rows, columns]
-        here = tl.minimum(last - start, BLOCK_ROWS).to(dtype)
-        tile_mean, tile_squares = tile_statistics(x, mask, here)
-        count, mean, squares = merge_statistics(count, mean, squares, here, tile_mean, tile_squares)
+        mean, squares = count_in(x.to(dtype) - pivot[None, :], mask, (start - first) // BLOCK_ROWS, mean, squares)
+    rest = (last - first) % BLOCK_ROWS
+    counts = (last - first) // BLOCK_ROWS + (tl.arange(0, BLOCK_ROWS) < rest).to(tl.int32)
+    mean, squares = merge_rows(counts.to(dtype)[:, None], mean, squares, (last - first).to(dtype))
     partial = partial_pointer + part.to(tl.int64) * 2 * columns + column
     tl.store(partial, mean, mask=kept)
     tl.store(partial + columns, squares, mask=kept)

@@ -27,6 +27,38 @@ def load_norm(mean_pointer, var_pointer, gamma_pointer, beta_pointer, eps, colum
 
 
 @triton.jit
+def write_norm(table, mean_pointer, var_pointer, gamma_pointer, beta_pointer, eps, columns):
+    """A program's own table [3, columns] of a norm: mean, scale, shift.
+
+    For kernels that come by each column many times: there the root and what else `load_norm` does would be most of
+    their instructions.
+    """
+    for first in range(0, columns, 512):
+        column = first + tl.arange(0, 512)
+        kept = column < columns
+        mean, _, scale, shift = load_norm(
+            mean_pointer, var_pointer, gamma_pointer, beta_pointer, eps, column, kept
+        )
+        tl.store(table + column, mean, mask=kept)
+        tl.store(table + columns + column, scale, mask=kept)
+        tl.store(table + 2 * columns + column, shift, mask=kept)
+    tl.debug_barrier()
+
+
+@triton.jit
+def read_norm(table, columns, column, WHOLE: tl.constexpr):
+    """(mean, scale, shift) of some columns; WHOLE: there are all of them."""
+    if WHOLE:
+        return tl.load(table + column), tl.load(table + columns + column), tl.load(table + 2 * columns + column)
+    kept = column < columns
+    return (
+        tl.load(table + column, mask=kept, other=0.0),
+        tl.load(table + columns + column, mask=kept, other=0.0),
+        tl.load(table + 2 * columns + column, mask=kept, other=0.0),
+    )
+
+
+@triton.jit
 def operand(x, PRECISION: tl.constexpr):
     """A product's operand: rounded to TF32 where it is to be taken as that.
 
@@ -41,28 +73,44 @@ def operand(x, PRECISION: tl.constexpr):
 
 @triton.jit
 def relu(z):
-    """As PyTorch's: NaN passes through, which `tl.maximum(z, 0)` would turn into 0."""
-    return tl.where(z <= 0.0, 0.0, z)
+    """As PyTorch's: NaN passes through, which `tl.maximum` by itself would turn into 0."""
+    return tl.maximum(z, 0.0, propagate_nan=tl.PropagateNan.ALL)
 
 
 @triton.jit
-def relu_backward(grad, a):
-    """The gradient passes where not a <= 0, so at NaN too."""
-    return tl.where(a <= 0.0, 0.0, grad)
+def rows_of_threads(x, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
+    """[rows, columns] in two halves [rows / 16, 8, columns], of rows 8 apart.
+
+    Of what a tensor core has made, both are in the same thread's registers: nothing moves.
+    """
+    return tl.split(tl.permute(tl.reshape(x, (ROWS // 16, 2, 8, COLUMNS)), (0, 2, 3, 1)))
 
 
 @triton.jit
-def tile_statistics(x, mask, count):
-    """Mean and sum of squared differences from it of each column, over the rows that the mask [rows, 1] keeps."""
-    mean = tl.sum(tl.where(mask, x, 0.0), axis=0) / count
-    difference = tl.where(mask, x - mean[None, :], 0.0)
-    return mean, tl.sum(difference * difference, axis=0)
+def relu_backward(grad, z):
+    """The gradient passes where not z <= 0, so at NaN too; instead of z, relu(z) will do."""
+    return tl.where(z <= 0.0, 0.0, grad)
 
 
 @triton.jit
-def merge_statistics(count, mean, squares, more_count, more_mean, more_squares):
-    """Two sets of rows as one, by Chan's formula, which never subtracts large squares from one another."""
-    total = count + more_count
-    delta = more_mean - mean
-    share = more_count / total
-    return total, mean + delta * share, squares + more_squares + delta * delta * (count * share)
+def count_in(x, mask, count, mean, squares):
+    """Each place's mean and sum of squared differences from it, with one more value there (Welford 1962).
+
+    Of tile after tile each thread counts its own: exchanging what they have found takes several times the
+    instructions of this, and is done once, by `merge_rows`. `count` is how many values a place has had; one that
+    had fewer has no more (the mask says so).
+    """
+    delta = tl.where(mask, x - mean, 0.0)
+    share = 1.0 / (count + 1).to(mean.dtype)
+    return mean + delta * share, squares + delta * (delta * (1.0 - share))
+
+
+@triton.jit
+def merge_rows(counts, mean, squares, total):
+    """Statistics of the rows of [rows, columns] as one; counts [rows, 1], some of which may be 0."""
+    at_first = tl.arange(0, counts.shape[0])[:, None] == 0
+    first = tl.sum(tl.where(at_first, mean, 0.0), axis=0)  # relative to it: means may be large beside differences
+    shifted = mean - first[None, :]
+    shift = tl.sum(shifted * counts, axis=0) / total
+    between = shifted - shift[None, :]
+    return first + shift, tl.sum(squares + between * between * counts, axis=0)

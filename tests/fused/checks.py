@@ -204,7 +204,8 @@ SUMS = ("channel_statistics", "bn_relu_backward", "bn_relu_conv1x1", "bn_relu_co
 
 @check
 def triton_values() -> None:
-    for shape in ({}, {"columns": 40, "extra": 8, "images": 3, "height": 8, "width": 8}):
+    many = {"columns": 40, "extra": 8, "images": 3, "height": 8, "width": 8}
+    for shape in ({}, many, {"images": 1, "height": 3, "width": 3}):
         _operators((*SUMS, "bn_relu", "bn_relu_backward_into", "settled_gradient"), "cuda", **shape)
 
 

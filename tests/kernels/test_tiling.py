@@ -63,7 +63,7 @@ def test_what_is_chosen_is_among_what_is_tried() -> None:
     with compiling_for(H100):
         for rows, columns in ((200_704, 64), (200_704, 224), (3136, 992)):
             x = torch.empty(rows, columns, dtype=torch.bfloat16, device="meta")
-            forward = bn_relu_conv1x1._tile(x, x.new_empty(128, columns), normalizes=False)
+            forward = bn_relu_conv1x1._tile(x, x.new_empty(128, columns))
             for kernel, chosen in (
                 ("bn_relu_conv1x1", forward),
                 ("bn_relu_conv1x1_backward", bn_relu_conv1x1_backward._tile(x, 128)),
