@@ -8,8 +8,10 @@ from __future__ import annotations
 import itertools
 import multiprocessing
 import os
+import signal
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
+from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -21,8 +23,10 @@ from densebench.kernels.offline import TARGETS, Launch, compiled_kernel, recorde
 from densebench.kernels.tiling import Tile, changing
 
 # Of a multiprocessor from compute capability 8.0 on (CUDA C++ Programming Guide, technical specifications).
-REGISTERS, MOST_WARPS = 65_536, 48
+REGISTERS = 65_536
 RESERVED_BYTES = 1024  # of shared memory, for each program
+SPILL = 64  # bytes a thread; more is not worth timing
+MOST_COMPILERS = 16  # each has a PyTorch of its own in memory
 GROWTH_RATE = 32  # DenseNet-121's
 
 
@@ -60,6 +64,7 @@ class Candidate:
         )  # fmt: skip
 
 
+Task = tuple[str, Candidate]  # of a kernel
 _ORDER = ("rows", "columns", "values", "warps", "stages", "registers", "programs")
 
 
@@ -92,7 +97,7 @@ _PASS = {"values": (8, 16, 32, 64), "warps": (4, 8)}
 # By priority: what a step spends its time on first.
 SPACES = {
     "bn_relu_conv1x1": Space(
-        ("bn_relu_conv1x1",), _PRODUCT | {"stages": (2, 3, 4)}, beside=(2, 3, 4), applies=_trains
+        ("bn_relu_conv1x1",), _PRODUCT | {"stages": (3, 4, 6)}, beside=(2, 3, 4), applies=_trains
     ),
     "bn_relu_conv1x1_backward": Space(
         ("bn_relu_conv1x1_backward",), _PRODUCT | {"stages": (2, 3, 4, 5)}, beside=(2, 3)
@@ -157,20 +162,24 @@ def fit(kernel: str, candidate: Candidate, target: str, device: Device) -> Fit:
             launches = recorded_launches(GROWTH_RATE, torch.bfloat16, device)
         chosen = [one for one in launches if one.file == kernel and _varies(one) and SPACES[kernel].applies(one)]
         built = [compiled_kernel(one, target) for one in chosen]
+        shared = max(one.metadata.shared for one in built)
+        registers, spill = map(max, zip(*(resources(one.asm["cubin"]) for one in built), strict=True))
     except Exception as error:  # whatever keeps one from being compiled; the others are tried
         said = (str(error).strip() or type(error).__name__).splitlines()[0][:200]
-        return Fit(candidate, 0, 0, 0, 0, f"does not compile: {said}")
-    shared = max(one.metadata.shared for one in built)
-    registers, spill = map(max, zip(*(resources(one.asm["cubin"]) for one in built), strict=True))
+        return _unfit(candidate, f"does not compile: {said}")
     beside = min(
         REGISTERS // (32 * candidate.warps * -(-registers // 8) * 8),
         (TARGETS[target].shared_limit + RESERVED_BYTES) // (shared + RESERVED_BYTES),
-        MOST_WARPS // candidate.warps,
+        TARGETS[target].warps // candidate.warps,
     )
-    why_not = f"spills {spill} bytes a thread" if spill else None
+    why_not = f"spills {spill} bytes a thread" if spill > SPILL else None
     if not beside:
         why_not = f"does not fit: {registers} registers a thread, {shared:,} bytes of shared memory"
     return Fit(candidate, registers, spill, shared, beside, why_not)
+
+
+def _unfit(candidate: Candidate, why: str) -> Fit:
+    return Fit(candidate, 0, 0, 0, 0, why)
 
 
 def _varies(launch: Launch) -> bool:
@@ -178,33 +187,58 @@ def _varies(launch: Launch) -> bool:
     return "BLOCK_PARTS" not in dict(launch.constants)
 
 
-def fitting(kernel: str, target: str, device: Device, workers: int | None = None) -> Iterator[Fit]:
-    """Every candidate of a kernel, as it is compiled."""
-    yield from compile_all(kernel, candidates(kernel), target, device, workers)
-
-
 def compile_all(
-    kernel: str, chosen: Sequence[Candidate], target: str, device: Device, workers: int | None = None
-) -> Iterator[Fit]:
-    """Some candidates of a kernel, in processes that have no GPU."""
-    workers = workers or max(1, (os.cpu_count() or 2) - 1)
+    tasks: Sequence[Task], target: str, device: Device, workers: int | None = None
+) -> Iterator[tuple[str, Fit]]:
+    """Some candidates of some kernels, as they are done, in processes that have no GPU.
+
+    A compiler that ends its process ends the others' pool: those left are then compiled one a process.
+    """
+    workers = workers or max(1, min(MOST_COMPILERS, len(os.sched_getaffinity(0))) - 1)
+    left = dict.fromkeys(sorted(tasks, key=_size, reverse=True))  # what takes longest is not to be last
+    try:
+        for task, one in _compiled(list(left), target, device, workers):
+            del left[task]
+            yield task[0], one
+    except BrokenProcessPool:
+        for task in left:
+            try:
+                yield from ((task[0], one) for _, one in _compiled([task], target, device, 1))
+            except BrokenProcessPool:
+                yield task[0], _unfit(task[1], "does not compile: the compiler ended its process")
+
+
+def _compiled(tasks: Sequence[Task], target: str, device: Device, workers: int) -> Iterator[tuple[Task, Fit]]:
     context = multiprocessing.get_context("spawn")
-    with ProcessPoolExecutor(min(workers, len(chosen)), context, initializer=_without_a_gpu) as pool:
-        tasks = [pool.submit(fit, kernel, candidate, target, device) for candidate in chosen]
-        for task in as_completed(tasks):
-            yield task.result()
+    pool = ProcessPoolExecutor(min(workers, len(tasks)), context, initializer=_compiler)
+    try:
+        futures = {pool.submit(fit, *task, target, device): task for task in tasks}
+        for future in as_completed(futures):
+            yield futures[future], future.result()
+    finally:  # without those that nobody waits for any more
+        pool.shutdown(wait=False, cancel_futures=True)
 
 
-def _without_a_gpu() -> None:
+def _size(task: Task) -> int:
+    tile = task[1](Tile(64, 64, 128))
+    return tile.rows * tile.columns * tile.stages
+
+
+def _compiler() -> None:
+    """What a process that compiles begins with: no GPU, one thread, and an end when it is interrupted."""
     os.environ["CUDA_VISIBLE_DEVICES"] = ""
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
     torch.set_num_threads(1)
 
 
 def to_time(kernel: str, fits: Iterable[Fit]) -> list[Candidate]:
     """Those worth timing, with as many programs as share out the rows."""
-    space, found = SPACES[kernel], []
-    for one in fits:
+    space, found = SPACES[kernel], {}
+    for one in sorted(fits, key=lambda one: one.candidate.registers or 0):
         if one.why_not is None:
             programs: Sequence[Any] = space.programs or (one.beside if space.beside else None,)
-            found += [replace(one.candidate, programs=count) for count in programs]
-    return sorted(found, key=lambda candidate: candidate.name)
+            for count in programs:
+                tried = replace(one.candidate, programs=count)
+                # A limit of registers that changed nothing is no other tile.
+                found.setdefault((replace(tried, registers=None), one.registers, one.shared_bytes), tried)
+    return sorted(found.values(), key=lambda candidate: candidate.name)

@@ -9,19 +9,25 @@ of each tile at the compiler; OUT/rounds.jsonl the first times. A shape that is 
 from __future__ import annotations
 
 import argparse
+import hashlib
 import json
+import os
 import sys
-from collections.abc import Iterable, Sequence
+import threading
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict, replace
 from pathlib import Path
 
 import torch
 
+from benchmarks import kernel_cache, tile_candidates
 from benchmarks.kernel_cache import Rotation, cold_clock, copies, other_operand
-from benchmarks.kernel_calls import Call, ours
+from benchmarks.kernel_calls import ours
 from benchmarks.kernel_cases import kernel_effort, kernel_groups
 from benchmarks.kernel_runs import Subject
-from benchmarks.tile_candidates import SPACES, Candidate, fitting, to_time
+from benchmarks.tile_candidates import SPACES, Candidate, Fit, candidates, compile_all, to_time
+from benchmarks.tile_trial import Trial
 from densebench.kernels.launch import device_of
 from densebench.kernels.offline import TARGETS
 from densebench.kernels.tiling import changing
@@ -36,6 +42,12 @@ from densebench.statistics import ratio_of, summarize, unsteady
 CHOSEN = "chosen"
 FIRST = Effort(rounds=5, seconds=0.5, least=5)
 FINALISTS = 6
+HANGS_AFTER = 60.0  # seconds; a kernel that hangs cannot be interrupted
+DEAD = "nothing more can run on it in this process"
+# A record tells the source of densebench apart; this, how its candidates were searched.
+SEARCH = hashlib.sha256(
+    b"".join(Path(file or "").read_bytes() for file in (__file__, tile_candidates.__file__, kernel_cache.__file__))
+).hexdigest()[:8]
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -51,17 +63,23 @@ def main(arguments: list[str] | None = None) -> int:
     target = _target()
     if target is None and not options.show:
         parser.error(f"tiles are searched for on an NVIDIA GPU that the kernels are compiled for: {_known()}")
+    if options.show and not options.out.is_dir():
+        parser.error(f"there is no folder {options.out}")
     try:
         if target is not None and not options.show:
             tune("cuda")
-            Search(options.out, kernel_effort("default", "cuda")).run(kernels, target)
-        print(table(RunStore(options.out).read()))
+            search = Search(options.out, kernel_effort("default", "cuda"))
+            search.run(kernels, target)
+            search.store.release()
     except DeviceLostError as error:
-        print(f"{parser.prog}: {error}; nothing more can run on it in this process", file=sys.stderr)
+        print(f"{parser.prog}: {error}; {DEAD}", file=sys.stderr)
         return 1
     except StoreError as error:
         print(f"{parser.prog}: {error}", file=sys.stderr)
         return 1
+    finally:  # also of what an interrupt has left
+        if options.out.is_dir():
+            print(table(RunStore(options.out).read()), flush=True)
     return 0
 
 
@@ -84,13 +102,12 @@ def shapes(kernel: str) -> list[Case]:
 
 
 class WithTile(Rotation):
-    """A rotation of calls that launch a kernel with another tile."""
+    """The calls of another rotation with another tile; whoever is next takes the operands used longest ago."""
 
-    def __init__(
-        self, kernel: str, candidate: Candidate, calls: Sequence[Call], other: torch.Tensor | None
-    ) -> None:
-        super().__init__(calls, other)
+    def __init__(self, kernel: str, candidate: Candidate, rotation: Rotation) -> None:
+        super().__init__(rotation.calls, rotation.other)
         self.kernel, self.candidate = kernel, candidate
+        self._next = rotation._next
 
     def __call__(self) -> object:
         with changing(self.kernel, self.candidate):
@@ -114,6 +131,8 @@ class Search:
         for path in (self.rounds, self.tiles):
             make_appendable(path)
         self._done = finished(self.store.read())
+        ended = [record.case.options for record in self._done.values() if record.status in ("crash", "timeout")]
+        self._deadly = {(options["kernel"], options["tile"]) for options in ended}
 
     def run(self, kernels: Iterable[str], target: str) -> None:
         """Search for all of some kernels, but for the shapes that are done.
@@ -121,25 +140,33 @@ class Search:
         Raises:
             DeviceLostError: if a tile leaves the device unusable; the next search of this folder passes it over.
         """
-        for kernel in kernels:
-            cases = [case for case in shapes(kernel) if not self.has(kernel, case)]
-            tiles = self.fitting(kernel, target) if cases else []
+        wanted = {kernel: [case for case in shapes(kernel) if not self.has(kernel, case)] for kernel in kernels}
+        found = self.compiled([kernel for kernel, cases in wanted.items() if cases], target)
+        for kernel, cases in wanted.items():
             for case in cases:
-                self.measure(kernel, case, tiles)
+                try:
+                    self.measure(kernel, case, to_time(kernel, found[kernel]))
+                except (DeviceLostError, StoreError):
+                    raise
+                except Exception as error:  # the other shapes have their turn
+                    outcome = Outcome(_tried(case, kernel, CHOSEN))
+                    outcome.fail(error)
+                    self._give_up(outcome)
 
     def has(self, kernel: str, case: Case) -> bool:
         """Whether this source was searched on this machine already."""
         return _tried(case, kernel, CHOSEN).key() in self._done
 
-    def fitting(self, kernel: str, target: str) -> list[Candidate]:
-        """What is worth timing, by the compiler."""
-        print(f"compile {kernel}", flush=True)
-        fits = []
-        for one in fitting(kernel, target, device_of(torch.empty(0, device="cuda"))):
-            _append(self.tiles, {"kernel": kernel, "target": target, **asdict(one)})
-            fits.append(one)
-        found = to_time(kernel, fits)
-        print(f"  {len(found)} to time, of {len(fits)} compiled", flush=True)
+    def compiled(self, kernels: Sequence[str], target: str) -> Mapping[str, list[Fit]]:
+        """Every candidate of some kernels; what is timed later is in Triton's cache then."""
+        found: dict[str, list[Fit]] = {kernel: [] for kernel in kernels}
+        tasks = [(kernel, candidate) for kernel in kernels for candidate in candidates(kernel)]
+        print(f"compile {len(tasks)} tiles of {', '.join(kernels)}", flush=True)
+        for kernel, one in compile_all(tasks, target, device_of(torch.empty(0, device="cuda"))) if tasks else ():
+            _append(self.tiles, {"kernel": kernel, "target": target, "search": SEARCH, **asdict(one)})
+            found[kernel].append(one)
+        for kernel, fits in found.items():
+            print(f"  {kernel}: {len(to_time(kernel, fits))} to time, of {len(fits)}", flush=True)
         return found
 
     def measure(self, kernel: str, case: Case, tiles: Sequence[Candidate]) -> None:
@@ -151,34 +178,64 @@ class Search:
         print(f"{case.model} {_where(case)}", flush=True)
         environment(case.device)  # known from now on: a device that is lost would not tell
         subject = Subject(case)
-        steps = self._steps(kernel, case, subject, tiles)
+        trial = Trial(kernel, subject)
+        chosen = Outcome(_tried(case, kernel, CHOSEN))
+        if not self._passes(chosen, trial, None):
+            return
+        calls = ours(case.model, subject.fresh(copies(case, subject.floor_bytes)))
+        steps = {CHOSEN: Rotation(calls, other_operand(case, subject.floor_bytes))}
+        by_name = {tile.name: tile for tile in tiles if not self._is_known(kernel, case, tile)}
+        for name, tile in by_name.items():
+            if self._passes(Outcome(_tried(case, kernel, name)), trial, tile):
+                steps[name] = WithTile(kernel, tile, steps[CHOSEN])
         first = self._time(kernel, case, steps, FIRST).samples
         medians = {name: summarize(samples).median for name, samples in first.items()}
-        _append(self.rounds, {"kernel": kernel, "operator": case.model, **case.options, "seconds": medians})
-        best = sorted(medians, key=medians.__getitem__)[:FINALISTS]
-        turns = self._time(
-            kernel, case, {name: steps[name] for name in dict.fromkeys([CHOSEN, *best])}, self.effort
-        )
-        for name, samples in turns.samples.items():
-            self.store.append(_timed(_tried(case, kernel, name), samples, turns, subject.floor_bytes))
+        line = {"kernel": kernel, "operator": case.model, "search": SEARCH, **case.options, "seconds": medians}
+        _append(self.rounds, line)
+        best = [name for name in sorted(medians, key=medians.__getitem__) if name != CHOSEN][:FINALISTS]
+        turns = self._time(kernel, case, {name: steps[name] for name in (CHOSEN, *best)}, self.effort)
+        for name in [*best, CHOSEN]:  # the chosen one last: with it the shape is done
+            outcome = Outcome(_tried(case, kernel, name))
+            if name in turns.samples and self._passes(outcome, trial, by_name.get(name)):
+                self.store.append(_timed(outcome, turns, name, subject.floor_bytes))
 
-    def _steps(self, kernel: str, case: Case, subject: Subject, tiles: Sequence[Candidate]) -> dict[str, Rotation]:
-        """The chosen tile's step, and those of the tiles that compute the same; all on the same operands."""
-        calls = ours(case.model, subject.fresh(copies(case, subject.floor_bytes)))
-        other = other_operand(case, subject.floor_bytes)
-        steps = {CHOSEN: Rotation(calls, other)}
-        for tile in tiles:
-            outcome = Outcome(_tried(case, kernel, tile.name))
-            if outcome.key in self._done:  # wrong, or worse, before
-                continue
-            _check(outcome, kernel, tile, subject)
-            if outcome.status == "ok":
-                steps[tile.name] = WithTile(kernel, tile, calls, other)
-            else:
-                self._give_up(outcome)
-        return steps
+    def _is_known(self, kernel: str, case: Case, tile: Candidate) -> bool:
+        """Whether a tile has been wrong here, or has ended a process anywhere."""
+        record = self._done.get(_tried(case, kernel, tile.name).key())
+        return (kernel, tile.name) in self._deadly or (record is not None and record.time_s is None)
 
-    def _time(self, kernel: str, case: Case, steps: dict[str, Rotation], effort: Effort) -> Turns:
+    def _passes(self, outcome: Outcome, trial: Trial, tile: Candidate | None) -> bool:
+        """Whether a tile computes what it should, once, on fresh operands; if not, that is kept."""
+        with self._ending_what_hangs(outcome):
+            try:
+                wrong = trial.fault(tile)
+                if wrong is not None:
+                    outcome.end("incorrect", wrong)
+            except Exception as error:  # what does not start is a result, too
+                outcome.fail(error)
+        if outcome.status == "ok":
+            return True
+        self._give_up(outcome)
+        return False
+
+    @contextmanager
+    def _ending_what_hangs(self, outcome: Outcome) -> Iterator[None]:
+        """End the process, with a record, if this is not over in time."""
+
+        def end() -> None:
+            outcome.end("timeout", f"not finished after {HANGS_AFTER:g} s")
+            self.store.append(outcome.record())
+            print(f"{outcome.case.options['tile']} hangs; {DEAD}", file=sys.stderr, flush=True)
+            os._exit(1)
+
+        timer = threading.Timer(HANGS_AFTER, end)
+        timer.start()
+        try:
+            yield
+        finally:
+            timer.cancel()
+
+    def _time(self, kernel: str, case: Case, steps: Mapping[str, Rotation], effort: Effort) -> Turns:
         device = torch.device(case.device)
         turns = time_in_turns(steps, device, effort, cold_clock(device))
         for name, error in turns.failures.items():  # in their order: if the device is lost, the first lost it
@@ -199,30 +256,18 @@ class Search:
         raise error
 
 
-def _check(outcome: Outcome, kernel: str, tile: Candidate, subject: Subject) -> None:
-    """Call it once, on fresh operands."""
-    try:
-        with changing(kernel, tile):
-            verdict = subject.judge(subject.first_results("ours"))
-    except Exception as error:  # what does not start is a result, too
-        outcome.fail(error)
-        return
-    if verdict.wrong is not None:
-        outcome.end("incorrect", verdict.wrong)
-
-
-def _timed(case: Case, samples: Sequence[float], turns: Turns, floor_bytes: int) -> Record:
-    outcome, timing = Outcome(case), summarize(samples)
+def _timed(outcome: Outcome, turns: Turns, name: str, floor_bytes: int) -> Record:
+    timing = summarize(turns.samples[name])
     noise = unsteady(timing)
     if noise is not None:
         outcome.doubt("noisy", noise)
     outcome.fields |= {"time_s": timing, "turns": turns.token, "bytes_moved": floor_bytes}
-    outcome.fields["group"] = f"{case.model} {_where(case)}"
+    outcome.fields["group"] = f"{outcome.case.model} {_where(outcome.case)}"
     return outcome.record()
 
 
 def _tried(case: Case, kernel: str, name: str) -> Case:
-    return replace(case, options={**case.options, "kernel": kernel, "tile": name})
+    return replace(case, options={**case.options, "kernel": kernel, "tile": name, "search": SEARCH})
 
 
 def _where(case: Case) -> str:
@@ -247,9 +292,11 @@ def table(records: Sequence[Record]) -> str:
             if ratio is not None:
                 others.append((ratio.median, f"({ratio.low:.2f} to {ratio.high:.2f}) {one.case.options['tile']}"))
         lines += [f"    {median:.2f} of the time {words}" for median, words in sorted(others)]
-    wrong = [one for one in records if one.time_s is None]
-    words = [f"{one.case.model} {_where(one.case)}, {one.case.options['tile']}: {one.status}" for one in wrong]
-    return "\n".join([*lines, *(f"{what}: {one.reason}" for what, one in zip(words, wrong, strict=True))])
+    for one in records:
+        if one.time_s is None:
+            where = f"{one.case.model} {_where(one.case)}, {one.case.options.get('tile')}"
+            lines.append(f"{where}: {one.status}: {one.reason}")
+    return "\n".join(lines)
 
 
 if __name__ == "__main__":

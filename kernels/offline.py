@@ -18,21 +18,23 @@ from densebench.kernels.launch import H100, Device, compiling_for
 
 @dataclass(frozen=True)
 class Target:
-    """What is compiled for: Triton's name, the device that tiles are chosen for, and the shared memory in bytes
-    that a program may use (CUDA C++ Programming Guide, technical specifications; AMD CDNA 3 ISA)."""
+    """What is compiled for: Triton's name, the device that tiles are chosen for, the shared memory in bytes that a
+    program may use, and the most warps on a multiprocessor (CUDA C++ Programming Guide, technical specifications;
+    AMD CDNA 3 ISA)."""
 
     backend: tuple[str, int | str, int]
     device: Device
     shared_limit: int
+    warps: int = 64
 
 
 TARGETS = {
     "sm_80": Target(("cuda", 80, 32), Device(108, (8, 0)), 166_912),  # A100
-    "sm_86": Target(("cuda", 86, 32), Device(84, (8, 6)), 101_376),  # A10, RTX 30
-    "sm_89": Target(("cuda", 89, 32), Device(142, (8, 9)), 101_376),  # L40S, RTX 40
+    "sm_86": Target(("cuda", 86, 32), Device(84, (8, 6)), 101_376, 48),  # A10, RTX 30
+    "sm_89": Target(("cuda", 89, 32), Device(142, (8, 9)), 101_376, 48),  # L40S, RTX 40
     "sm_90": Target(("cuda", 90, 32), H100, 232_448),
     "sm_100": Target(("cuda", 100, 32), Device(148, (10, 0)), 232_448),  # B200
-    "sm_120": Target(("cuda", 120, 32), Device(170, (12, 0)), 101_376),  # RTX 50
+    "sm_120": Target(("cuda", 120, 32), Device(170, (12, 0)), 101_376, 48),  # RTX 50
     "gfx942": Target(("hip", "gfx942", 64), Device(304, (9, 4), is_amd=True), 65_536),  # MI300X
 }
 _TYPES = {

@@ -11,17 +11,22 @@ import json
 import os
 import subprocess
 import sys
+import threading
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
 
-from benchmarks import kernel_calls, kernel_cases, tile_search
+from benchmarks import kernel_calls, kernel_cases, tile_candidates, tile_search
 from benchmarks.kernel_cache import Rotation
-from benchmarks.tile_candidates import Candidate, Fit, to_time
+from benchmarks.tile_candidates import SPILL, Candidate, Fit, fit, to_time
 from benchmarks.tile_search import CHOSEN, Search, main, shapes, table
+from benchmarks.tile_trial import Trial, _stray
+from densebench.kernels import bn_relu
+from densebench.kernels.launch import H100
 from densebench.kernels.library import IMPLEMENTATIONS
 from densebench.kernels.tiling import Tile
 from densebench.measure.device import DeviceLostError
@@ -32,18 +37,20 @@ SHORT = Effort(rounds=7, seconds=0.1, least=7)
 SMALL, LARGE = Candidate(4, values=8), Candidate(8, values=16)
 
 _COMPILED = """
-import dataclasses, json
-from benchmarks.tile_candidates import Candidate, compile_all, fit
+import dataclasses, json, multiprocessing, os
+from benchmarks.tile_candidates import Candidate, compile_all
 from densebench.kernels.launch import H100
 
-TRIED = {
-    "bn_relu": [Candidate(4, values=8), Candidate(4, values=32, registers=24), Candidate(4, rows=48)],
-    "channel_statistics": [Candidate(16, 512, 64, stages=6)],
-}
+class Crashes(Candidate):
+    def __call__(self, chosen):
+        return super().__call__(chosen) if multiprocessing.parent_process() is None else os.abort()
+
+TRIED = [Candidate(4, values=8), Candidate(4, values=32, registers=24), Candidate(4, rows=48)]
+LARGE = Candidate(16, 512, 64, stages=6)
 if __name__ == "__main__":
-    found = [*compile_all("bn_relu", TRIED["bn_relu"], "sm_90", H100, workers=2)]
-    found += [fit("channel_statistics", tried, "sm_90", H100) for tried in TRIED["channel_statistics"]]
-    print(json.dumps({fit.candidate.name: dataclasses.asdict(fit) for fit in found}))
+    tasks = [("bn_relu", candidate) for candidate in (*TRIED, Crashes(2, values=8))]
+    done = compile_all([*tasks, ("channel_statistics", LARGE)], "sm_90", H100, 2)
+    print(json.dumps({fit.candidate.name: (kernel, dataclasses.asdict(fit)) for kernel, fit in done}))
 """
 _LAUNCHED = """
 from types import SimpleNamespace
@@ -92,21 +99,46 @@ def run(code: str, folder: Path, repository: Path) -> str:
 
 def test_the_compiler_says_what_fits(tmp_path: Path, repository: Path) -> None:
     pytest.importorskip("triton.backends.nvidia", reason="Triton for NVIDIA is not installed")
-    found = json.loads(run(_COMPILED, tmp_path, repository))
+    told = json.loads(run(_COMPILED, tmp_path, repository))
+    assert told.pop("rows 512, columns 64, warps 16, stages 6")[0] == "channel_statistics"
+    found = {name: fit for name, (_, fit) in told.items()}
     fits, spills = found[SMALL.name], found["values 32, warps 4, registers 24"]
     assert fits["why_not"] is None
     assert fits["beside"] >= 6
     assert 0 < fits["registers"] <= 64
-    assert "spills" in spills["why_not"]
-    assert spills["spill_bytes"] > 0
-    assert "does not fit" in found["rows 512, columns 64, warps 16, stages 6"]["why_not"]
+    assert fits["why_not"] is None
+    assert spills["why_not"] == f"spills {spills['spill_bytes']} bytes a thread"
+    assert spills["spill_bytes"] > SPILL
     assert "does not compile" in found["rows 48, warps 4"]["why_not"]  # no power of two
+    assert "ended its process" in found["values 8, warps 2"]["why_not"]  # and the others were compiled
 
 
 def test_what_was_compiled_ahead_is_what_a_launch_finds(tmp_path: Path, repository: Path) -> None:
     """And another tile is not."""
     pytest.importorskip("triton.backends.nvidia", reason="Triton for NVIDIA is not installed")
     assert run(_LAUNCHED, tmp_path, repository).split() == ["0", "1", "0", "1"]
+
+
+def test_what_takes_too_much_does_not_fit(monkeypatch: pytest.MonkeyPatch) -> None:
+    built = SimpleNamespace(metadata=SimpleNamespace(shared=200_000), asm={"cubin": b""})
+    monkeypatch.setattr(
+        tile_candidates, "recorded_launches", lambda *_: [SimpleNamespace(file="bn_relu", constants=())]
+    )
+    monkeypatch.setattr(tile_candidates, "compiled_kernel", lambda *_: built)
+    monkeypatch.setattr(tile_candidates, "resources", lambda _: (122, 0))
+    assert [fit("bn_relu", Candidate(warps), "sm_90", H100).beside for warps in (4, 16, 32)] == [1, 1, 0]
+    built.metadata.shared = 50_000
+    assert [fit("bn_relu", Candidate(warps), "sm_90", H100).beside for warps in (4, 8, 16)] == [4, 2, 1]
+    assert fit("bn_relu", Candidate(4), "sm_86", H100).beside == 2
+    built.metadata.shared = 240_000
+    assert "does not fit: 122 registers a thread, 240,000" in fit("bn_relu", Candidate(4), "sm_90", H100).why_not
+
+
+def test_a_limit_that_changes_nothing_is_not_timed_again() -> None:
+    free = Candidate(8, 64, 32, stages=4)
+    limited = [dataclasses.replace(free, registers=registers) for registers in (128, 80)]
+    fits = [Fit(limited[0], 120, 0, 9, 2, None), Fit(free, 120, 0, 9, 2, None), Fit(limited[1], 80, 8, 9, 3, None)]
+    assert {tile.registers for tile in to_time("bn_relu_conv1x1", fits)} == {None, 80}
 
 
 def test_as_many_programs_as_fit_share_out_the_rows() -> None:
@@ -133,6 +165,13 @@ class Spoils(Candidate):
         return super().__call__(chosen)._replace(stages=99)
 
 
+class Lazy(Candidate):
+    """A tile with which the kernel does nothing."""
+
+    def __call__(self, chosen: Tile) -> Tile:
+        return super().__call__(chosen)._replace(stages=98)
+
+
 class Raises(Candidate):
     def __call__(self, chosen: Tile) -> Tile:
         raise RuntimeError("out of resource: shared memory")
@@ -149,7 +188,6 @@ def case() -> Case:
 @pytest.fixture
 def search(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[[], Search]:
     """Of Triton's kernels on the CPU, where an operator would take its own path."""
-    from densebench.kernels import bn_relu
 
     def by_triton(operator: str) -> Callable[..., Any]:
         def called(*arguments: Any) -> None:
@@ -186,6 +224,85 @@ def test_what_is_right_is_timed_beside_the_chosen(search: Callable[[], Search], 
     assert "out is off by" in said
 
 
+def test_operands_have_left_the_cache_whoever_is_next(
+    search: Callable[[], Search], case: Case, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """No two calls in a row find the same: the second would find them where the first has brought them."""
+    touched: list[int] = []
+    by_triton = kernel_calls._function
+
+    def noted(operator: str) -> Callable[..., Any]:
+        called = by_triton(operator)
+        return lambda *arguments: (touched.append(arguments[0].data_ptr()), called(*arguments))
+
+    monkeypatch.setattr(kernel_calls, "_function", noted)
+    monkeypatch.setattr("benchmarks.kernel_cache.MOST_COPIES", 3)
+    monkeypatch.setattr("benchmarks.kernel_cache.CPU_CACHE_BYTES", 2**20)
+    begun, timing = search(), tile_search.time_in_turns
+
+    def timed(*arguments: Any) -> Any:
+        touched.clear()
+        turns = timing(*arguments)
+        assert len(set(touched)) == 3
+        assert all(touched[at : at + 3] == touched[:3] for at in range(0, len(touched) - 2, 3))
+        return turns
+
+    monkeypatch.setattr(tile_search, "time_in_turns", timed)
+    begun.measure("bn_relu", case, [SMALL, LARGE])
+
+
+def test_what_is_not_written_is_noticed(
+    search: Callable[[], Search], case: Case, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Also where the memory holds what the tile before it has computed."""
+    begun, by_triton = search(), kernel_calls._function
+
+    def lazy(operator: str) -> Callable[..., Any]:
+        called = by_triton(operator)
+
+        def call(*arguments: Any) -> None:
+            if bn_relu._tile(64).stages != 98:
+                called(*arguments)
+
+        return call
+
+    monkeypatch.setattr(kernel_calls, "_function", lazy)
+    begun.measure("bn_relu", case, [SMALL, Lazy(2, values=8)])
+    statuses = {record.case.options["tile"]: record.status for record in begun.store.read()}
+    assert statuses["values 8, warps 2"] == "incorrect"
+    assert statuses[SMALL.name] in ("ok", "noisy")
+
+
+def test_one_row_is_noticed() -> None:
+    """Of many: the norm over all of a map is within what bfloat16 may be off by."""
+    chosen = {"out": torch.randn(20_000, 64)}
+    other = chosen["out"].clone()
+    assert _stray({"out": other}, chosen) is None
+    other += 1e-3 * torch.randn(20_000, 64)
+    assert _stray({"out": other}, chosen) is None
+    other[777] = 0
+    assert "a row of out" in _stray({"out": other}, chosen)
+    other[777] = float("nan")
+    assert "a row of out" in _stray({"out": other}, chosen)
+
+
+def test_a_tile_that_hangs_ends_the_process_with_a_record(
+    search: Callable[[], Search], case: Case, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    begun, ended = search(), threading.Event()
+    monkeypatch.setattr(tile_search, "HANGS_AFTER", 0.2)
+    monkeypatch.setattr(tile_search.os, "_exit", lambda code: ended.set())
+
+    def hangs(self: Trial, tile: Candidate | None) -> None:
+        if tile is not None:
+            ended.wait(60)
+
+    monkeypatch.setattr(Trial, "fault", hangs)
+    begun.measure("bn_relu", case, [SMALL])
+    statuses = [record.status for record in begun.store.read() if record.case.options["tile"] == SMALL.name]
+    assert statuses[0] == "timeout"
+
+
 def test_a_shape_is_searched_once(search: Callable[[], Search], case: Case) -> None:
     begun = search()
     assert not begun.has("bn_relu", case)
@@ -211,7 +328,7 @@ def test_the_best_are_timed_again(
     monkeypatch.setattr(tile_search, "cold_clock", lambda device: clock)
     begun = search()
     begun.measure("bn_relu", case, [SMALL, LARGE])
-    assert [record.case.options["tile"] for record in begun.store.read()] == [CHOSEN, LARGE.name]
+    assert [record.case.options["tile"] for record in begun.store.read()] == [LARGE.name, CHOSEN]
     assert "0.33 of the time (0.33 to 0.33) values 16, warps 8" in table(begun.store.read())
 
 
@@ -219,6 +336,7 @@ def test_a_tile_that_takes_the_device_with_it_is_left_alone(
     search: Callable[[], Search], case: Case, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     begun, tiles = search(), [Raises(1, values=8), SMALL]
+    other = dataclasses.replace(case, batch=1, options={**case.options, "rows": 49})
     monkeypatch.setattr(tile_search, "cold_clock", lambda device: lambda step: 1.0)
     with monkeypatch.context() as lost:
         lost.setattr(tile_search, "release_memory", lambda device: "an illegal memory access")
@@ -230,6 +348,8 @@ def test_a_tile_that_takes_the_device_with_it_is_left_alone(
     again.measure("bn_relu", case, tiles)
     statuses = {record.case.options["tile"]: record.status for record in again.store.read()}
     assert statuses == {"values 8, warps 1": "crash", CHOSEN: "ok", SMALL.name: "ok"}
+    again.measure("bn_relu", other, tiles)  # nor is it tried there
+    assert [record.status for record in again.store.read()].count("error") == 0
 
 
 def test_a_tile_that_fails_when_it_is_timed_leaves_the_others(
@@ -253,6 +373,10 @@ def test_without_a_gpu_it_says_so(tmp_path: Path, capsys: pytest.CaptureFixture[
         main([str(tmp_path)])
     assert "on an NVIDIA GPU that the kernels are compiled for: sm_80" in capsys.readouterr().err
     assert main([str(tmp_path), "--show"]) == 0
+    with pytest.raises(SystemExit):
+        main([str(tmp_path / "absent"), "--show"])
+    assert "there is no folder" in capsys.readouterr().err
+    assert not (tmp_path / "absent").exists()
 
 
 def test_an_unknown_kernel_is_named(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
