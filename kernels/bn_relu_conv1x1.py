@@ -177,8 +177,9 @@ def _tile(x: Tensor, weight: Tensor) -> Tile:
     """All outputs at once (up to 256), so that x is read once.
 
     What bounds it beside the memory is how many instructions a multiprocessor can start. On Hopper 4 warps
-    multiply 64 rows by all outputs; of 8, each half would normalize all of x for itself. Two programs run side by
-    side, one loads while the other stores; tiles of 64 channels, or of 32, are on their way for each.
+    multiply 64 rows by all outputs; of 8, each half would normalize all of x for itself. Two such programs run
+    side by side, one loads while the other stores. Many channels: one program of 128 rows, or reloading the weight
+    for every 64 rows would take more of the L2 cache's bandwidth than x takes of the memory's.
     Elsewhere a feature map of few pixels gets shorter tiles, or most multiprocessors would have none. Values of 4
     and 8 bytes take as many times the shared memory.
     """
@@ -188,11 +189,14 @@ def _tile(x: Tensor, weight: Tensor) -> Tile:
         return Tile(32, 16, outputs, warps=4, stages=2, programs=2)
     if x.element_size() == 4:
         return Tile(32, 16, outputs, warps=8, stages=3, programs=2)
+    block, stages = (64, 3) if columns % 64 == 0 else (32, 6)
     if device.is_hopper and outputs <= 128:
-        whole = columns % 64 == 0
-        return Tile(64, 64 if whole else 32, outputs, warps=4, stages=3 if whole else 6, programs=2)
-    rows = 64 if cdiv(x.shape[0], 64) >= device.multiprocessors else 32
-    return Tile(rows, 32, outputs, warps=8, stages=4, programs=1 if outputs > 128 else 2)
+        if columns >= 192 and cdiv(x.shape[0], 128) >= device.multiprocessors:
+            return Tile(128, block, outputs, warps=8, stages=stages)
+        return Tile(64, block, outputs, warps=4, stages=stages, programs=2)
+    if cdiv(x.shape[0], 64) >= device.multiprocessors:
+        return Tile(64, 32, outputs, warps=8, stages=4)
+    return Tile(32, 32, outputs, warps=8, stages=4, programs=1 if outputs > 128 else 2)
 
 
 def _waits(x: Tensor, tile: Tile, version: tuple[int, ...] = VERSION) -> bool:
@@ -203,7 +207,7 @@ def _waits(x: Tensor, tile: Tile, version: tuple[int, ...] = VERSION) -> bool:
     3.7 and 3.8 for sm_90, also with newer assemblers, and not in that of 3.9).
     """
     compiles = x.is_cuda or x.is_meta  # the interpreter has nothing to wait for, and no assembly
-    return compiles and device_of(x).is_hopper and x.element_size() == 2 and tile.rows >= 64 and version < (3, 9)
+    return compiles and device_of(x).is_hopper and x.element_size() <= 4 and tile.rows >= 64 and version < (3, 9)
 
 
 def _cuda(

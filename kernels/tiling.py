@@ -100,7 +100,7 @@ def share(rows: int, tile_rows: int, programs: int) -> Share:
     Programs that take a whole multiprocessor each must not be more than there are, by rounding or otherwise:
     those left over would run alone, for as long as all the others together.
     """
-    a_program = cdiv(cdiv(rows, tile_rows), max(1, programs)) * tile_rows
+    a_program = max(1, cdiv(cdiv(rows, tile_rows), max(1, programs))) * tile_rows  # of no rows, too
     return Share(cdiv(rows, a_program), a_program)
 
 

@@ -184,7 +184,7 @@ FAULTS = [
           "(upper_row < rest)", "triton_values"),
     Fault("triton: between threads forgotten", "kernels.channel_statistics", "merge_rows",
           "squares + between * between * counts", "squares", "triton_values"),
-    Fault("triton: a value's share", "kernels.channel_statistics", "count_in", "(count + 1)", "(count + 2)",
+    Fault("triton: a value's share", "kernels.bn_relu_conv1x1", "count_in", "(count + 1)", "(count + 2)",
           "triton_values"),
     Fault("triton: sum instead of mean", "kernels.deferred", "_terms_kernel", "scale * grad_beta / rows",
           "scale * grad_beta", "triton_values"),

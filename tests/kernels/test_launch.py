@@ -27,7 +27,7 @@ def test_no_program_of_the_heaviest_kernel_waits_for_another(images: int, gpu: D
                 assert programs <= gpu.multiprocessors
 
 
-@pytest.mark.parametrize("rows", [1, 15, 16, 17, 1000])
+@pytest.mark.parametrize("rows", [0, 1, 15, 16, 17, 1000])
 @pytest.mark.parametrize("programs", [0, 1, 3, 7])
 def test_shares_cover_all_rows_in_whole_tiles(rows: int, programs: int) -> None:
     shared = share(rows, 16, programs)

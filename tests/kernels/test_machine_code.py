@@ -132,7 +132,8 @@ def test_products_are_waited_for_where_the_compiler_does_not_order_them() -> Non
     for version, waits in (((3, 6), True), ((3, 8), True), ((3, 9), False), ((4, 0), False)):
         assert _waits(x, large, version) is waits
     assert not _waits(x, small, (3, 6))
-    assert not _waits(x.float(), large, (3, 6))
+    assert _waits(x.float(), large, (3, 6))  # as TF32
+    assert not _waits(x.double(), large, (3, 6))
     with compiling_for(TARGETS["sm_100"].device):
         assert not _waits(x, large, (3, 6))
 
