@@ -173,7 +173,7 @@ def _kernel(
 
 
 @choice
-def _tile(x: Tensor, weight: Tensor) -> Tile:
+def _tile(x: Tensor, weight: Tensor, normalizes: bool = False) -> Tile:
     """All outputs at once (up to 256), so that x is read once.
 
     What bounds it beside the memory is how many instructions a multiprocessor can start. On Hopper 4 warps
@@ -192,6 +192,8 @@ def _tile(x: Tensor, weight: Tensor) -> Tile:
     block, stages = (64, 3) if columns % 64 == 0 else (32, 6)
     if device.is_hopper and outputs <= 128:
         if columns >= 192 and cdiv(x.shape[0], 128) >= device.multiprocessors:
+            if normalizes:  # beside 64 channels its vectors do not fit
+                block, stages = 32, 6
             return Tile(128, block, outputs, warps=8, stages=stages)
         return Tile(64, block, outputs, warps=4, stages=stages, programs=2)
     if cdiv(x.shape[0], 64) >= device.multiprocessors:
@@ -219,7 +221,7 @@ def _cuda(
 ) -> None:  # fmt: skip
     (rows, columns), outputs = x.shape, weight.shape[0]
     weight = packed(weight)
-    tile = _tile(x, weight)
+    tile = _tile(x, weight, normalizes=next_mean is not None)
     shared = share(rows, tile.rows, tile.programs * device_of(x).multiprocessors)
     partial = None if out_mean is None else mean.new_empty(shared.parts, 2, outputs)
     slices = cdiv(outputs, tile.outputs)
