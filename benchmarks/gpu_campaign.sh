@@ -101,14 +101,14 @@ note() {
     echo "  $*"
 }
 
-# Records go to the stage's folder. A case that makes the device unusable ends the process; another goes on without it.
-# What hangs has not all of the stage's time.
+# Records go to the stage's folder. What hangs has not all of the stage's time.
 measure() {  # NAME and what pytest is to select
     CAP=$((2 * LIMIT / 3)) go_on "$1" "$PYTHON" -m pytest "${@:2}" --benchmark-only -p no:cacheprovider -q \
         --densebench-profile "$PROFILE" --densebench-device "$DEVICE" --densebench-out "$FOLDER" \
         --densebench-resume
 }
 
+# A case that makes the device unusable ends the process; another goes on without it.
 go_on() {  # NAME COMMAND...
     local attempt log="$FOLDER/${1// /-}.log"
     for attempt in 1 2 3; do

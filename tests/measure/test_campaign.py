@@ -12,11 +12,13 @@ from pathlib import Path
 
 import pytest
 
+from benchmarks.tile_search import DEAD
+
 PYTHON = """#!/usr/bin/env bash
 case "$*" in
     *device_name*) echo "$FAKE_DEVICE" ;;
     *environment*) echo '{}' ;;
-    *pytest*)
+    *pytest* | *tile_search*)
         echo "$*" >>"$FAKE_NOTES"
         while [ $# -gt 0 ]; do
             case $1 in
@@ -130,6 +132,17 @@ def test_kernels_of_all_shapes_come_before_those_compiled_for_all(campaign: Camp
     assert "-k compiled --benchmark-only" in every
     (quick,) = campaign.run("kernels", "compiled", device="cpu", FAKE_DEVICE="a CPU")[0]
     assert "--densebench-profile quick" in quick
+
+
+def test_tiles_are_searched_for_on_a_gpu(campaign: Campaign) -> None:
+    """And on without one that took the device with it."""
+    (started,) = campaign.run("tiles")[0]
+    assert started == f"-m benchmarks.tile_search {campaign.out}/tiles"
+    assert campaign.run("tiles")[0] == []
+    assert "tiles: not run" in campaign.run("tiles", device="cpu", FAKE_DEVICE="a CPU")[2]
+    again = {"FAKE_DEVICE": "Another GPU", "FAKE_EXIT": "1"}
+    assert len(campaign.run("tiles", **again)[0]) == 1
+    assert len(campaign.run("tiles", **again, FAKE_SAYS=f"hangs; {DEAD}")[0]) == 3
 
 
 def test_the_sanitizer_runs_values_alone(campaign: Campaign, tmp_path: Path) -> None:
