@@ -99,9 +99,9 @@ for launch in offline.recorded_launches(32, torch.bfloat16):
         code, cubin = built.asm["ttgir"], built.asm["cubin"]
         loop = code[code.index("ttng.warp_group_dot ") : code.rindex("scf.yield")]
         listed = re.findall(r"^\\s+/[*][0-9a-f]{4,}[*]/", compile_report._of_cubin(cubin, "-sass"), re.MULTILINE)
-        counts = [compile_report._code_bytes(cubin) // 16, len(listed)]
+        counted = compile_report.compile_launch(launch, "sm_90", "bfloat16", (32,)).instructions
         waits = re.findall(r"warp_group_dot_wait .*pendings = (\\d+)", loop)
-        print(json.dumps({"waits for all but": waits, "instructions": counts}))
+        print(json.dumps({"waits for all but": waits, "instructions": [counted, len(listed)]}))
 """
 
 

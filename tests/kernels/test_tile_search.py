@@ -25,7 +25,7 @@ from benchmarks.kernel_cache import Rotation
 from benchmarks.tile_candidates import SPILL, Candidate, Fit, fit, to_time
 from benchmarks.tile_search import CHOSEN, Search, main, shapes, table
 from benchmarks.tile_trial import Trial, _stray
-from densebench.kernels import bn_relu
+from densebench.kernels import bn_relu, channel_statistics
 from densebench.kernels.launch import H100
 from densebench.kernels.library import IMPLEMENTATIONS
 from densebench.kernels.tiling import Tile
@@ -177,12 +177,17 @@ class Raises(Candidate):
         raise RuntimeError("out of resource: shared memory")
 
 
-@pytest.fixture
-def case() -> Case:
+def small(operator: str) -> Case:
+    """Of two images of 7 x 7 pixels."""
     groups = kernel_cases.kernel_groups("default", "cpu")
-    found = next(group.cases[0] for group in groups if group.cases[0].model == "bn_relu")
+    found = next(group.cases[0] for group in groups if group.cases[0].model == operator)
     shape, options = (found.input_shape[0], 7, 7), {**found.options, "rows": 98}
     return dataclasses.replace(found, batch=2, input_shape=shape, options=options)
+
+
+@pytest.fixture
+def case() -> Case:
+    return small("bn_relu")
 
 
 @pytest.fixture
@@ -251,23 +256,21 @@ def test_operands_have_left_the_cache_whoever_is_next(
     begun.measure("bn_relu", case, [SMALL, LARGE])
 
 
-def test_what_is_not_written_is_noticed(
-    search: Callable[[], Search], case: Case, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """Also where the memory holds what the tile before it has computed."""
+def test_what_is_not_written_is_noticed(search: Callable[[], Search], monkeypatch: pytest.MonkeyPatch) -> None:
+    """Also where the memory holds what should be written, as it does after the tile before."""
     begun, by_triton = search(), kernel_calls._function
 
     def lazy(operator: str) -> Callable[..., Any]:
         called = by_triton(operator)
 
         def call(*arguments: Any) -> None:
-            if bn_relu._tile(64).stages != 98:
+            if channel_statistics._tile(32).stages != 98:
                 called(*arguments)
 
         return call
 
     monkeypatch.setattr(kernel_calls, "_function", lazy)
-    begun.measure("bn_relu", case, [SMALL, Lazy(2, values=8)])
+    begun.measure("channel_statistics", small("channel_statistics"), [SMALL, Lazy(2, values=8)])
     statuses = {record.case.options["tile"]: record.status for record in begun.store.read()}
     assert statuses["values 8, warps 2"] == "incorrect"
     assert statuses[SMALL.name] in ("ok", "noisy")
