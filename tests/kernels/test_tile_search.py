@@ -20,7 +20,7 @@ from typing import Any
 import pytest
 import torch
 
-from benchmarks import kernel_calls, kernel_cases, tile_candidates, tile_search
+from benchmarks import kernel_calls, tile_candidates, tile_search
 from benchmarks.kernel_cache import Rotation
 from benchmarks.tile_candidates import SPILL, Candidate, Fit, fit, to_time
 from benchmarks.tile_search import CHOSEN, Search, main, shapes, table
@@ -32,6 +32,7 @@ from densebench.kernels.tiling import Tile
 from densebench.measure.device import DeviceLostError
 from densebench.measure.timing import Effort
 from densebench.results import Case
+from tests.kernels.test_kernel_benchmark import small
 
 SHORT = Effort(rounds=7, seconds=0.1, least=7)
 SMALL, LARGE = Candidate(4, values=8), Candidate(8, values=16)
@@ -175,14 +176,6 @@ class Lazy(Candidate):
 class Raises(Candidate):
     def __call__(self, chosen: Tile) -> Tile:
         raise RuntimeError("out of resource: shared memory")
-
-
-def small(operator: str) -> Case:
-    """Of two images of 7 x 7 pixels."""
-    groups = kernel_cases.kernel_groups("default", "cpu")
-    found = next(group.cases[0] for group in groups if group.cases[0].model == operator)
-    shape, options = (found.input_shape[0], 7, 7), {**found.options, "rows": 98}
-    return dataclasses.replace(found, batch=2, input_shape=shape, options=options)
 
 
 @pytest.fixture
