@@ -79,6 +79,9 @@ INLINE int64_t padded(int64_t values, int64_t block) { return blocks(values, blo
 /* As relu_backward: values where z may be positive, or NaN. */
 INLINE Vector rectified(Vector values, Vector z) { return (Vector)((Mask)values & ~(Mask)(z <= 0)); }
 
+/* 0 in place of what is not finite. */
+INLINE Vector finite(Vector values) { return (Vector)((Mask)values & (Mask)(values - values == 0)); }
+
 /* Whether rows can be written past the caches, which would first fetch the lines that are to be overwritten: whole
  * lines by one block, or a line is written twice. Whoever reads them next has to fetch them, and asks ahead. That is for
  * training, whose maps are kept; inference goes through them in parts that fit the caches. */
@@ -235,17 +238,16 @@ INLINE Finish part_of(Finish all, int64_t row, int64_t column) {
 INLINE Doubles widened(const REAL *at) { return __builtin_convertvector(*(const Part *)at, Doubles); }
 
 /* Some whole rows of a block; all of them, where their number is a constant, on their way out of the registers: a
- * vector's columns at a time, since what those of both meet would not stay in 16 registers. */
+ * vector's columns at a time, since what those of both meet would not stay in 16 registers.
+ * Doubles take three times the instructions, so a block's values are summed up as they are, but about its own first row,
+ * and only the sums go on about the pivot, in double. What rounding takes grows with how far a block's rows lie apart;
+ * about the pivot, which may be an outlier, it would grow with the distance from there. */
 INLINE void finish_rows(const Row *product, int64_t rows, Finish to) {
 #pragma GCC unroll 2
     for (int v = 0; v < VECTORS; v++) {
         int64_t c = v * LANES;
-        Vector scale = {0}, shift = {0};
-        Doubles pivot[PARTS] = {{0}}, sum[PARTS] = {{0}}, squares[PARTS] = {{0}};
+        Vector scale = {0}, shift = {0}, first = {0}, sum = {0}, squares = {0};
         if (to.scale) scale = *(const Vector *)(to.scale + c), shift = *(const Vector *)(to.shift + c);
-#pragma GCC unroll 2
-        for (int d = 0; d < PARTS; d++)
-            if (to.pivot) pivot[d] = widened(to.pivot + c + d * PART);
 #pragma GCC unroll 8
         for (int64_t i = 0; i < rows; i++) {
             Vector y = product[i].at[v], *out = (Vector *)(to.out + i * to.stride + c);
@@ -254,19 +256,19 @@ INLINE void finish_rows(const Row *product, int64_t rows, Finish to) {
                 stream(out, y);
             else
                 *out = y;
-            if (!to.pivot) continue;
-#pragma GCC unroll 2
-            for (int d = 0; d < PARTS; d++) {
-                Doubles apart = widened((const REAL *)&y + d * PART) - pivot[d];
-                sum[d] += apart;
-                squares[d] += apart * apart;
-            }
+            if (i == 0) first = finite(y);
+            Vector apart = y - first;
+            sum += apart;
+            squares += apart * apart;
         }
         if (!to.pivot) continue;
 #pragma GCC unroll 2
         for (int d = 0; d < PARTS; d++) {
-            *(Doubles *)(to.values + c + d * PART) += sum[d];
-            *(Doubles *)(to.squares + c + d * PART) += squares[d];
+            Doubles *values = (Doubles *)(to.values + c + d * PART), *all = (Doubles *)(to.squares + c + d * PART);
+            Doubles apart = widened((const REAL *)&first + d * PART) - widened(to.pivot + c + d * PART);
+            Doubles own = widened((const REAL *)&sum + d * PART), moved = (double)rows * apart + own;
+            *values += moved;
+            *all += widened((const REAL *)&squares + d * PART) + apart * (own + moved);
         }
     }
 }

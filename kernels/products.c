@@ -12,10 +12,20 @@
  */
 #include "blocks.h"
 
-/* Of a tile: whole blocks; forward at least 16. */
-enum { FORWARD_ROWS = (16 + BLOCK_ROWS - 1) / BLOCK_ROWS * BLOCK_ROWS, BACKWARD_ROWS = 16 * BLOCK_ROWS };
+/* A tile's rows are whole blocks. Forward they fill half of a first cache of 32 KiB, where a panel needs the rest; but
+ * there are never so few that the next ones are asked for too late. */
+enum {
+    FEWEST_ROWS = (16 + BLOCK_ROWS - 1) / BLOCK_ROWS * BLOCK_ROWS,
+    FORWARD_BYTES = 16 * 1024,
+    BACKWARD_ROWS = 96 / BLOCK_ROWS * BLOCK_ROWS
+};
 
 /* Forward */
+
+static int64_t forward_rows(int64_t columns) {
+    int64_t fit = FORWARD_BYTES / (int64_t)sizeof(REAL) / tile_stride(columns) / BLOCK_ROWS * BLOCK_ROWS;
+    return fit < FEWEST_ROWS ? FEWEST_ROWS : fit;
+}
 
 /* weight [outputs, columns] as panels [outputs / BLOCK_COLUMNS][columns][BLOCK_COLUMNS]. What a last panel has beyond
  * its columns goes nowhere; zeros are there because arithmetic on whatever lies in memory may be slow.
@@ -68,7 +78,7 @@ INLINE void find_pivot(const REAL *x, int64_t x_stride, int64_t rows, int64_t co
 
 /* A thread's own scratch: a tile of relu(norm(x)), the pivot. */
 static int64_t own_scratch(int64_t columns, int64_t outputs) {
-    return FORWARD_ROWS * tile_stride(columns) + padded(outputs, BLOCK_COLUMNS);
+    return forward_rows(columns) * tile_stride(columns) + padded(outputs, BLOCK_COLUMNS);
 }
 
 /* Values of scratch that relu_norm_product needs. */
@@ -85,7 +95,8 @@ WIDE void relu_norm_product(const REAL *x, int64_t x_stride, int64_t rows, int64
                             int64_t out_stride, REAL *pivot, double *sums, int64_t sums_stride, REAL *scratch,
                             int threads) {
     const REAL *scale = norm + 2 * columns, *shift = norm + 3 * columns;
-    int64_t stride = tile_stride(columns), padded_outputs = padded(outputs, BLOCK_COLUMNS);
+    int64_t stride = tile_stride(columns), tile_rows = forward_rows(columns);
+    int64_t padded_outputs = padded(outputs, BLOCK_COLUMNS);
 #pragma omp parallel num_threads(threads)
     {
         Range own = own_rows(rows);
@@ -96,14 +107,14 @@ WIDE void relu_norm_product(const REAL *x, int64_t x_stride, int64_t rows, int64
         if (next) all.scale = next + 2 * outputs, all.shift = next + 3 * outputs;
         pack_transposed(weight, weight_stride, outputs, columns, panels);
         if (pivot) {
-            REAL *own_pivot = a + FORWARD_ROWS * stride;
+            REAL *own_pivot = a + tile_rows * stride;
             find_pivot(x, x_stride, rows, columns, scale, shift, panels, outputs, all, a, stride, own_pivot);
             if (omp_get_thread_num() == 0) memcpy(pivot, own_pivot, outputs * sizeof(REAL));
             all.pivot = own_pivot;
             all.values = sums + omp_get_thread_num() * sums_stride, all.squares = all.values + outputs;
         }
-        for (int64_t tile = own.first; tile < own.last; tile += FORWARD_ROWS) {
-            int64_t here = least(FORWARD_ROWS, own.last - tile);
+        for (int64_t tile = own.first; tile < own.last; tile += tile_rows) {
+            int64_t here = least(tile_rows, own.last - tile);
             look_ahead(&ahead, tile, here, own.last, padded_outputs / BLOCK_COLUMNS * blocks(here, BLOCK_ROWS));
             normalize(x + tile * x_stride, x_stride, here, columns, scale, shift, a, stride);
             for (int64_t n = 0; n < outputs; n += BLOCK_COLUMNS)
