@@ -10,7 +10,7 @@
 
 #include <string.h>
 
-#include "rows.h"
+#include "ahead.h"
 
 #if defined(__SSE2__)
 #include <immintrin.h>
@@ -32,15 +32,6 @@ enum {
     PARTS = LANES / PART, /* of a vector */
     CHAIN = 128 /* multiply-adds one after the other: rounding grows with their number */
 };
-
-#if defined(__clang__) && defined(__AVX512F__)
-#define WIDE __attribute__((min_vector_width(512))) /* or it halves vectors, and a block no longer fits */
-#else
-#define WIDE
-#endif
-
-#define INLINE static inline __attribute__((always_inline))
-#define APART WIDE __attribute__((noinline, unused))
 
 /* May be loaded from the address of any REAL. */
 typedef REAL Vector __attribute__((vector_size(VECTOR_BYTES), aligned(sizeof(REAL)), may_alias));
@@ -69,10 +60,6 @@ typedef union {
     Row rows[BLOCK_ROWS];
     REAL at[BLOCK_ROWS][BLOCK_COLUMNS];
 } Lines;
-
-INLINE int64_t least(int64_t a, int64_t b) { return a < b ? a : b; }
-
-INLINE int64_t blocks(int64_t values, int64_t block) { return (values + block - 1) / block; }
 
 INLINE int64_t padded(int64_t values, int64_t block) { return blocks(values, block) * block; }
 
@@ -117,8 +104,7 @@ INLINE void count(double *totals, Row sums) {
 
 /* From one row of a tile to the next: an odd number of cache lines, or all of them would share a few sets. */
 INLINE int64_t tile_stride(int64_t columns) {
-    int64_t line = CACHE_LINE / sizeof(REAL);
-    return (blocks(columns, line) | 1) * line;
+    return (blocks(columns, LINE) | 1) * LINE;
 }
 
 /* A block's left operand: at[i * row + k] in its row i, for k < depth; and the same again at each of some taps, so
@@ -154,18 +140,21 @@ INLINE void add(Block *total, Block sum) {
 }
 
 /* A left operand's sums with a panel's values, where k goes on from tap to tap. */
-INLINE Block multiply(Left left, const REAL *panel, int vectors) {
+INLINE Block multiply(Left left, const REAL *panel, int vectors, Ahead *ahead) {
     Block total = {0};
     for (int64_t tap = 0; tap < left.taps; tap++, panel += left.depth * BLOCK_COLUMNS)
-        for (int64_t k = 0; k < left.depth; k += CHAIN)
-            add(&total, chain(left.at + left.shifts[tap] + k, left.row, 1, least(CHAIN, left.depth - k),
-                              panel + k * BLOCK_COLUMNS, BLOCK_COLUMNS, vectors));
+        for (int64_t k = 0; k < left.depth; k += CHAIN) {
+            int64_t depth = least(CHAIN, left.depth - k);
+            ask(ahead, depth);
+            add(&total, chain(left.at + left.shifts[tap] + k, left.row, 1, depth, panel + k * BLOCK_COLUMNS,
+                              BLOCK_COLUMNS, vectors));
+        }
     return total;
 }
 
 /* For at least so many columns; what is beyond them goes nowhere. */
-INLINE Lines multiply_some(Left left, const REAL *panel, int64_t columns) {
-    return (Lines){columns <= LANES ? multiply(left, panel, 1) : multiply(left, panel, VECTORS)};
+INLINE Lines multiply_some(Left left, const REAL *panel, int64_t columns, Ahead *ahead) {
+    return (Lines){columns <= LANES ? multiply(left, panel, 1, ahead) : multiply(left, panel, VECTORS, ahead)};
 }
 
 /* Whether that is all of a block, which then need not go through memory. */
@@ -180,38 +169,10 @@ INLINE void normalize(const REAL *x, int64_t x_stride, int64_t rows, int64_t col
             out[row * out_stride + c] = relu(x[row * x_stride + c] * scale[c] + shift[c]);
 }
 
-/* The next tile's rows of some matrices, asked for a few at a time while blocks of this one are computed. */
-typedef struct {
-    struct {
-        const REAL *at;
-        int64_t stride, columns;
-    } of[3];
-    int64_t row, last, a_block;
-} Ahead;
-
-/* Where the next tile lies, when this one is worked through in so many blocks. */
-INLINE void look_ahead(Ahead *ahead, int64_t tile, int64_t rows, int64_t last, int64_t blocks_of_tile) {
-    ahead->row = least(last, tile + rows);
-    ahead->last = least(last, tile + 2 * rows);
-    ahead->a_block = blocks(rows, blocks_of_tile > 0 ? blocks_of_tile : 1);
-}
-
-/* Into the second cache, not the first, which is the panel's and the tile's. What cannot be read is not fetched. */
-INLINE void ask(Ahead *ahead) {
-    int64_t until = least(ahead->last, ahead->row + ahead->a_block);
-    for (; ahead->row < until; ahead->row++)
-        for (int m = 0; m < 3; m++) {
-            if (!ahead->of[m].at) continue;
-            const REAL *row = ahead->of[m].at + ahead->row * ahead->of[m].stride;
-            for (int64_t c = 0; c < ahead->of[m].columns; c += CACHE_LINE / (int64_t)sizeof(REAL))
-                __builtin_prefetch(row + c, 0, 2);
-        }
-}
-
 /* What a block will meet on its way out, asked for into the first cache before it is computed. */
 INLINE void ask_for_block(const REAL *at, int64_t stride) {
     for (int64_t i = 0; i < BLOCK_ROWS; i++)
-        for (int64_t c = 0; c < BLOCK_COLUMNS; c += CACHE_LINE / (int64_t)sizeof(REAL))
+        for (int64_t c = 0; c < BLOCK_COLUMNS; c += LINE)
             __builtin_prefetch(at + i * stride + c, 0, 3);
 }
 
@@ -361,7 +322,7 @@ INLINE void pass(const Lines *grad, int64_t row, int64_t rows, int64_t columns, 
 static APART void add_weight_gradient(const REAL *g, int64_t g_stride, int64_t rows, int64_t outputs, const REAL *a,
                                       int64_t a_stride, int64_t columns, REAL *panel, Ahead *ahead) {
     for (int64_t n = 0; n < outputs; n += BLOCK_ROWS) {
-        ask(ahead);
+        ask(ahead, rows);
         Block sum = columns <= LANES ? chain(g + n, 1, g_stride, rows, a, a_stride, 1)
                                      : chain(g + n, 1, g_stride, rows, a, a_stride, VECTORS);
         for (int i = 0; i < BLOCK_ROWS; i++)

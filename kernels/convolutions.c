@@ -81,7 +81,8 @@ static void find_pivot(Maps maps, const REAL *x, int64_t x_stride, int64_t image
     }
     for (int64_t n = 0; n < maps.outputs; n += BLOCK_COLUMNS) {
         int64_t width = least(BLOCK_COLUMNS, maps.outputs - n);
-        pivot_of(multiply_some(rows_of(a, depth, depth), panels + n * depth, width), width, pivot + n);
+        Ahead none = nothing_ahead();
+        pivot_of(multiply_some(rows_of(a, depth, depth), panels + n * depth, width, &none), width, pivot + n);
     }
 }
 
@@ -90,13 +91,13 @@ INLINE Finish finish_at(Strip strip, Run run, Finish all) { return part_of(all, 
 
 /* A block of the convolution, from a pixel of the tile on, to where its pixels lie. */
 static APART void multiply_and_finish(const Maps *maps, const Strip *strip, int64_t start, const Left *left,
-                                      const REAL *panel, int64_t columns, const Finish *all) {
+                                      const REAL *panel, int64_t columns, const Finish *all, Ahead *ahead) {
     Run run = run_from(*maps, *strip, start, 0);
     if (is_whole(run.rows, columns)) {
-        finish_rows(multiply(*left, panel, VECTORS).rows, BLOCK_ROWS, finish_at(*strip, run, *all));
+        finish_rows(multiply(*left, panel, VECTORS, ahead).rows, BLOCK_ROWS, finish_at(*strip, run, *all));
         return;
     }
-    Lines product = multiply_some(*left, panel, columns);
+    Lines product = multiply_some(*left, panel, columns, ahead);
     for (; run.rows; run = run_from(*maps, *strip, start, run.row + run.rows))
         finish(&product, run.row, run.rows, columns, finish_at(*strip, run, *all));
 }
@@ -135,16 +136,16 @@ WIDE void relu_norm_convolution(const REAL *x, int64_t x_stride, int64_t images,
         Strip strip;
         for (int64_t line = own.first; line < own.last; line += strip.count) {
             strip = strip_at(maps, line, own.last);
+            int64_t seen = (strip.last - strip.first) * SQUARE * columns;
             look_ahead(&ahead, strip.before, strip.count * width, own.last * width,
-                       blocks(outputs, BLOCK_COLUMNS) * blocks(strip.pixels, BLOCK_ROWS));
+                       blocks(outputs, BLOCK_COLUMNS) * blocks(strip.pixels, BLOCK_ROWS) * seen);
             lay_out(maps, strip, x + strip.before * x_stride, x_stride, columns, scale, shift, tile, maps.stride);
             for (int64_t n = 0; n < outputs; n += BLOCK_COLUMNS) {
                 const REAL *panel = panels + n * maps.taps * columns + strip.first * SQUARE * columns * BLOCK_COLUMNS;
                 Finish to = part_of(all, 0, n);
                 for (int64_t p = 0; p < strip.pixels; p += BLOCK_ROWS) {
-                    ask(&ahead);
                     Left left = seen_by_taps(&maps, &strip, tile, p);
-                    multiply_and_finish(&maps, &strip, p, &left, panel, least(BLOCK_COLUMNS, outputs - n), &to);
+                    multiply_and_finish(&maps, &strip, p, &left, panel, least(BLOCK_COLUMNS, outputs - n), &to, &ahead);
                 }
             }
         }
@@ -197,15 +198,15 @@ INLINE Backward backward_at(Maps maps, int64_t start, Run run, Backward to) {
 
 /* A block of the gradient of relu(norm(x)), from a pixel of the tile on, through the norm from there. */
 static APART void multiply_and_pass(const Maps *maps, const Strip *strip, int64_t start, const Left *left,
-                                    const REAL *panel, int64_t columns, const Backward *to) {
+                                    const REAL *panel, int64_t columns, const Backward *to, Ahead *ahead) {
     Run run = run_from(*maps, *strip, start, 0);
     if (is_whole(run.rows, columns)) {
         Backward here = backward_at(*maps, start, run, *to);
         ask_for_block(here.x, here.x_stride);
-        pass_rows(multiply(*left, panel, VECTORS).rows, BLOCK_ROWS, here);
+        pass_rows(multiply(*left, panel, VECTORS, ahead).rows, BLOCK_ROWS, here);
         return;
     }
-    Lines grad = multiply_some(*left, panel, columns);
+    Lines grad = multiply_some(*left, panel, columns, ahead);
     for (; run.rows; run = run_from(*maps, *strip, start, run.row + run.rows))
         pass(&grad, run.row, run.rows, columns, backward_at(*maps, start, run, *to));
 }
@@ -219,9 +220,8 @@ INLINE void pass_to_input(Maps maps, Strip strip, const REAL *g, const REAL *pan
         shifts[at] = to_tap(&maps, strip.first * SQUARE + at * together) * maps.outputs;
     panel += strip.first * SQUARE * maps.outputs * BLOCK_COLUMNS;
     for (int64_t p = 0; p < strip.pixels; p += BLOCK_ROWS) {
-        ask(ahead);
         Left left = {g + p * maps.outputs, maps.outputs, together * maps.outputs, shifts, taps / together};
-        multiply_and_pass(&maps, &strip, p, &left, panel, columns, &to);
+        multiply_and_pass(&maps, &strip, p, &left, panel, columns, &to, ahead);
     }
 }
 
@@ -253,7 +253,6 @@ WIDE void relu_norm_convolution_backward(const REAL *grad, int64_t grad_stride, 
     int64_t from_part = own_backward_scratch(maps, grad_weight != NULL);
     REAL *panels = scratch, *parts = panels + column_panels(maps);
     int streams = grad_x && can_stream(grad_x, grad_x_stride);
-    int64_t weight_blocks = blocks(outputs, BLOCK_ROWS) * maps.taps, column_blocks = blocks(columns, BLOCK_COLUMNS);
 #pragma omp parallel num_threads(threads)
     {
         Range own = own_rows(images * depth * height);
@@ -267,9 +266,11 @@ WIDE void relu_norm_convolution_backward(const REAL *grad, int64_t grad_stride, 
         Strip strip;
         for (int64_t line = own.first; line < own.last; line += strip.count) {
             strip = strip_at(maps, line, own.last);
-            int64_t of_weight = grad_weight ? blocks(strip.pixels, WEIGHT_ROWS) * weight_blocks : 0;
+            int64_t taps = (strip.last - strip.first) * SQUARE;
+            int64_t of_weight = grad_weight ? blocks(outputs, BLOCK_ROWS) * strip.pixels : 0;
+            int64_t of_x = grad_x ? blocks(strip.pixels, BLOCK_ROWS) * outputs : 0;
             look_ahead(&ahead, strip.before, strip.count * width, own.last * width,
-                       column_blocks * (of_weight + (grad_x ? blocks(strip.pixels, BLOCK_ROWS) : 0)));
+                       blocks(columns, BLOCK_COLUMNS) * taps * (of_weight + of_x));
             const REAL *own_x = x + strip.before * x_stride;
             lay_out(maps, strip, own_x, x_stride, columns, scale, shift, a, maps.stride);
             lay_out(maps, strip, grad + strip.before * grad_stride, grad_stride, outputs, NULL, NULL, g, outputs);

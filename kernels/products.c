@@ -47,12 +47,12 @@ static void pack_transposed(const REAL *weight, int64_t weight_stride, int64_t o
 
 /* A block of a product, to where it goes. */
 static APART void multiply_and_finish(const Left *left, const REAL *panel, int64_t rows, int64_t columns,
-                                      const Finish *to) {
+                                      const Finish *to, Ahead *ahead) {
     if (is_whole(rows, columns)) {
-        finish_rows(multiply(*left, panel, VECTORS).rows, BLOCK_ROWS, *to);
+        finish_rows(multiply(*left, panel, VECTORS, ahead).rows, BLOCK_ROWS, *to);
         return;
     }
-    Lines product = multiply_some(*left, panel, columns);
+    Lines product = multiply_some(*left, panel, columns, ahead);
     finish(&product, 0, rows, columns, *to);
 }
 
@@ -68,10 +68,11 @@ INLINE void find_pivot(const REAL *x, int64_t x_stride, int64_t rows, int64_t co
     for (int64_t n = 0; n < outputs; n += BLOCK_COLUMNS) {
         int64_t width = least(BLOCK_COLUMNS, outputs - n);
         Left rows_of_a = rows_of(a, stride, columns);
+        Ahead none = nothing_ahead();
         Lines made;
         Finish block = part_of(to, 0, n);
         block.out = made.at[0], block.stride = BLOCK_COLUMNS, block.streams = 0;
-        multiply_and_finish(&rows_of_a, panels + n * columns, BLOCK_ROWS, width, &block);
+        multiply_and_finish(&rows_of_a, panels + n * columns, BLOCK_ROWS, width, &block, &none);
         pivot_of(made, width, pivot + n);
     }
 }
@@ -115,16 +116,16 @@ WIDE void relu_norm_product(const REAL *x, int64_t x_stride, int64_t rows, int64
         }
         for (int64_t tile = own.first; tile < own.last; tile += tile_rows) {
             int64_t here = least(tile_rows, own.last - tile);
-            look_ahead(&ahead, tile, here, own.last, padded_outputs / BLOCK_COLUMNS * blocks(here, BLOCK_ROWS));
+            int64_t steps = padded_outputs / BLOCK_COLUMNS * blocks(here, BLOCK_ROWS) * columns;
+            look_ahead(&ahead, tile, here, own.last, steps);
             normalize(x + tile * x_stride, x_stride, here, columns, scale, shift, a, stride);
             for (int64_t n = 0; n < outputs; n += BLOCK_COLUMNS)
                 for (int64_t row = 0; row < here; row += BLOCK_ROWS) {
-                    ask(&ahead);
                     /* Rows beyond the tile's last are whatever lies in scratch; they go nowhere. */
                     Left left = rows_of(a + row * stride, stride, columns);
                     Finish to = part_of(all, tile + row, n);
                     multiply_and_finish(&left, panels + n * columns, least(BLOCK_ROWS, here - row),
-                                        least(BLOCK_COLUMNS, outputs - n), &to);
+                                        least(BLOCK_COLUMNS, outputs - n), &to, &ahead);
                 }
         }
         end_streams();
@@ -156,15 +157,15 @@ static void copy_padded(const REAL *grad, int64_t grad_stride, int64_t rows, int
 
 /* A block of grad W, through relu(norm(x)) from there. */
 static APART void multiply_and_pass(const Left *left, const REAL *panel, int64_t rows, int64_t columns,
-                                    const Backward *to) {
+                                    const Backward *to, Ahead *ahead) {
     if (is_whole(rows, columns)) {
         ask_for_block(to->x, to->x_stride);
         ask_for_block(to->x + BLOCK_COLUMNS, to->x_stride); /* the next panel's */
         if (to->grad_x && to->accumulates) ask_for_block(to->grad_x, to->grad_x_stride);
-        pass_rows(multiply(*left, panel, VECTORS).rows, BLOCK_ROWS, *to);
+        pass_rows(multiply(*left, panel, VECTORS, ahead).rows, BLOCK_ROWS, *to);
         return;
     }
-    Lines grad = multiply_some(*left, panel, columns);
+    Lines grad = multiply_some(*left, panel, columns, ahead);
     pass(&grad, 0, rows, columns, *to);
 }
 
@@ -172,9 +173,8 @@ static APART void multiply_and_pass(const Left *left, const REAL *panel, int64_t
 INLINE void pass_to_input(const REAL *g, int64_t stride, int64_t rows, int64_t outputs, const REAL *panel,
                           int64_t columns, Backward to, Ahead *ahead) {
     for (int64_t row = 0; row < rows; row += BLOCK_ROWS) {
-        ask(ahead);
         Left left = rows_of(g + row * stride, stride, outputs);
-        multiply_and_pass(&left, panel, least(BLOCK_ROWS, rows - row), columns, &to);
+        multiply_and_pass(&left, panel, least(BLOCK_ROWS, rows - row), columns, &to, ahead);
         to.x += BLOCK_ROWS * to.x_stride, to.a += BLOCK_ROWS * to.a_stride;
         if (to.grad_x) to.grad_x += BLOCK_ROWS * to.grad_x_stride;
     }
@@ -230,8 +230,9 @@ WIDE void relu_norm_product_backward(const REAL *grad, int64_t grad_stride, cons
         memset(own_weight, 0, (apart - own_tiles) * sizeof(REAL));
         for (int64_t tile = own.first; tile < own.last; tile += BACKWARD_ROWS) {
             int64_t here = least(BACKWARD_ROWS, own.last - tile);
-            int64_t a_panel = (grad_weight ? padded_outputs / BLOCK_ROWS : 0) + (sums ? blocks(here, BLOCK_ROWS) : 0);
-            look_ahead(&ahead, tile, here, own.last, padded_columns / BLOCK_COLUMNS * a_panel);
+            int64_t of_weight = grad_weight ? padded_outputs / BLOCK_ROWS * here : 0;
+            int64_t of_x = sums ? blocks(here, BLOCK_ROWS) * outputs : 0;
+            look_ahead(&ahead, tile, here, own.last, padded_columns / BLOCK_COLUMNS * (of_weight + of_x));
             copy_padded(grad + tile * grad_stride, grad_stride, here, outputs, g, stride);
             for (int64_t c = 0; c < columns; c += BLOCK_COLUMNS) {
                 const REAL *tile_x = x + tile * x_stride + c;

@@ -6,7 +6,20 @@
 #include <stddef.h>
 #include <stdint.h>
 
-enum { CACHE_LINE = 64 };
+enum { CACHE_LINE = 64, LINE = CACHE_LINE / sizeof(REAL) }; /* bytes, values */
+
+#if defined(__clang__) && defined(__AVX512F__)
+#define WIDE __attribute__((min_vector_width(512))) /* or it halves vectors, and a block no longer fits */
+#else
+#define WIDE
+#endif
+
+#define INLINE static inline __attribute__((always_inline))
+#define APART WIDE __attribute__((noinline, unused))
+
+INLINE int64_t least(int64_t a, int64_t b) { return a < b ? a : b; }
+
+INLINE int64_t blocks(int64_t values, int64_t block) { return (values + block - 1) / block; }
 
 typedef struct {
     int64_t first, last;
