@@ -8,8 +8,8 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 
 from densebench.contenders import get_contender, list_contenders
+from densebench.records import Case
 from densebench.registry import list_strategies
-from densebench.results import Case
 
 DEPTHS = (48, 68, 96, 136, 192)  # log-spaced
 IMAGE = (3, 224, 224)

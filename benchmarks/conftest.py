@@ -18,8 +18,9 @@ from densebench.contenders import get_contender
 from densebench.counting import counted
 from densebench.measure.device import DeviceLostError, tune
 from densebench.measure.environment import device_name
+from densebench.records import Case, Record
 from densebench.report.console import ended_in_words, summary_table
-from densebench.results import Case, Record, RunStore, StoreError, latest
+from densebench.store import RunStore, StoreError, latest
 
 PROFILES = ("quick", "default", "full", "tiny")
 _DEVICE, _NAME = pytest.StashKey[str](), pytest.StashKey[str]()

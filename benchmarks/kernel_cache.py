@@ -10,7 +10,7 @@ import torch
 from benchmarks.kernel_calls import Call
 from densebench.measure.ceilings import device_seconds
 from densebench.measure.timing import Clock, Step, cpu_seconds
-from densebench.results import Case
+from densebench.records import Case
 
 CPU_CACHE_BYTES = 32 * 2**20  # PyTorch does not say; the last level of common server processors, for one process
 CACHES = 2  # operands of so many times the cache go by before the same come again

@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 
 from benchmarks.cases import Group
 from densebench.measure.timing import Effort
-from densebench.results import Case
+from densebench.records import Case
 
 BLOCKS = ((6, 64, 56), (12, 128, 28), (24, 256, 14), (16, 512, 7))  # layers, first channels, side of the map
 GROWTH_RATE, BOTTLENECK = 32, 128

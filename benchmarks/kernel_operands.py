@@ -12,7 +12,7 @@ from benchmarks.kernel_cases import CONVOLUTIONS, POOLS, WITH_WEIGHT, Geometry, 
 from densebench.kernels import channel_statistics
 from densebench.kernels.norm import Norm
 from densebench.kernels.rows import accumulate_dtype
-from densebench.results import Case
+from densebench.records import Case
 
 EPS = 1e-5
 _TENSORS = ("x", "gamma", "beta", "weight", "grad", "buffer", "pending")

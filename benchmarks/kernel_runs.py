@@ -27,8 +27,9 @@ from densebench.measure.nvml import Nvml, facts_while_repeating
 from densebench.measure.outcome import Outcome
 from densebench.measure.timing import Effort, Turns, host_seconds, time_in_turns
 from densebench.measure.validation import FLOORS, Verdict, first_algorithms
-from densebench.results import Case, Record, RunStore, latest
+from densebench.records import Case, Record
 from densebench.statistics import summarize, unsteady
+from densebench.store import RunStore, latest
 
 CONTENDERS: dict[str, Callable[[str, Sequence[Operands]], list[Call]]] = {
     "ours": ours,

@@ -22,8 +22,8 @@ from benchmarks.cases import (
     timelines,
 )
 from densebench.measure.timing import Effort
+from densebench.records import Case
 from densebench.registry import list_strategies
-from densebench.results import Case
 
 
 @dataclass(frozen=True)

@@ -16,7 +16,8 @@ from benchmarks.profiles import Profile
 from densebench.measure.runner import Runner
 from densebench.measure.validation import Checks
 from densebench.measure.worker import run_isolated
-from densebench.results import Case, Record, RunStore
+from densebench.records import Case, Record
+from densebench.store import RunStore
 
 DATA = Path(__file__).resolve().parents[1] / "reports" / "data"
 

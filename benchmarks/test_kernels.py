@@ -15,7 +15,7 @@ from benchmarks.conftest import _DEVICE, _NAME, end
 from benchmarks.kernel_cases import kernel_effort, kernel_groups
 from benchmarks.kernel_runs import KernelRunner
 from benchmarks.suite import Suite, clock
-from densebench.results import Case
+from densebench.records import Case
 
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:

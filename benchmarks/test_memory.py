@@ -7,7 +7,7 @@ from typing import Any
 from benchmarks.cases import Group
 from benchmarks.conftest import describe, end
 from benchmarks.suite import Suite
-from densebench.results import Case
+from densebench.records import Case
 
 
 def test_memory(benchmark: Any, suite: Suite, untimed: tuple[Group, Case]) -> None:

@@ -9,7 +9,7 @@ import pytest
 from benchmarks.cases import Group
 from benchmarks.conftest import describe, end
 from benchmarks.suite import Suite, clock
-from densebench.results import Case
+from densebench.records import Case
 
 
 @pytest.mark.benchmark(timer=clock)

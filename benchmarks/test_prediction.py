@@ -13,8 +13,8 @@ from benchmarks.cases import Limit
 from benchmarks.conftest import _PROFILE, describe
 from benchmarks.suite import Suite
 from densebench.prediction.limits import deepest_networks, largest_batches
+from densebench.records import Record
 from densebench.registry import UnsupportedError
-from densebench.results import Record
 
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:

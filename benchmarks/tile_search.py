@@ -36,8 +36,9 @@ from densebench.measure.environment import environment
 from densebench.measure.outcome import Outcome
 from densebench.measure.resume import finished
 from densebench.measure.timing import Effort, Turns, time_in_turns
-from densebench.results import Case, Record, RunStore, StoreError, append_durably, make_appendable
+from densebench.records import Case, Record
 from densebench.statistics import ratio_of, summarize, unsteady
+from densebench.store import RunStore, StoreError, append_durably, make_appendable
 
 CHOSEN = "chosen"
 FIRST = Effort(rounds=5, seconds=0.5, least=5)

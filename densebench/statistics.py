@@ -8,7 +8,7 @@ from typing import Literal
 
 import numpy as np
 
-from densebench.results import Record, Timing
+from densebench.records import Record, Timing
 
 Verdict = Literal["FAST", "SLOW", "SAME", "AMBIGUOUS"]
 

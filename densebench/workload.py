@@ -16,7 +16,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 from densebench.contenders import get_contender
 from densebench.formats import CHANNELS_LAST
-from densebench.results import Case
+from densebench.records import Case
 
 MODES = ("train", "forward", "infer")
 # Options that tell cases apart and leave the network as it is: "beside" names what a case is timed beside, so that

@@ -7,7 +7,7 @@ import gc
 import torch
 
 from densebench.measure.outcome import first_line
-from densebench.results import Case, Record
+from densebench.records import Case, Record
 
 LOST = "the CUDA context was lost"
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from densebench.results import Case
+from densebench.records import Case
 from densebench.workload import Workload
 
 WARM_UPS = 3  # on a stream of their own, as PyTorch's notes on CUDA graphs ask for

@@ -40,7 +40,7 @@ class Measurable(Protocol):
 
 @dataclass(frozen=True)
 class Peak:
-    """Peaks of one workload, in bytes; the names are those of `densebench.results.Record`.
+    """Peaks of one workload, in bytes; the names are those of `densebench.records.Record`.
 
     `repeats` are the allocated peaks of repeated steps: identical on CUDA, within 1 % on a CPU, or the
     figure is not to be trusted.

@@ -12,8 +12,8 @@ from torch import Tensor
 from densebench.measure.deadline import CaseTimeout
 from densebench.measure.environment import environment
 from densebench.measure.timing import Step
+from densebench.records import Case, Record, Status
 from densebench.registry import UnsupportedError
-from densebench.results import Case, Record, Status
 
 Fields = dict[str, Any]
 

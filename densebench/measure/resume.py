@@ -10,7 +10,8 @@ from densebench.counting import counted
 from densebench.measure.device import was_never_tried
 from densebench.measure.environment import differences, environment, identity
 from densebench.measure.outcome import Fields
-from densebench.results import Record, latest
+from densebench.records import Record
+from densebench.store import latest
 
 # A case that hung or took the process with it is left alone until the source changes; an error is tried again.
 _FINAL = ("oom", "unsupported", "skipped", "incorrect", "timeout", "crash")

@@ -24,8 +24,9 @@ from densebench.measure.steps import compile_seconds, compiles, forget_compiled,
 from densebench.measure.timing import Effort, host_seconds, time_in_turns
 from densebench.measure.validation import Checks, changed
 from densebench.prediction import StepTrace, trace_case
-from densebench.results import Case, Record, RunStore
+from densebench.records import Case, Record
 from densebench.statistics import summarize, unsteady
+from densebench.store import RunStore
 
 
 class Runner:

@@ -13,7 +13,7 @@ from densebench.measure.graph import Graphed
 from densebench.measure.memory import Measurable
 from densebench.measure.outcome import Outcome
 from densebench.measure.timing import Step
-from densebench.results import Case
+from densebench.records import Case
 from densebench.workload import Workload, build_workload
 
 

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from densebench.contenders import get_contender
-from densebench.results import Case
+from densebench.records import Case
 from densebench.workload import build_workload, plain
 
 IMAGES = 8  # enough to see any error; the reference in double precision is eight times a half-precision step

@@ -24,7 +24,8 @@ from densebench.measure.deadline import TIMEOUT_SECONDS
 from densebench.measure.device import DeviceLostError, tune
 from densebench.measure.environment import environment
 from densebench.measure.timing import Effort
-from densebench.results import Case, Record, RunStore, Status
+from densebench.records import Case, Record, Status
+from densebench.store import RunStore
 
 STACK_SECONDS = 5.0  # for a hanging child to say where it hangs
 

@@ -18,8 +18,9 @@ from densebench.prediction.gpus import get_gpu
 from densebench.prediction.prediction import Prediction
 from densebench.prediction.predictor import as_dtype, predict_memory
 from densebench.prediction.sizes import parse_size, size_note
+from densebench.records import Record
 from densebench.registry import UnsupportedError, list_strategies
-from densebench.results import Record, read_records
+from densebench.store import read_records
 
 WIDTH = 80
 GIB = 2**30

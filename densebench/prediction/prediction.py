@@ -6,7 +6,7 @@ import dataclasses
 from dataclasses import dataclass
 from typing import Any
 
-from densebench.results import Timeline
+from densebench.records import Timeline
 
 
 @dataclass(frozen=True)

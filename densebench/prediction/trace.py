@@ -18,7 +18,7 @@ from densebench.prediction.cuda import rounded
 from densebench.prediction.gpus import Gpu
 from densebench.prediction.hidden import hidden_on_cpu
 from densebench.prediction.shapes import rule_for
-from densebench.results import Case, Timeline
+from densebench.records import Case, Timeline
 from densebench.step_tracker import Allocation, Operation, StepTracker, storage_key
 from densebench.workload import Workload, fake_workload
 
@@ -141,7 +141,7 @@ class StepTrace:
 
 
 def trace_case(case: Case) -> StepTrace:
-    """Trace one step of a case (see `densebench.results.Case`) without running it; seconds at most."""
+    """Trace one step of a case (see `densebench.records.Case`) without running it; seconds at most."""
     mode, work = fake_workload(case)
     with mode:
         return trace_step(work, case.device)

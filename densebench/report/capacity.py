@@ -7,6 +7,7 @@ import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 
+from densebench.records import Case, Record
 from densebench.report.blocks import Prose, Section, Sheet
 from densebench.report.deepest import deepest_tables
 from densebench.report.selection import device_of
@@ -14,7 +15,6 @@ from densebench.report.sources import MAKE_SOME
 from densebench.report.style import Roster, display_name
 from densebench.report.tables import Column, Table, build
 from densebench.report.units import GIB, MODES, setting_words
-from densebench.results import Case, Record
 
 CAPACITIES_GIB = (8, 16, 24, 40, 80)
 

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+from densebench.records import Record
 from densebench.report.answer import SPEED_WORDS, ratio_words
 from densebench.report.selection import Comparison, Row
 from densebench.report.tables import Column, Table, build
 from densebench.report.units import STATUS_WORDS, Unit, memory_unit, number, times
-from densebench.results import Record
 
 
 def main_table(comparison: Comparison) -> Table:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 
-from densebench.results import Record
+from densebench.records import Record
 from densebench.statistics import ratio_of
 
 MIB = 2**20

@@ -6,6 +6,7 @@ import re
 from collections.abc import Iterable, Sequence
 from typing import Any
 
+from densebench.records import Record
 from densebench.report.blocks import Block, Folded, Items, Plot, Prose, Section, Sheet
 from densebench.report.figure_kernels import kernels_picture
 from densebench.report.glossary import explain
@@ -13,7 +14,6 @@ from densebench.report.kernels import code_table, failures, operator_table, oper
 from densebench.report.sources import MAKE_SOME as COMMAND
 from densebench.report.tables import Column, Table, build
 from densebench.report.units import memory
-from densebench.results import Record
 
 
 def kernels_section(records: Sequence[Record], code: Sequence[dict[str, Any]]) -> Section:

@@ -6,11 +6,11 @@ import json
 from collections.abc import Iterable, Sequence
 from dataclasses import replace
 
+from densebench.records import Record
 from densebench.report.selection import device_of
 from densebench.report.style import Roster, display_name
 from densebench.report.tables import Column, Table, build
 from densebench.report.units import setting_words
-from densebench.results import Record
 
 SEARCHED_FOR = ("capacity_gib", "depth")
 

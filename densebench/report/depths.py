@@ -6,10 +6,10 @@ import json
 from collections.abc import Iterable
 from dataclasses import dataclass, replace
 
+from densebench.records import Record
 from densebench.report.selection import device_of, need_names
 from densebench.report.style import Look, Roster
 from densebench.report.units import MODES, setting_words
-from densebench.results import Record
 
 _DEPTH_OPTIONS = ("depth", "block_config")
 

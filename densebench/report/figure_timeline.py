@@ -7,11 +7,11 @@ from collections.abc import Sequence
 from matplotlib.axes import Axes
 from matplotlib.patches import Patch
 
+from densebench.records import Record, Timeline
 from densebench.report.drawing import WIDE, Canvas, Picture, canvas, draw, memory_ticks
 from densebench.report.style import BLUE, INK, MUTED, ORANGE, PAPER
 from densebench.report.tables import Column, Table, build
 from densebench.report.units import Unit, memory, memory_unit
-from densebench.results import Record, Timeline
 
 TITLE = "Live memory over one step, by category"
 _PANEL = 1.75  # inches

@@ -11,10 +11,10 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
+from densebench.records import Record, Timing
 from densebench.report.markdown import render_markdown
 from densebench.report.page import render_page
 from densebench.report.report import Report
-from densebench.results import Record, Timing
 
 _LEFT_OUT = ("case", "time_s", "timeline", "environment", "unavailable")
 

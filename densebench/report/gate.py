@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from densebench.results import Record, Timing
+from densebench.records import Record, Timing
 
 MEMORY_SLACK = 2**20  # bytes: allocator rounding, and the profiler's own small tensors
 TIME_SLACK = 50e-6  # seconds: what a timer and one launch may differ by

@@ -13,11 +13,11 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from densebench.records import Record
 from densebench.report.answer import ratio_words
 from densebench.report.selection import device_of, need_names
 from densebench.report.tables import Column, Table, build
 from densebench.report.units import STATUS_WORDS, number, precision, times
-from densebench.results import Record
 from densebench.statistics import ratio_of
 
 BASELINE = "eager"

@@ -66,7 +66,7 @@ def _block(runs: list[Path], samples: Path) -> str:
 
 
 def _conditions(run: Path) -> str:
-    from densebench.results import read_records
+    from densebench.store import read_records
 
     record = read_records([run / RECORDS])[0]
     facts = record.environment

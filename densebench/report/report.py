@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from densebench.counting import counted
+from densebench.records import Record
 from densebench.report.answer import Answer, answer
 from densebench.report.blocks import Section
 from densebench.report.capacity import capacity_section
@@ -28,7 +29,6 @@ from densebench.report.selection import comparisons, once
 from densebench.report.sources import MAKE_SOME, Loaded
 from densebench.report.style import Roster
 from densebench.report.tables import Table
-from densebench.results import Record
 
 
 @dataclass(frozen=True)

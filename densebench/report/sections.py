@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 
 from densebench.counting import counted
+from densebench.records import Record
 from densebench.report.answer import SPEED_WORDS, best
 from densebench.report.blocks import Block, Folded, Plot, Prose, Section, Sheet
 from densebench.report.comparison_tables import (
@@ -25,7 +26,6 @@ from densebench.report.selection import Comparison, ladders, naive_is_better, ti
 from densebench.report.sources import MAKE_SOME as COMMAND
 from densebench.report.style import Roster
 from densebench.report.units import memory, percent, times
-from densebench.results import Record
 
 DEFAULT = f"{COMMAND} --densebench-profile default"
 _PICTURED = 6  # comparisons with a picture; of the others the tables say enough

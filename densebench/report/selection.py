@@ -7,10 +7,10 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 
+from densebench.records import Case, Record
 from densebench.report.console import fastest_naive
 from densebench.report.style import Look, Roster, display_name
 from densebench.report.units import MODES, Unit, memory_unit, setting_words
-from densebench.results import Case, Record
 from densebench.statistics import Ratio, ratio_of
 
 USABLE = ("ok", "noisy")

@@ -10,7 +10,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from densebench.results import Record, latest, read_records
+from densebench.records import Record
+from densebench.store import latest, read_records
 
 REPORTS = Path("reports")
 RECORDS, KERNELS = "cases.jsonl", "kernels.json"

@@ -12,8 +12,8 @@ from dataclasses import dataclass
 from itertools import product
 from typing import Any
 
+from densebench.records import Record
 from densebench.report.units import model_name
-from densebench.results import Record
 
 # Okabe and Ito's palette: distinct under the common forms of color blindness.
 BLACK = "#010101"  # not quite: matplotlib leaves out pure black, and then no CSS variable stands in its place

@@ -7,7 +7,7 @@ import re
 from collections.abc import Iterable
 from dataclasses import dataclass
 
-from densebench.results import Case
+from densebench.records import Case
 
 MIB = 2**20
 GIB = 2**30

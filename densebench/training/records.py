@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from densebench.results import append_durably, make_appendable
+from densebench.store import append_durably, make_appendable
 from densebench.training.errors import TrainingError
 
 FILE = "training.jsonl"
@@ -26,7 +26,7 @@ class EpochRecord:
         test_loss, test_accuracy: after the epoch; a loss that is no number is None.
         seconds: of the epoch's steps, loading included and testing not.
         images_per_s: of one run, beside whatever else ran: no benchmark.
-        peak_delta_bytes: activation memory of a step, see `densebench.results.Record`.
+        peak_delta_bytes: activation memory of a step, see `densebench.records.Record`.
         options: of the run, `of_the_curve` in `densebench.training.settings`.
         images: what it was trained on.
         environment: see `densebench.measure.environment`.

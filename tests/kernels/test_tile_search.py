@@ -31,7 +31,7 @@ from densebench.kernels.library import IMPLEMENTATIONS
 from densebench.kernels.tiling import Tile
 from densebench.measure.device import DeviceLostError
 from densebench.measure.timing import Effort
-from densebench.results import Case
+from densebench.records import Case
 from tests.kernels.test_kernel_benchmark import small
 
 SHORT = Effort(rounds=7, seconds=0.1, least=7)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 from typing import Any
 
-from densebench.results import Case, Record, Timing
+from densebench.records import Case, Record, Timing
 from densebench.statistics import summarize
 
 OPTIONS: dict[str, Any] = {"block_config": [2, 2], "growth_rate": 4, "stem": "cifar", "num_classes": 10}

@@ -13,7 +13,7 @@ import pytest
 from densebench import contenders, registry
 from densebench.measure.runner import Runner
 from densebench.measure.timing import Effort
-from densebench.results import RunStore
+from densebench.store import RunStore
 
 
 @pytest.fixture

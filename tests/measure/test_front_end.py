@@ -20,8 +20,9 @@ from benchmarks import suite as suite_module
 from benchmarks.profiles import profile
 from benchmarks.suite import Suite, choose_device, run_folder
 from densebench.measure.environment import environment
+from densebench.records import Record
 from densebench.registry import list_strategies
-from densebench.results import Record, RunStore, read_records
+from densebench.store import RunStore, read_records
 from tests.measure.cases import small_case, small_record
 
 BENCH = [sys.executable, "-m", "pytest", "benchmarks/", "-p", "no:cacheprovider"]

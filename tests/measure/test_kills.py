@@ -12,13 +12,14 @@ from pathlib import Path
 
 import pytest
 
-from densebench.results import RunStore
+from densebench.store import RunStore
 
 # Appends records for ever; prints the number of each once it is stored. Long ones, so that kills hit writes.
 WRITER = """
 import itertools, sys
 from pathlib import Path
-from densebench.results import Case, Record, RunStore
+from densebench.records import Case, Record
+from densebench.store import RunStore
 store = RunStore(Path(sys.argv[1]))
 for number in itertools.count(int(sys.argv[2])):
     case = Case("step", "m", "naive", "train", 1, (3, 8, 8), options={"filler": "x" * 200_000})

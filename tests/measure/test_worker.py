@@ -16,7 +16,7 @@ import pytest
 from densebench.measure import worker
 from densebench.measure.timing import Effort
 from densebench.measure.worker import run_isolated
-from densebench.results import Record
+from densebench.records import Record
 from tests.measure.cases import fault_case, small_case
 
 EFFORT = Effort(rounds=3, seconds=0.1, least=2)
@@ -67,7 +67,8 @@ def test_what_was_found_before_a_crash_is_kept(monkeypatch: pytest.MonkeyPatch) 
     code = """
 import os, sys, json
 from pathlib import Path
-from densebench.results import Case, Record, RunStore
+from densebench.records import Case, Record
+from densebench.store import RunStore
 job = json.load(sys.stdin)
 case = Case(**{**job["case"], "input_shape": tuple(job["case"]["input_shape"])})
 RunStore(Path(sys.argv[1])).append(Record(case, "ok", peak_delta_bytes=77))

@@ -15,8 +15,8 @@ import torch
 
 from densebench.measure.memory import measure_peak
 from densebench.prediction import trace_case
+from densebench.records import Case
 from densebench.registry import list_strategies
-from densebench.results import Case
 from densebench.workload import build_workload
 
 TOLERANCE = 0.02

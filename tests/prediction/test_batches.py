@@ -11,7 +11,7 @@ import densebench
 from densebench.prediction.batches import LARGEST, PeakCurve
 from densebench.prediction.networks import trace_network
 from densebench.prediction.trace import StepTrace
-from densebench.results import Case
+from densebench.records import Case
 from densebench.step_tracker import Allocation, Operation
 
 MIB = 2**20

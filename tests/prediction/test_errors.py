@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from densebench.contenders import get_contender
-from densebench.results import Case
+from densebench.records import Case
 from tests.conftest import lack
 from tests.prediction.table import HEADER, TOLERANCE, combinations, compare, describe, nightly
 

@@ -19,7 +19,7 @@ import densebench
 from densebench import predict
 from densebench.prediction import Prediction, PredictionError, cache, command, networks
 from densebench.prediction.sizes import parse_size, size_note
-from densebench.results import Case, Record
+from densebench.records import Case, Record
 from tests.report.records import timing_of
 
 SMALL = ["densenet_d2l", "--size", "64", "--strategy", "naive"]

@@ -12,7 +12,7 @@ from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.utils._pytree import tree_map
 
 from densebench.prediction import shapes, trace_case, trace_step
-from densebench.results import Case
+from densebench.records import Case
 from densebench.workload import fake_workload
 
 aten = torch.ops.aten

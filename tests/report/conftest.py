@@ -8,8 +8,8 @@ from pathlib import Path
 
 import pytest
 
+from densebench.records import Record
 from densebench.report.__main__ import main
-from densebench.results import Record
 from tests.report import records as synthetic
 
 

@@ -12,7 +12,7 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
-from densebench.results import Case, Record, Timeline, Timing
+from densebench.records import Case, Record, Timeline, Timing
 from densebench.training.records import EpochRecord
 
 GIB = 2**30

@@ -8,11 +8,11 @@ from collections.abc import Sequence
 
 import pytest
 
+from densebench.records import Record
 from densebench.report.answer import Answer, answer
 from densebench.report.comparison_tables import elsewhere_table
 from densebench.report.selection import comparisons
 from densebench.report.style import Roster
-from densebench.results import Record
 from densebench.statistics import time_ratio
 from tests.report.conftest import Made
 from tests.report.records import GIB, MIB, make_case, make_record, timed

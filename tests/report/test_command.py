@@ -12,10 +12,10 @@ from pathlib import Path
 
 import pytest
 
+from densebench.records import Record
 from densebench.report.__main__ import main
 from densebench.report.report import make_report, notice
 from densebench.report.sources import Loaded, load
-from densebench.results import Record
 from tests.report.records import CODE, GIB, make_case, timed, write
 
 ROOT = Path(__file__).resolve().parents[2]

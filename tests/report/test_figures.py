@@ -10,6 +10,7 @@ import pytest
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.text import Text
 
+from densebench.records import Record
 from densebench.report.depths import depth_groups
 from densebench.report.drawing import NARROW, WIDE, Canvas, plain, round_step
 from densebench.report.figure_answer import paint_answer
@@ -23,7 +24,6 @@ from densebench.report.figure_timeline import paint_timelines
 from densebench.report.kernels import operators
 from densebench.report.selection import comparisons, ladders, timeline_groups
 from densebench.report.style import RC, Roster
-from densebench.results import Record
 from densebench.training.records import by_strategy
 from tests.report.records import cpu_run, gpu_run, learning_run, make_case, power_law, timed
 

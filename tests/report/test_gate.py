@@ -7,9 +7,9 @@ from pathlib import Path
 
 import pytest
 
+from densebench.records import Record
 from densebench.report.__main__ import main
 from densebench.report.gate import Tolerance, ToleranceError, compare, interval, parse_tolerance
-from densebench.results import Record
 from tests.report.records import GIB, MIB, make_case, make_record, timed, timing_of, write
 
 TOLERANCE = Tolerance(0.02, 0.10)

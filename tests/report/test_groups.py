@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import dataclasses
 
+from densebench.records import Record
 from densebench.report.blocks import Plot, Prose
 from densebench.report.console import summary_table
 from densebench.report.sections import depth_section
 from densebench.report.selection import Comparison, comparisons, ladders, once
 from densebench.report.style import Roster
-from densebench.results import Record
 from tests.report.records import MIB, make_case, make_record, timed
 
 

@@ -8,6 +8,7 @@ import re
 
 import pytest
 
+from densebench.records import Record
 from densebench.report.capacity import affine, capacity_table, settings
 from densebench.report.comparison_tables import main_table, prediction_error, prediction_table
 from densebench.report.context_sections import kernels_section
@@ -20,7 +21,6 @@ from densebench.report.sections import naive_section
 from densebench.report.selection import comparisons, naive_is_better
 from densebench.report.style import Roster
 from densebench.report.tables import Link, Table
-from densebench.results import Record
 from tests.report.conftest import Made
 from tests.report.records import (
     CODE,

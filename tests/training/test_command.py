@@ -18,8 +18,8 @@ from torch.utils.data import Dataset
 from densebench.measure.environment import environment
 from densebench.measure.memory import measure_peak
 from densebench.models import build_model
+from densebench.records import Case
 from densebench.registry import UnsupportedError, list_strategies
-from densebench.results import Case
 from densebench.training import command as command_module
 from densebench.training import loop
 from densebench.training.data import Images
