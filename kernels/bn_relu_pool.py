@@ -12,6 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from densebench.kernels import pools
 from densebench.kernels.bn_relu import reference as bn_relu
 from densebench.kernels.device import load_norm, relu
 from densebench.kernels.language import tl, triton
@@ -19,6 +20,7 @@ from densebench.kernels.launch import launch, pixel_stride
 from densebench.kernels.library import NORM, operator
 from densebench.kernels.norm import Folded, Norm
 from densebench.kernels.passes import relu_norm
+from densebench.kernels.pools import pool_bytes, pooled_size
 from densebench.kernels.rows import TILE_BYTES, accumulate_dtype
 from densebench.kernels.tiling import Tile, cdiv, choice, elementwise_tile
 
@@ -60,20 +62,26 @@ def _cpu_max(
     x: Tensor, mean: Tensor, var: Tensor, gamma: Tensor | None, beta: Tensor | None, eps: float, out: Tensor
 ) -> None:
     norm = Norm(mean, var, gamma, beta, eps).folded()
+    if pools.library(x, out) is not None:
+        return pools.largest(x, norm, out)
     for images, scratch in image_tiles(x):
         pooled = F.max_pool2d(activate(x[images], norm, scratch), *STEM)
         out[images] = pooled.permute(0, 2, 3, 1)
         del pooled  # before the next is made
+    return None
 
 
 def _cpu_avg(
     x: Tensor, mean: Tensor, var: Tensor, gamma: Tensor | None, beta: Tensor | None, eps: float, out: Tensor
 ) -> None:
     norm = Norm(mean, var, gamma, beta, eps).folded()
+    if pools.library(x, out) is not None:
+        return pools.mean(x, norm, out)
     for images, scratch in image_tiles(x):
         pooled = F.avg_pool2d(activate(x[images], norm, scratch), 2)
         out[images] = pooled.permute(0, 2, 3, 1)
         del pooled  # before the next is made
+    return None
 
 
 @triton.jit
@@ -169,10 +177,6 @@ def launch_pool(x: Tensor, norm: Norm, pool: str, out: Tensor | None, chosen: Te
     )  # fmt: skip
 
 
-def pooled_size(height: int, width: int, pool: str) -> tuple[int, int]:
-    return ((height + 1) // 2, (width + 1) // 2) if pool == "max" else (height // 2, width // 2)
-
-
 def _cuda_max(
     x: Tensor, mean: Tensor, var: Tensor, gamma: Tensor | None, beta: Tensor | None, eps: float, out: Tensor
 ) -> None:
@@ -189,14 +193,24 @@ def _fake(x: Tensor, *arguments: Tensor) -> None:
     torch._check(arguments[5].shape[-1] == x.shape[-1])
 
 
+def _workspace(x: Tensor, *arguments: Tensor) -> int:
+    """Compiled, a norm; else the activations, and a quarter of them pooled, in the accumulating dtype."""
+    return pool_bytes(x) if pools.library(x, arguments[5]) is not None else scratch_bytes(x) * 5 // 4
+
+
+def _max_workspace(x: Tensor, mean: Tensor, *arguments: Tensor) -> int:
+    """The same, and of what is pooled the places in 8 bytes each."""
+    compiled_form = pools.library(x, arguments[4]) is not None
+    return _workspace(x, mean, *arguments) + (0 if compiled_form else scratch_bytes(x) * 2 // mean.element_size())
+
+
 bn_relu_max_pool = operator(
     f"bn_relu_max_pool(Tensor x, {NORM}, Tensor(a!) out) -> ()",
     "out [N, H', W', C] = maximum of relu(norm(x)) over 3x3 windows, stride 2, padding 1; x [N, H, W, C].",
     cpu=_cpu_max,
     cuda=_cuda_max,
     fake=_fake,
-    # The activations; a quarter of them pooled, in the accumulating dtype, and their places in 8 bytes each.
-    workspace=lambda x, mean, *_: scratch_bytes(x) * 5 // 4 + scratch_bytes(x) * 2 // mean.element_size(),
+    workspace=_max_workspace,
 )
 
 bn_relu_avg_pool = operator(
@@ -205,5 +219,5 @@ bn_relu_avg_pool = operator(
     cpu=_cpu_avg,
     cuda=_cuda_avg,
     fake=_fake,
-    workspace=lambda x, *_: scratch_bytes(x) * 5 // 4,
+    workspace=_workspace,
 )

@@ -12,12 +12,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from densebench.kernels import pools
 from densebench.kernels.bn_relu_pool import (
     STEM,
     activate,
     image_tiles,
     launch_pool,
-    pooled_size,
     scratch_bytes,
 )
 from densebench.kernels.deferred import reduce_terms, settle_rows
@@ -25,8 +25,9 @@ from densebench.kernels.device import load_norm, relu_backward
 from densebench.kernels.language import tl, triton
 from densebench.kernels.launch import device_of, launch, pixel_stride
 from densebench.kernels.library import NORM, operator
-from densebench.kernels.norm import Norm, Sums, norm_gradients
+from densebench.kernels.norm import Folded, Norm, Sums, norm_gradients
 from densebench.kernels.passes import backward_bytes, relu_norm_backward
+from densebench.kernels.pools import pool_backward_bytes, pooled_size
 from densebench.kernels.tiling import Share, Tile, cdiv, choice, elementwise_tile, share
 
 aten = torch.ops.aten
@@ -43,7 +44,10 @@ def _cpu_max_backward(
     by_batch: bool,
     grad_x: Tensor,
 ) -> tuple[Tensor, Tensor]:
-    norm, pending = Norm(mean, var, gamma, beta, eps), mean.new_zeros(2, x.shape[-1])
+    norm = Norm(mean, var, gamma, beta, eps)
+    if pools.library(grad, x, grad_x) is not None:
+        return _largest_backward(grad, x, norm.folded(), by_batch, grad_x)
+    pending = mean.new_zeros(2, x.shape[-1])
 
     def unpool(grad_map: Tensor, images: slice, dz: Tensor) -> None:
         a = activate(x[images], norm.folded(), dz.permute(0, 2, 3, 1))
@@ -55,6 +59,18 @@ def _cpu_max_backward(
         rows = grad_x.view(-1, x.shape[-1])
         settle_rows(rows, x.flatten(0, 2), mean, pending, rows)
     return sums
+
+
+def _largest_backward(
+    grad: Tensor, x: Tensor, norm: Folded, by_batch: bool, grad_x: Tensor
+) -> tuple[Tensor, Tensor]:
+    """Compiled. Finding the maxima a second time costs less than a gradient that waits in memory for its terms."""
+    sums = Sums(x)
+    pools.largest_backward(grad, x, norm, None, sums, None if by_batch else grad_x)
+    gradients = norm_gradients(sums, norm, x.numel() // x.shape[-1])
+    if by_batch:
+        pools.largest_backward(grad, x, norm, gradients.terms, None, grad_x)
+    return gradients.gamma, gradients.beta
 
 
 def _cpu_avg_backward(
@@ -72,7 +88,12 @@ def _cpu_avg_backward(
     def unpool(grad_map: Tensor, images: slice, dz: Tensor) -> None:
         aten.avg_pool2d_backward(grad_map, dz, [2, 2], [2, 2], [0, 0], False, True, None, grad_input=dz)
 
-    return _backward(grad, x, Norm(mean, var, gamma, beta, eps), by_batch, grad_x, pending, unpool)
+    norm = Norm(mean, var, gamma, beta, eps)
+    if pools.library(grad, x, grad_x) is None:
+        return _backward(grad, x, norm, by_batch, grad_x, pending, unpool)
+    folded, sums = norm.folded(), Sums(x)
+    pools.mean_backward(grad, x, folded, sums, grad_x)
+    return _deferred(folded, sums, by_batch, x, pending)
 
 
 def _backward(
@@ -93,7 +114,12 @@ def _backward(
         unpool(grad[images].to(dz.dtype).permute(0, 3, 1, 2), images, dz.permute(0, 3, 1, 2))
         written = grad_x[images].view(-1, x.shape[-1])  # a copy would take the gradient and be lost: view raises
         relu_norm_backward(dz.flatten(0, 2), x[images].flatten(0, 2), folded, sums, written, False)
-    gradients = norm_gradients(sums, folded, x.numel() // x.shape[-1])
+    return _deferred(folded, sums, by_batch, x, pending)
+
+
+def _deferred(norm: Folded, sums: Sums, by_batch: bool, x: Tensor, pending: Tensor) -> tuple[Tensor, Tensor]:
+    """(dgamma, dbeta); the norm's terms join `pending`."""
+    gradients = norm_gradients(sums, norm, x.numel() // x.shape[-1])
     if by_batch:
         pending += gradients.terms
     return gradients.gamma, gradients.beta
@@ -254,12 +280,16 @@ def _fake_backward(grad: Tensor, x: Tensor, mean: Tensor, *_: object) -> tuple[T
 
 
 def _workspace(grad: Tensor, x: Tensor, mean: Tensor, *arguments: Any) -> int:
-    """The gradient before the pooling, and what the norm's backward takes."""
+    """Compiled, little; else the gradient before the pooling, and what the norm's backward takes."""
+    if pools.library(grad, x, arguments[5]) is not None:
+        return pool_backward_bytes(x, "avg")
     return scratch_bytes(x) + backward_bytes(scratch_bytes(x), None, x, arguments[5])
 
 
 def _max_workspace(grad: Tensor, x: Tensor, mean: Tensor, *arguments: Any) -> int:
     """Before the norm's backward, the maxima with their places, 8 bytes each; their gradient, if converted."""
+    if pools.library(grad, x, arguments[5]) is not None:
+        return pool_backward_bytes(x, "max")
     windows = scratch_bytes(x) // mean.element_size() // 4
     converted = 0 if grad.dtype == mean.dtype else mean.element_size()
     unpooling = scratch_bytes(x) + windows * (mean.element_size() + 8 + converted)

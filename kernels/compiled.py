@@ -1,7 +1,7 @@
-"""The inner loops of the CPU path in C (`passes.c`, `products.c`, `convolutions.c`), compiled when first needed.
+"""The inner loops of the CPU path, compiled from C when first needed.
 
-That takes a second or two, once a machine: the libraries are kept in the user's cache folder. Where they cannot be
-had, for whatever reason, their callers make the same of PyTorch's own operators, slower; nothing here raises.
+That takes two seconds or so, once a machine: the libraries are kept in the user's cache folder. Where they cannot
+be had, for whatever reason, their callers make the same of PyTorch's own operators, slower; nothing here raises.
 """
 
 from __future__ import annotations
@@ -36,6 +36,7 @@ _FLAGS = ("-std=c11", *_VECTORIZE, "-shared", "-fPIC")
 # By source. Without contraction to multiply-adds every compiler's bits are the same; products consist of them.
 _CONTRACTION = {
     "passes": "-ffp-contract=off",
+    "pools": "-ffp-contract=off",
     "products": "-ffp-contract=fast",
     "convolutions": "-ffp-contract=fast",
 }
@@ -43,6 +44,7 @@ _CONTRACTION = {
 _POINTER, _SIZE, _INT = ctypes.c_void_p, ctypes.c_int64, ctypes.c_int
 _MATRIX = (_POINTER, _SIZE)  # address and stride of rows
 _SHAPE = (_SIZE, _SIZE)
+_IMAGES = 4 * (_SIZE,)  # how many, height, width, channels
 _MAPS = 6 * (_SIZE,)  # planes of the filter, depth, height, width, dilation, channels
 _FILTER = (_POINTER, *4 * (_SIZE,))  # address, strides of outputs, channels and taps, and how many outputs
 _VECTOR = (_POINTER,)
@@ -59,6 +61,15 @@ _SIGNATURES: dict[str, dict[str, tuple[Any, ...]]] = {
         "relu_norm_backward": (*2 * _MATRIX, *_SHAPE, *_VECTOR, *_SUMS, *_MATRIX, _INT, _INT),
         "relu_norm_backward_in_place": (*2 * _MATRIX, *_SHAPE, *2 * _VECTOR, _INT),
         "settle": (*2 * _MATRIX, *_SHAPE, *2 * _VECTOR, *_MATRIX, _INT),
+    },
+    "pools": {
+        "relu_norm_largest": (*_MATRIX, *_IMAGES, *_VECTOR, *_MATRIX, _INT),
+        "relu_norm_mean": (*_MATRIX, *_IMAGES, *_VECTOR, *_MATRIX, _INT),
+        "relu_norm_largest_backward": (
+            *2 * _MATRIX, *_IMAGES, *2 * _VECTOR, *_SUMS, *_MATRIX, *_VECTOR, _INT
+        ),
+        "relu_norm_largest_backward_scratch": (_SIZE, _SIZE, _SIZE),
+        "relu_norm_mean_backward": (*2 * _MATRIX, *_IMAGES, *_VECTOR, *_SUMS, *_MATRIX, *_VECTOR, _INT),
     },
     "products": {
         "relu_norm_product": (

@@ -209,11 +209,21 @@ def triton_values() -> None:
         _operators((*SUMS, "bn_relu", "bn_relu_backward_into", "settled_gradient"), "cuda", **shape)
 
 
+POOLS = ("bn_relu_max_pool", "bn_relu_max_pool_backward", "bn_relu_avg_pool", "bn_relu_avg_pool_backward")
+
+
+@check
+def pools() -> None:
+    """Of whole numbers many are equal; an odd line and pixel at the end, and an even one."""
+    for integers in (False, True):
+        _operators(POOLS, "cpu", integers=integers, extra=3)
+        _operators(POOLS, "cpu", integers=integers, height=6, width=6)
+
+
 @check
 def triton_pools() -> None:
-    pools = ("bn_relu_max_pool", "bn_relu_max_pool_backward", "bn_relu_avg_pool", "bn_relu_avg_pool_backward")
     for integers in (False, True):
-        _operators(pools, "cuda", integers=integers, extra=3)
+        _operators(POOLS, "cuda", integers=integers, extra=3)
 
 
 @check

@@ -16,6 +16,7 @@ from tests.fused.seeding import C, Fault, seeded
 
 NORM, TILES, VECTORS = "execution.batch_norm", "kernels.rows", "kernels.norm"
 PASSES, PRODUCTS, CONVOLUTIONS = (f"kernels/{name}.c" for name in ("passes", "products", "convolutions"))
+POOLS = "kernels/pools.c"
 ROWS, BLOCKS, MAPS = (f"kernels/{name}.h" for name in ("rows", "blocks", "tiles"))
 FUSED, STAGE, GRADIENT = "strategies.fused", "execution.fused_stage", "execution.feature_gradient"
 POOLING = "execution.pooling"
@@ -77,7 +78,7 @@ FAULTS = [
     Fault("last row dropped", ROWS, "own_rows", "rows * (thread + 1)", "(rows - 1) * (thread + 1)",
           "evaluation"),
     Fault("last image dropped", "kernels.bn_relu_pool", "image_tiles", "range(0, x.shape[0], step)",
-          "range(0, max(1, x.shape[0] - 1), step)", "training"),
+          "range(0, max(1, x.shape[0] - 1), step)", "training", uncompiled=True),
     Fault("statistics of the channels before", "execution.shared_statistics", "SharedStatistics.take_and_store",
           "self.places(channels)", "self.places(slice(0, new.shape[1]))", "dropout"),
     Fault("overwrites the other readers, in C", PASSES, "relu_norm_backward", "accumulates ? grad_x_row[c]",
@@ -150,10 +151,20 @@ FAULTS = [
     Fault("epilogue left out", "kernels.bn_relu_conv1x1", "_by_tiles", "if following is not None", "if False",
           "inference", uncompiled=True),
     Fault("pooled by three", "kernels.bn_relu_pool", "_cpu_avg", "activate(x[images], norm, scratch), 2)",
-          "activate(x[images], norm, scratch), 2, divisor_override=3)", "evaluation"),
+          "activate(x[images], norm, scratch), 2, divisor_override=3)", "evaluation", uncompiled=True),
     Fault("incoming gradient as the buffer", GRADIENT, "FeatureGradient.start_with",
           "self.pixels.grid(self.buffer)[...] = grad.movedim(1, -1)",
           "self.buffer = grad.movedim(1, -1).flatten(0, 2)", "incoming_gradient"),
+    # Pools
+    Fault("last of equal pixels", POOLS, "largest_of_pixels", "(z > best)", "(z >= best)", "pools"),
+    Fault("a window's pixels beyond the edge", POOLS, "largest_of_pixels", "outside[place] ? ", "0 ? ", "pools"),
+    Fault("windows one pixel off", POOLS, "pass_lines", "1 + column % 2", "column % 2", "training"),
+    Fault("only one of two windows", POOLS, "gather", "windows == 2", "0", "training"),
+    Fault("the windows below left out", POOLS, "pass_largest", "if (lines > 2)", "if (0)", "training"),
+    Fault("places of another image", POOLS, "relu_norm_largest_backward", "|| row == 0", "", "training"),
+    Fault("one of two pixels counted", POOLS, "pass_mean", "if (pixels == 2)", "if (0)", "training"),
+    Fault("gradient of a line in no mean", POOLS, "relu_norm_mean_backward", "inside && whole", "whole", "pools"),
+    Fault("a stem's terms left out", POOLS, "pass_largest", "if (constant)", "if (0)", "training"),
     # Volumes: pooling through the depth
     Fault("the plane before left out", POOLING, "Pooling.largest", "largest.shape[1] - 1", "0", "volumes"),
     Fault("last of equal planes", POOLING, "_takes_over", "value > earlier", "value >= earlier",
