@@ -16,8 +16,8 @@ typedef struct {
         const REAL *at; /* NULL: none */
         int64_t stride, columns;
     } of[MATRICES];
-    int64_t row, last, matrix; /* of the next tile: where what is not asked for yet begins */
-    const REAL *line, *end;    /* the next line, and the end of its row */
+    int64_t row, matrix, last; /* of the next tile: what is asked for next, and where it ends */
+    const REAL *line, *end;    /* and of that row */
     int64_t every, wait;       /* multiply-adds of a block from line to line, and until the next */
 } Ahead;
 
@@ -31,7 +31,7 @@ INLINE void look_ahead(Ahead *ahead, int64_t tile, int64_t rows, int64_t last, i
     ahead->matrix = 0, ahead->line = ahead->end = NULL;
     for (int m = 0; m < MATRICES; m++)
         if (ahead->of[m].at) lines += (ahead->last - ahead->row) * blocks(ahead->of[m].columns, LINE);
-    ahead->wait = 0, ahead->every = lines ? blocks(multiply_adds, lines) : NEVER;
+    ahead->wait = 0, ahead->every = !lines ? NEVER : multiply_adds > lines ? multiply_adds / lines : 1;
 }
 
 /* On to the next row; 0 if there is none. */

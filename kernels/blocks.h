@@ -202,7 +202,8 @@ INLINE Doubles widened(const REAL *at) { return __builtin_convertvector(*(const 
  * vector's columns at a time, since what those of both meet would not stay in 16 registers.
  * Doubles take three times the instructions, so a block's values are summed up as they are, but about its own first row,
  * and only the sums go on about the pivot, in double. What rounding takes grows with how far a block's rows lie apart;
- * about the pivot, which may be an outlier, it would grow with the distance from there. */
+ * about the pivot, which may be an outlier, it would grow with the distance from there. (In float32 rows 10^19 apart have
+ * an infinite variance.) */
 INLINE void finish_rows(const Row *product, int64_t rows, Finish to) {
 #pragma GCC unroll 2
     for (int v = 0; v < VECTORS; v++) {

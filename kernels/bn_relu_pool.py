@@ -6,7 +6,7 @@ convolution instead of after: both are linear, and on a quarter of the pixels th
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 import torch
 import torch.nn.functional as F
@@ -58,30 +58,32 @@ def activate(x: Tensor, norm: Folded, a: Tensor) -> Tensor:
     return a.permute(0, 3, 1, 2)
 
 
+def _by_images(x: Tensor, norm: Folded, out: Tensor, pool: Callable[[Tensor], Tensor]) -> None:
+    """With PyTorch's pool (CPU)."""
+    for images, scratch in image_tiles(x):
+        pooled = pool(activate(x[images], norm, scratch))
+        out[images] = pooled.permute(0, 2, 3, 1)
+        del pooled  # before the next is made
+
+
 def _cpu_max(
     x: Tensor, mean: Tensor, var: Tensor, gamma: Tensor | None, beta: Tensor | None, eps: float, out: Tensor
 ) -> None:
     norm = Norm(mean, var, gamma, beta, eps).folded()
-    if pools.library(x, out) is not None:
-        return pools.largest(x, norm, out)
-    for images, scratch in image_tiles(x):
-        pooled = F.max_pool2d(activate(x[images], norm, scratch), *STEM)
-        out[images] = pooled.permute(0, 2, 3, 1)
-        del pooled  # before the next is made
-    return None
+    if pools.library(x, out) is None:
+        _by_images(x, norm, out, lambda a: F.max_pool2d(a, *STEM))
+    else:
+        pools.largest(x, norm, out)
 
 
 def _cpu_avg(
     x: Tensor, mean: Tensor, var: Tensor, gamma: Tensor | None, beta: Tensor | None, eps: float, out: Tensor
 ) -> None:
     norm = Norm(mean, var, gamma, beta, eps).folded()
-    if pools.library(x, out) is not None:
-        return pools.mean(x, norm, out)
-    for images, scratch in image_tiles(x):
-        pooled = F.avg_pool2d(activate(x[images], norm, scratch), 2)
-        out[images] = pooled.permute(0, 2, 3, 1)
-        del pooled  # before the next is made
-    return None
+    if pools.library(x, out) is None:
+        _by_images(x, norm, out, lambda a: F.avg_pool2d(a, 2))
+    else:
+        pools.mean(x, norm, out)
 
 
 @triton.jit

@@ -1,7 +1,7 @@
-"""Backward of relu(norm(x)) pooled: through the pooling, the ReLU and the norm in one pass over x.
+"""Backward of relu(norm(x)) pooled: through the pooling, the ReLU and the norm in one go.
 
-A stem's norm is the only reader of its input, so its statistics' terms are settled at once; a transition's
-defers them (see `deferred`).
+A transition's passes over x once and defers its statistics' terms (see `deferred`). A stem's norm is the only
+reader of its input, so its terms are settled at once: one pass over x for the sums, one for the gradient.
 """
 
 from __future__ import annotations

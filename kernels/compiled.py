@@ -133,7 +133,7 @@ def settings() -> Hashable:
 
 
 def description() -> str:
-    """What passes and products are made of here: `compiled by` a compiler's version, or PyTorch's operators."""
+    """What the inner loops are made of here: `compiled by` a compiler's version, or PyTorch's operators."""
     builds = [_build(torch.float32, source) for source in SOURCES]
     compilers = {build.compiler for build in builds if build.library is not None}
     if not compilers:

@@ -15,11 +15,11 @@ enum {
  * [outputs / BLOCK_COLUMNS][taps][columns][BLOCK_COLUMNS], zeros beyond the last. A few columns at a time, as many as
  * share a cache line of a channels-last weight, and of them a tap at a time: all of it would evict itself. */
 static void pack_outputs(Maps maps, const REAL *weight, const int64_t apart[3], REAL *panels) {
-    int64_t line = CACHE_LINE / sizeof(REAL), depth = maps.taps * maps.columns;
+    int64_t depth = maps.taps * maps.columns;
 #pragma omp for collapse(2)
     for (int64_t first = 0; first < maps.outputs; first += BLOCK_COLUMNS)
-        for (int64_t start = 0; start < maps.columns; start += line) {
-            int64_t width = least(BLOCK_COLUMNS, maps.outputs - first), last = least(maps.columns, start + line);
+        for (int64_t start = 0; start < maps.columns; start += LINE) {
+            int64_t width = least(BLOCK_COLUMNS, maps.outputs - first), last = least(maps.columns, start + LINE);
             for (int64_t tap = 0; tap < maps.taps; tap++) {
                 const REAL *from = weight + first * apart[0] + tap * apart[2];
                 REAL *to = panels + first * depth + tap * maps.columns * BLOCK_COLUMNS;

@@ -16,7 +16,7 @@ enum { AHEAD = 4 }; /* rows */
 
 /* Harmless beyond the last row: what cannot be read is not fetched. */
 static inline void fetch(const REAL *row, int64_t columns) {
-    for (int64_t column = 0; column < columns; column += CACHE_LINE / (int64_t)sizeof(REAL))
+    for (int64_t column = 0; column < columns; column += LINE)
         __builtin_prefetch(row + column);
 }
 

@@ -2,7 +2,8 @@
  *
  * compiled.py builds this file once with REAL=float and once with REAL=double; pools.py calls it. A map is
  * [images, height, width, columns], its pixels `stride` values apart; windows lie two pixels apart. As in passes.c
- * lines of windows are shared out among the threads in one fixed way, and each thread has sums of its own, in double.
+ * lines of windows are shared out among the threads in one fixed way, and each thread has sums of its own, in double,
+ * to which two pixels are added at a time.
  * Nothing as large as a map is made on the way: what is pooled is normalized as often as windows overlap.
  */
 #include <math.h>
@@ -197,12 +198,12 @@ INLINE REAL gather(const REAL *places, const REAL *grad, int64_t columns, int64_
 /* One line of windows, and which pixels of each are its largest. */
 typedef struct {
     const REAL *places, *grad;
-} Line;
+} Windows;
 
 /* A pixel in the middle line of `windows` windows, one or two, the `inner`th of the first one's three, and the one below
  * it; `lines`: 1 if there is none, 3 if that lies in the next line's windows, too. */
 INLINE void pass_largest(const Maps *maps, int64_t pixel, int inner, int windows, int lines, int64_t grad_stride,
-                         Line line, Line next, const Backward *to) {
+                         Windows line, Windows next, const Backward *to) {
     const REAL *mean = maps->mean, *scale = maps->scale, *shift = maps->shift;
     const REAL *x = maps->x + pixel * maps->stride, *x_below = x + maps->width * maps->stride;
     REAL *grad_x = to->grad_x ? to->grad_x + pixel * to->stride : NULL;
@@ -233,11 +234,11 @@ INLINE void pass_largest(const Maps *maps, int64_t pixel, int inner, int windows
 }
 
 /* A line of windows' own two lines of pixels, or the one that there is. */
-INLINE void pass_lines(const Maps *maps, int64_t pixel, int lines, int64_t grad_stride, Line line, Line next,
+INLINE void pass_lines(const Maps *maps, int64_t pixel, int lines, int64_t grad_stride, Windows line, Windows next,
                        const Backward *to) {
     for (int64_t column = 0; column < maps->width; column++) {
         int64_t window = column / 2, places = window * maps->columns, grads = window * grad_stride;
-        Line here = {line.places + places, line.grad + grads}, after = {next.places + places, next.grad + grads};
+        Windows here = {line.places + places, line.grad + grads}, after = {next.places + places, next.grad + grads};
         if (column % 2 && window + 1 < maps->window_columns)
             pass_largest(maps, pixel + column, 2, 2, lines, grad_stride, here, after, to);
         else
@@ -273,16 +274,16 @@ void relu_norm_largest_backward(const REAL *grad, int64_t grad_stride, const REA
             int has_next = row + 1 < maps.window_rows;
             if (at == own.first || row == 0) choose(&maps, image, row, largest, places);
             if (has_next) choose(&maps, image, row + 1, largest, next_places);
-            Line line = {places, grad + at * maps.window_columns * grad_stride};
-            Line next = {next_places, line.grad + maps.window_columns * grad_stride};
+            Windows line = {places, grad + at * maps.window_columns * grad_stride};
+            Windows next = {next_places, line.grad + maps.window_columns * grad_stride};
             if (has_next)
                 pass_lines(&maps, pixel, 3, grad_stride, line, next, &to);
             else if (2 * row + 1 < height)
                 pass_lines(&maps, pixel, 2, grad_stride, line, line, &to);
             else
                 pass_lines(&maps, pixel, 1, grad_stride, line, line, &to);
-            REAL *free = places;
-            places = next_places, next_places = free;
+            REAL *spare = places;
+            places = next_places, next_places = spare;
         }
     }
 }

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from densebench.kernels import compiled
 from densebench.kernels.norm import Folded, Sums, sum_bytes, threads_for
-from densebench.kernels.products import rows_apart
+from densebench.kernels.products import require
 
 
 def pooled_size(height: int, width: int, pool: str) -> tuple[int, int]:
@@ -22,8 +22,7 @@ def pooled_size(height: int, width: int, pool: str) -> tuple[int, int]:
 
 def library(*maps: Tensor) -> SimpleNamespace | None:
     """The compiled pools, if they take these maps [N, H, W, C]: of one dtype, each a matrix of pixels."""
-    matrices = [_pixels(x) for x in maps]
-    if any(x.dtype != maps[0].dtype for x in maps) or any(m is None or not rows_apart(m) for m in matrices):
+    if any(x.dtype != maps[0].dtype or _apart(x) is None for x in maps):
         return None
     return compiled.library(maps[0].dtype, "pools")
 
@@ -36,7 +35,7 @@ def largest(x: Tensor, norm: Folded, out: Tensor) -> None:
     Raises:
         ValueError: if shapes or dtypes do not belong together.
     """
-    form = _form(x, norm, {"out": (out, _windows(x, "max"))})
+    form = _form(x, norm, {"out": (out, _pooled(x, "max"))})
     form.relu_norm_largest(*_map(x), *x.shape, norm.table, *_map(out), threads_for(x))
 
 
@@ -46,7 +45,7 @@ def mean(x: Tensor, norm: Folded, out: Tensor) -> None:
     Raises:
         ValueError: if shapes or dtypes do not belong together.
     """
-    form = _form(x, norm, {"out": (out, _windows(x, "avg"))})
+    form = _form(x, norm, {"out": (out, _pooled(x, "avg"))})
     form.relu_norm_mean(*_map(x), *x.shape, norm.table, *_map(out), threads_for(x))
 
 
@@ -64,8 +63,8 @@ def largest_backward(
     Raises:
         ValueError: if shapes or dtypes do not belong together.
     """
-    form = _form(x, norm, {"grad": (grad, _windows(x, "max")), "grad_x": (grad_x, tuple(x.shape))})
-    _require_dense("terms", terms, 2, x)
+    form = _form(x, norm, {"grad": (grad, _pooled(x, "max")), "grad_x": (grad_x, tuple(x.shape))})
+    require("a pool", x, {"terms": (terms, (2, x.shape[3]))})
     threads = _threads(x, sums)
     form.relu_norm_largest_backward(
         *_map(grad), *_map(x), *x.shape, norm.table, terms, *_given(sums, x), *_map(grad_x),
@@ -80,7 +79,7 @@ def mean_backward(grad: Tensor, x: Tensor, norm: Folded, sums: Sums, grad_x: Ten
     Raises:
         ValueError: if shapes or dtypes do not belong together.
     """
-    form = _form(x, norm, {"grad": (grad, _windows(x, "avg")), "grad_x": (grad_x, tuple(x.shape))})
+    form = _form(x, norm, {"grad": (grad, _pooled(x, "avg")), "grad_x": (grad_x, tuple(x.shape))})
     outside = x.new_zeros(x.shape[3])
     form.relu_norm_mean_backward(
         *_map(grad), *_map(x), *x.shape, norm.table, *_given(sums, x), *_map(grad_x), outside, _threads(x, sums)
@@ -93,33 +92,21 @@ def pool_bytes(x: Tensor) -> int:
 
 
 def pool_backward_bytes(x: Tensor, pool: str) -> int:
-    """What a backward one does: its norm, its sums, and the maxima's scratch or a pixel of zeros."""
-    form, values = compiled.library(x.dtype, "pools"), x.shape[3]
-    if pool == "max" and form is not None:
-        values = form.relu_norm_largest_backward_scratch(*x.shape[2:], threads_for(x))
+    """What a backward one does: its norm and sums, the terms made of them, and the scratch of maxima."""
+    form, values = compiled.library(x.dtype, "pools"), 2 * x.shape[3]
+    assert form is not None
+    if pool == "max":
+        values += form.relu_norm_largest_backward_scratch(*x.shape[2:], threads_for(x))
     return pool_bytes(x) + sum_bytes(x) + values * x.element_size()
 
 
 def _form(x: Tensor, norm: Folded, maps: dict[str, tuple[Tensor | None, tuple[int, ...]]]) -> SimpleNamespace:
     """The compiled form, which is given addresses: what is of another shape it would read and write beyond."""
-    _require_dense("a norm", norm.table, 4, x)
-    for name, (given, shape) in maps.items():
-        if given is not None and given.shape != shape:
-            raise ValueError(f"a pool of {list(x.shape)} takes {name} of {list(shape)}, got {list(given.shape)}")
+    require("a pool", x, {**maps, "norm": (norm.table, (4, x.shape[-1]))})
     form = library(x, *(given for given, _ in maps.values() if given is not None))
     if form is None:
-        raise ValueError(f"compiled pools take maps of pixels side by side in one dtype, got {x.dtype}")
+        raise ValueError(f"compiled pools take maps [N, H, W, C] that are matrices of pixels, got {list(x.shape)}")
     return form
-
-
-def _require_dense(name: str, vectors: Tensor | None, count: int, x: Tensor) -> None:
-    wanted = (count, x.shape[3])
-    if vectors is None or (vectors.shape == wanted and vectors.dtype == x.dtype and vectors.is_contiguous()):
-        return
-    raise ValueError(
-        f"a pool of {list(x.shape)} of {x.dtype} takes {name} {list(wanted)} in that dtype without gaps, "
-        f"got {list(vectors.shape)} of {vectors.dtype}"
-    )
 
 
 def _given(sums: Sums | None, x: Tensor) -> tuple[Tensor | None, int]:
@@ -134,19 +121,26 @@ def _threads(x: Tensor, sums: Sums | None) -> int:
     return threads_for(x) if sums is None else min(threads_for(x), sums.parts.shape[0])
 
 
-def _windows(x: Tensor, pool: str) -> tuple[int, ...]:
+def _pooled(x: Tensor, pool: str) -> tuple[int, ...]:
     return (x.shape[0], *pooled_size(x.shape[1], x.shape[2], pool), x.shape[3])
 
 
-def _pixels(x: Tensor) -> Tensor | None:
-    """The map as the matrix of its pixels, [N H W, C]; None if it is none."""
-    try:
-        return x.view(-1, x.shape[3])
-    except RuntimeError:  # pixels of a part of each line, say
+def _apart(x: Tensor) -> int | None:
+    """Values from a pixel to the next, the values of each side by side; None unless all are equally far apart."""
+    if x.dim() != 4 or x.numel() == 0 or (x.shape[3] > 1 and x.stride(3) != 1):
         return None
+    found, pixels = None, 1
+    for extent in (2, 1, 0):
+        if x.shape[extent] > 1:
+            apart, rest = divmod(x.stride(extent), pixels)
+            if rest or found not in (None, apart):
+                return None
+            found = apart
+        pixels *= x.shape[extent]
+    found = x.shape[3] if found is None else found
+    return found if found >= x.shape[3] else None
 
 
 def _map(x: Tensor | None) -> tuple[Tensor | None, int]:
-    """With the stride of its pixels."""
-    pixels = None if x is None else _pixels(x)
-    return (None, 0) if pixels is None else (pixels, pixels.stride(0))
+    """With the stride of its pixels, of a map that `library` takes."""
+    return (None, 0) if x is None else (x, _apart(x) or 0)

@@ -32,15 +32,14 @@ static int64_t forward_rows(int64_t columns) {
  * A cache line of the weight at a time: rows a power of two apart would evict each other's. */
 static void pack_transposed(const REAL *weight, int64_t weight_stride, int64_t outputs, int64_t columns,
                             REAL *panels) {
-    int64_t line = CACHE_LINE / sizeof(REAL);
 #pragma omp for
     for (int64_t first = 0; first < outputs; first += BLOCK_COLUMNS) {
         REAL *panel = panels + first * columns;
         int64_t width = least(BLOCK_COLUMNS, outputs - first);
         if (width < BLOCK_COLUMNS) memset(panel, 0, columns * BLOCK_COLUMNS * sizeof(REAL));
-        for (int64_t start = 0; start < columns; start += line)
+        for (int64_t start = 0; start < columns; start += LINE)
             for (int64_t j = 0; j < width; j++)
-                for (int64_t c = start; c < least(columns, start + line); c++)
+                for (int64_t c = start; c < least(columns, start + LINE); c++)
                     panel[c * BLOCK_COLUMNS + j] = weight[(first + j) * weight_stride + c];
     }
 }

@@ -16,7 +16,7 @@ from densebench.kernels.norm import Folded, Sums, store_statistics, threads_for
 
 # Forward, with fewer rows, packing the weight takes longer than is saved; backward gains with any number.
 FEW_ROWS = 64
-_DENSE = ("norm", "the norm of out", "its gradient")  # what must have no gaps
+_DENSE = ("norm", "the norm of out", "its gradient", "terms")  # what must have no gaps
 
 
 class Statistics(NamedTuple):
@@ -144,7 +144,7 @@ def _bytes(x: Tensor, weight: Tensor, name: str, *arguments: int) -> int:
     return values * x.element_size()
 
 
-def require(what: str, x: Tensor, matrices: dict[str, tuple[Tensor | None, tuple[int, int]]]) -> None:
+def require(what: str, x: Tensor, matrices: dict[str, tuple[Tensor | None, tuple[int, ...]]]) -> None:
     """The compiled form is given addresses: what is of another shape it would read and write beyond.
 
     Raises:

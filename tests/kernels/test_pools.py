@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -9,11 +10,16 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 from densebench.kernels import compiled, pools
 from densebench.kernels.bn_relu_pool import STEM
+from densebench.kernels.library import WORKSPACE
 from densebench.kernels.norm import Folded, Sums
+from densebench.measure.memory import measure_peak
 from tests.kernels.other_vectors import NARROWER, compiled_with
+from tests.kernels.problems import PROBLEMS, Shape
+from tests.kernels.test_operators import Call
 
 pytestmark = pytest.mark.skipif(
     compiled.library(torch.float32, "pools") is None, reason=f"nothing is compiled here: {compiled.reason()}"
@@ -134,16 +140,37 @@ def test_with_narrower_vectors(flags: str, monkeypatch: pytest.MonkeyPatch, tmp_
                 Drawn(shape, pool, dtype).check()
 
 
-@pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf")])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize(("pool", "shape"), CASES)
+def test_values_that_are_not_whole(pool: str, shape: tuple[int, int, int, int], dtype: torch.dtype) -> None:
+    """Each to within rounding beside the largest of its kind."""
+    drawn = Drawn(shape, pool, dtype)
+    for values in (drawn.x, drawn.grad, drawn.norm.table, drawn.terms):
+        values.copy_(torch.randn(values.shape, dtype=torch.float64))
+    gate = 1e-5 if dtype == torch.float32 else 1e-13
+    found, expected = [drawn.forward()], [drawn.pooled(drawn.z()).detach()]
+    for terms in (None, drawn.terms):
+        found += drawn.backward(terms)
+        expected += drawn.expected_backward(terms)
+    for value, truth in zip(found, expected, strict=True):
+        torch.testing.assert_close(value.double(), truth, rtol=0, atol=gate * (1 + float(truth.abs().max())))
+
+
+NAN, INFINITY = float("nan"), float("inf")
+
+
+@pytest.mark.parametrize("value", [NAN, INFINITY, -INFINITY])
 @pytest.mark.parametrize("pool", ["max", "avg"])
 def test_nan_and_infinity(pool: str, value: float) -> None:
-    """At the edge and inside: where PyTorch has them, and its gradient goes where PyTorch's does."""
+    """At an edge and inside, alone, two in one window, and a window of nothing else in a corner."""
     drawn = Drawn((2, 6, 7, 5), pool, torch.float64)
     drawn.x[0, 0, 0, 1] = drawn.x[1, 3, 4, 2] = drawn.x[1, 5, 6] = value
-    torch.testing.assert_close(drawn.forward(), drawn.pooled(drawn.z()).detach(), rtol=0, atol=0, equal_nan=True)
-    grad_x, _ = drawn.backward(None)
-    expected, _ = drawn.expected_backward(None)
-    torch.testing.assert_close(grad_x, expected, rtol=0, atol=0, equal_nan=True)
+    drawn.x[0, 2, 3, 3] = drawn.x[0, 3, 2, 3] = value
+    drawn.x[1, :2, :2, 4] = value
+    exactly = {"rtol": 0, "atol": 0, "equal_nan": True}
+    torch.testing.assert_close(drawn.forward(), drawn.pooled(drawn.z()).detach(), **exactly)
+    for found, expected in zip(drawn.backward(None), drawn.expected_backward(None), strict=True):
+        torch.testing.assert_close(found, expected, **exactly)
 
 
 def test_as_many_threads_the_same_bits() -> None:
@@ -158,16 +185,52 @@ def test_as_many_threads_the_same_bits() -> None:
                 assert torch.equal(again, before)
 
 
+def test_as_many_threads_as_there_are_sums_for() -> None:
+    for pool in ("max", "avg"):
+        drawn = Drawn((3, 18, 17, 40), pool, torch.float32)
+        grad_x = torch.empty_like(drawn.x)
+        torch.set_num_threads(1)
+        sums = Sums(drawn.x)
+        torch.set_num_threads(4)
+        if pool == "max":
+            pools.largest_backward(drawn.grad, drawn.x, drawn.norm, None, sums, grad_x)
+        else:
+            pools.mean_backward(drawn.grad, drawn.x, drawn.norm, sums, grad_x)
+        assert torch.equal(sums.total(), drawn.expected_backward(None)[1])
+
+
+@pytest.mark.parametrize("threads_in_use", [1, 4])
+@pytest.mark.parametrize("name", ["bn_relu_max_pool", "bn_relu_avg_pool"])
+@pytest.mark.parametrize("way", ["", "_backward"])
+def test_workspace_is_what_the_allocator_saw(name: str, way: str, threads_in_use: int) -> None:
+    """Of channels so many that vectors of them are large."""
+    torch.set_num_threads(threads_in_use)
+    shape = Shape(images=2, height=18, width=18, columns=16_000, extra=0, dtype=torch.float32)
+    problem = PROBLEMS[name + way](shape)
+    operator = getattr(torch.ops.densebench, name + way)
+    declared = WORKSPACE[operator](*problem.arguments)
+    returned = sum(t.nbytes for t in operator(*problem.arguments) or ())
+    peak = measure_peak(lambda: Call(operator, problem), torch.device("cpu"), repeats=1).peak_allocated_bytes
+    assert peak - returned == pytest.approx(declared, rel=0.05)
+
+
 def test_what_it_does_not_take() -> None:
-    x = torch.empty(2, 4, 4, 6)
-    assert pools.library(x, torch.empty(2, 2, 2, 6)) is not None
-    assert pools.library(x, x.double()) is None
-    assert pools.library(x.bfloat16()) is None
-    assert pools.library(x[:, :, :3]) is None  # no matrix of pixels
-    assert pools.library(x[..., :1].expand(x.shape)) is None  # values of a pixel in one place
-    assert pools.library(x[:0]) is None
-    with compiled.using(None):
-        assert pools.library(x) is None
+    """And no map that is there in name only: what a step will need is asked with such."""
+    for mode in (contextlib.nullcontext(), FakeTensorMode()):
+        with mode:
+            x = torch.empty(2, 4, 4, 6)
+            assert pools.library(x, torch.empty(2, 2, 2, 6)) is not None
+            assert pools.library(x, x.double()) is None
+            assert pools.library(x.bfloat16()) is None
+            assert pools.library(x[:, :, :3]) is None  # no matrix of pixels
+            assert pools.library(x[:, ::2]) is None
+            assert pools.library(x.movedim(1, 3)) is None  # values of a pixel apart
+            assert pools.library(x[..., :1].expand(x.shape)) is None  # and in one place
+            assert pools.library(x[:0]) is None
+            assert pools.library(x[0]) is None
+            assert pools.library(x[:, :1, :1], x[:1, :, :1], x[:1, :1, :, :2]) is not None
+            with compiled.using(None):
+                assert pools.library(x) is None
 
 
 def test_other_shapes_are_refused() -> None:
@@ -177,15 +240,17 @@ def test_other_shapes_are_refused() -> None:
     for forward in (pools.largest, pools.mean):
         with pytest.raises(ValueError, match="takes out of"):
             forward(x, norm, wide)
-        with pytest.raises(ValueError, match="takes a norm"):
+        with pytest.raises(ValueError, match="takes norm of"):
             forward(x, Folded(torch.ones(4, 5)), out)
-        with pytest.raises(ValueError, match="in one dtype"):
+        with pytest.raises(ValueError, match="in that dtype"):
             forward(x, norm, out.double())
+        with pytest.raises(ValueError, match="matrices of pixels"):
+            forward(torch.ones(2, 4, 8, 6)[:, :, :4], norm, out)
     with pytest.raises(ValueError, match="takes grad of"):
         pools.mean_backward(wide, x, norm, sums, x)
     with pytest.raises(ValueError, match="takes grad_x of"):
         pools.largest_backward(out, x, norm, None, sums, out)
-    with pytest.raises(ValueError, match="takes terms"):
+    with pytest.raises(ValueError, match="takes terms of"):
         pools.largest_backward(out, x, norm, torch.ones(2, 5), None, x)
     with pytest.raises(ValueError, match="do not belong"):
         pools.mean_backward(out, x, norm, Sums(wide[..., :5]), x)

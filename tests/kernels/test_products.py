@@ -128,6 +128,7 @@ def test_with_narrower_vectors(flags: str, monkeypatch: pytest.MonkeyPatch, tmp_
         for dtype in (torch.float32, torch.float64):
             for shape in SHAPES:
                 Drawn(*shape, dtype).check()
+        check_statistics_beside_outliers()
 
 
 def test_as_many_threads_the_same_bits() -> None:
@@ -173,11 +174,19 @@ def test_statistics_beside_a_large_mean(mean: float) -> None:
     check_statistics((torch.rand(5000, 1, dtype=torch.float64) + mean).float())
 
 
+def check_statistics_beside_outliers() -> None:
+    """Some rows lie 10^6 spreads from the rest: those that values are taken relative to, with blocks of 8, 6 or 4
+    rows, or the first of each third, fourth or sixth block, which its others are taken relative to."""
+    apart = torch.full((100_000, 1), 0.1)
+    apart[[100_000 * at // places for places in (17, 13, 9) for at in range(places)]] = 1000.3
+    first = torch.full((100_000, 1), 0.1)
+    first[::24] = 1000.3
+    for x in (apart, first):
+        check_statistics(x)
+
+
 def test_statistics_beside_outliers() -> None:
-    """Some rows, among them those that values are taken relative to, lie 10^6 spreads from the rest."""
-    x = torch.full((100_000, 1), 0.1)
-    x[[100_000 * at // 17 for at in range(17)]] = 1000.3
-    check_statistics(x)
+    check_statistics_beside_outliers()
 
 
 def test_the_mean_beside_an_infinity() -> None:
