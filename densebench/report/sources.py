@@ -121,13 +121,13 @@ def _shown(files: Sequence[Path]) -> tuple[list[Record], tuple[Record, ...]]:
 
 
 def _runs(folder: Path) -> list[Path]:
-    """The files of all runs in a folder, oldest first: their names begin with the date."""
-    return sorted(folder.glob(f"*/{RECORDS}"))
+    """The files of all runs in a folder, newest first: their names begin with the date."""
+    return sorted(folder.glob(f"*/{RECORDS}"), reverse=True)
 
 
 def _newest(folder: Path) -> Path | None:
     """The newest run with anything in it."""
-    return next((file for file in reversed(_runs(folder)) if file.stat().st_size > 0), None)
+    return next((file for file in _runs(folder) if file.stat().st_size > 0), None)
 
 
 def _code(folders: Sequence[Path]) -> list[dict[str, Any]]:

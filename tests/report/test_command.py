@@ -122,6 +122,13 @@ def test_samples_are_called_samples(folder: Path, capsys: pytest.CaptureFixture[
     assert words in (folder / "reports/summary.md").read_text(encoding="utf-8")
 
 
+def test_of_samples_the_newest_is_the_answer(folder: Path) -> None:
+    for run in ("20250101-old", "20260101-new", "20240101-older"):
+        write(_two(run), folder / "reports/samples" / run / "cases.jsonl")
+    runs = [record.run for record in load().records]
+    assert list(dict.fromkeys(runs)) == ["20260101-new", "20250101-old", "20240101-older"]
+
+
 def test_published_runs_are_shown_with_everything_else(folder: Path) -> None:
     write(_two("gpu"), folder / "reports/published/gpu/cases.jsonl")
     published = load()
