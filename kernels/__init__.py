@@ -1,8 +1,8 @@
 """Operators of the fused path, one operation a file. They know matrices and maps, and nothing of networks.
 
-Each file holds a PyTorch reference that notes its bytes, a cache-blocked CPU path (made of `passes`), Triton
-kernels, and the registration as `torch.ops.densebench.<name>`. The convolution with its norm is there for CPUs
-alone, where a compiler is; nowhere else does a strategy call it.
+Each file holds a PyTorch reference that notes its bytes, a cache-blocked CPU path (made of `passes`, `pools`,
+`products` and `convolutions`), Triton kernels, and the registration as `torch.ops.densebench.<name>`. The
+convolution with its norm is there for CPUs alone, where a compiler is; nowhere else does a strategy call it.
 
 Of all operators: a matrix [M, C] has pixels as rows and channels as columns, a map is channels-last,
 [N, H, W, C]. The values of a row lie side by side (on CUDA a ValueError otherwise); rows may be the prefix of a
