@@ -32,7 +32,7 @@ from densebench.kernels.tiling import Tile
 from densebench.measure.device import DeviceLostError
 from densebench.measure.timing import Effort
 from densebench.records import Case
-from tests.kernels.test_kernel_benchmark import small
+from tests.kernels.benchmarked import small
 
 SHORT = Effort(rounds=7, seconds=0.1, least=7)
 SMALL, LARGE = Candidate(4, values=8), Candidate(8, values=16)
