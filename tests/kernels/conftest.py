@@ -2,14 +2,24 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+import torch
 
 from benchmarks import kernel_cache, kernel_runs
 from benchmarks.kernel_runs import KernelRunner
 from densebench.store import RunStore
 from tests.kernels.benchmarked import CEILINGS, SHORT
+
+
+@pytest.fixture(autouse=True)
+def threads() -> Iterator[None]:
+    """As many after a test as before it."""
+    before = torch.get_num_threads()
+    yield
+    torch.set_num_threads(before)
 
 
 @pytest.fixture

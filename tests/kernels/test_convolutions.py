@@ -5,7 +5,6 @@ from __future__ import annotations
 import dataclasses
 import math
 from collections import Counter
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -35,13 +34,6 @@ pytestmark = pytest.mark.skipif(
     compiled.library(torch.float32, "convolutions") is None,
     reason=f"nothing is compiled here: {compiled.reason()}",
 )
-
-
-@pytest.fixture(autouse=True)
-def threads() -> Iterator[None]:
-    before = torch.get_num_threads()
-    yield
-    torch.set_num_threads(before)
 
 
 def assert_solved(name: str, shape: Shape) -> None:

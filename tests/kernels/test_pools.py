@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -24,13 +23,6 @@ from tests.kernels.test_operators import Call
 pytestmark = pytest.mark.skipif(
     compiled.library(torch.float32, "pools") is None, reason=f"nothing is compiled here: {compiled.reason()}"
 )
-
-
-@pytest.fixture(autouse=True)
-def threads() -> Iterator[None]:
-    before = torch.get_num_threads()
-    yield
-    torch.set_num_threads(before)
 
 
 def map_of(values: Tensor, dtype: torch.dtype, beside: int = 3) -> Tensor:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -18,13 +17,6 @@ from tests.kernels.other_vectors import NARROWER, compiled_with
 pytestmark = pytest.mark.skipif(
     compiled.library(torch.float32, "products") is None, reason=f"nothing is compiled here: {compiled.reason()}"
 )
-
-
-@pytest.fixture(autouse=True)
-def threads() -> Iterator[None]:
-    before = torch.get_num_threads()
-    yield
-    torch.set_num_threads(before)
 
 
 def drawn(rows: int, columns: int, dtype: torch.dtype, beside: int = 3) -> Tensor:
