@@ -98,6 +98,9 @@ def _full_cpu() -> Profile:
             network_group("densenet_bc", "train", 64, "cpu", image=(3, 32, 32), both_formats=True),
             depth_group(DEPTHS, "cpu"),
             network_group("densenet121", "train", 2, "cpu", image=VOLUME, both_formats=True),
+            network_group(
+                "densenet121", "train", 8, "cpu", autocast="bfloat16", contenders=_strategies_and_torchvision()
+            ),
             compiled_group(4, "cpu"),
         ),
         (*full_size(), *timelines(), *depth_predicted(), *cifar_depths()),
@@ -172,4 +175,9 @@ def _tiny(device: str) -> Profile:
 
 
 def _quick_contenders() -> list[str]:
-    return [*list_strategies(), "torchvision", "torchvision_checkpointed", "eager"]
+    return [*_strategies_and_torchvision(), "torchvision_checkpointed", "eager"]
+
+
+def _strategies_and_torchvision() -> list[str]:
+    """Few, where a processor that does not multiply bfloat16 takes seconds for a step."""
+    return [*list_strategies(), "torchvision"]

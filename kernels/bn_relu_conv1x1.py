@@ -26,7 +26,7 @@ from densebench.kernels.launch import device_of, launch, loadable, matmul_precis
 from densebench.kernels.library import NORM, operator
 from densebench.kernels.norm import Folded, Norm, sum_bytes
 from densebench.kernels.passes import pass_bytes, relu_norm
-from densebench.kernels.products import FEW_ROWS, Statistics, library, multiply, multiply_bytes, wanted
+from densebench.kernels.products import FEW_ROWS, Statistics, library, multiply, multiply_bytes, tile_dtype, wanted
 from densebench.kernels.rows import tile_bytes, tile_rows, tiles
 from densebench.kernels.tiling import Tile, cdiv, choice, power_of_two, share
 
@@ -76,11 +76,11 @@ def _by_tiles(
     x: Tensor, norm: Folded, weight: Tensor, out: Tensor, following: Folded | None, places: Statistics | None
 ) -> None:
     """With PyTorch's products (CPU)."""
-    dtype = norm.table.dtype
+    dtype = tile_dtype(x, weight, out)
     transposed = weight.to(dtype).t()
     scratch = None if out.dtype == dtype else x.new_empty(tile_rows(x), weight.shape[0], dtype=dtype)
     statistics: RunningStatistics | None = None
-    for rows, tile in tiles(x):
+    for rows, tile in tiles(x, dtype):
         relu_norm(x[rows], norm, tile)
         product = out[rows] if scratch is None else scratch[: tile.shape[0]]
         torch.mm(tile, transposed, out=product)
@@ -89,7 +89,7 @@ def _by_tiles(
         if scratch is not None:
             out[rows] = product
         if places is not None:  # of the product as stored, while its tile is in the cache
-            statistics = statistics or RunningStatistics(out[rows], dtype)
+            statistics = statistics or RunningStatistics(out[rows], norm.table.dtype)
             statistics.add(out[rows])
     if statistics is not None and places is not None:
         statistics.store(*places)
@@ -264,10 +264,11 @@ def _workspace(x: Tensor, *arguments: Tensor) -> int:
     if _at_once(x, weight, out):
         tables = 4 * (x.shape[1] + weight.shape[0]) * mean.element_size()
         return tables + multiply_bytes(x, weight) + (0 if out_mean is None else sum_bytes(out))
+    dtype = tile_dtype(x, weight, out)
     product = tile_rows(x) * weight.shape[0] * mean.element_size()
-    converted = 0 if out.dtype == mean.dtype else product + weight.numel() * mean.element_size()
+    converted = 0 if out.dtype == dtype else product + weight.numel() * mean.element_size()
     statistics = 0 if out_mean is None else pass_bytes(product, out, operator_tiles=1) + sum_bytes(out)
-    return tile_bytes(x) + converted + statistics
+    return tile_bytes(x, dtype) + converted + statistics
 
 
 bn_relu_conv1x1 = operator(

@@ -22,7 +22,7 @@ from densebench.kernels.launch import device_of, launch, loadable, matmul_precis
 from densebench.kernels.library import NORM, operator
 from densebench.kernels.norm import Folded, Norm, Sums, norm_gradients, sum_bytes
 from densebench.kernels.passes import backward_bytes, relu_norm, relu_norm_backward
-from densebench.kernels.products import library, multiply_backward, multiply_backward_bytes
+from densebench.kernels.products import library, multiply_backward, multiply_backward_bytes, tile_dtype
 from densebench.kernels.rows import tile_bytes, tile_rows, tiles
 from densebench.kernels.tiling import Share, Tile, cdiv, choice, power_of_two, share
 
@@ -81,14 +81,17 @@ def _by_tiles(
     needs_weight: bool,
 ) -> Tensor:
     """The same as `multiply_backward` with PyTorch's products (CPU); returns dW [N, C]."""
-    dtype = norm.table.dtype
+    dtype = tile_dtype(grad, x, weight, grad_x)
     weight, outputs = weight.to(dtype), grad.shape[1] if needs_weight else 0
     grad_weight = norm.table.new_zeros(x.shape[1], outputs)  # transposed: the faster product
-    for rows, tile in tiles(x):
+    for rows, tile in tiles(x, dtype):
         grad_rows = grad[rows].to(dtype)
         if needs_weight:
             relu_norm(x[rows], norm, tile)
-            grad_weight.addmm_(tile.t(), grad_rows)
+            if dtype == grad_weight.dtype:
+                grad_weight.addmm_(tile.t(), grad_rows)
+            else:  # a tile's part is rounded once; what they come to is not
+                grad_weight += tile.t() @ grad_rows
         if sums is not None:
             torch.mm(grad_rows, weight, out=tile)
             relu_norm_backward(tile, x[rows], norm, sums, None if grad_x is None else grad_x[rows], accumulate)
@@ -295,9 +298,11 @@ def _workspace(grad: Tensor, x: Tensor, mean: Tensor, *arguments: Any) -> int:
     if library(grad, x, given, grad_x) is not None:
         table = 4 * x.shape[1] * mean.element_size()
         return table + multiply_backward_bytes(x, given, needs_weight) + sum_bytes(x)
-    tile, weight = tile_bytes(x), x.shape[1] * grad.shape[1] * mean.element_size()
-    converted = 0 if grad.dtype == mean.dtype else tile_rows(x) * grad.shape[1] * mean.element_size() + weight
-    return tile + weight + converted + backward_bytes(tile, None, x, grad_x)
+    dtype = tile_dtype(grad, x, given, grad_x)
+    tile, weight = tile_bytes(x, dtype), x.shape[1] * grad.shape[1] * mean.element_size()
+    converted = 0 if grad.dtype == dtype else tile_rows(x) * grad.shape[1] * mean.element_size() + weight
+    beside = grad if grad.dtype == dtype else None
+    return tile + weight + converted + backward_bytes(tile, beside, x, grad_x)
 
 
 def _flops(grad: Tensor, x: Tensor, *arguments: object, out_val: object = None) -> int:

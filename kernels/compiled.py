@@ -27,7 +27,13 @@ from densebench.kernels.started import Started, watcher
 
 FOLDER = Path(__file__).parent  # of the sources
 SWITCH = "DENSEBENCH_COMPILED"  # "0" in the environment: do without
-REALS = {torch.float32: "float", torch.float64: "double"}
+# What sources are compiled for, by the dtype of matrices.
+_FORMS = {
+    torch.float32: ("-DREAL=float",),
+    torch.float64: ("-DREAL=double",),
+    torch.bfloat16: ("-DREAL=float", "-DBFLOAT16"),
+}
+_OF_HALVES = ("passes",)  # sources that take matrices of bfloat16
 _COMPILERS = ("cc", "gcc", "clang")  # tried where CC says nothing
 # What loops need to become vector instructions. Nothing here changes what becomes of NaN or infinity. -fopenmp
 # asks for the runtime that PyTorch's wheels for Linux have loaded already (libgomp.so.1): one pool of threads.
@@ -160,13 +166,13 @@ def using(folder: Path | None) -> Iterator[None]:
 
 
 def _build(dtype: torch.dtype, source: str) -> Build:
-    if dtype not in REALS:
+    if dtype not in _FORMS or (dtype == torch.bfloat16 and source not in _OF_HALVES):
         return Build(None, reason=f"no compiled form for {dtype}")
-    return _built(_folder, source, REALS[dtype]) if _enabled else Build(None, reason="switched off")
+    return _built(_folder, source, _FORMS[dtype]) if _enabled else Build(None, reason="switched off")
 
 
 @functools.cache
-def _built(folder: Path, source: str, real: str) -> Build:
+def _built(folder: Path, source: str, form: tuple[str, ...]) -> Build:
     given = shlex.split(os.environ.get("CC") or "")
     candidates = [given] if given else [[name] for name in _COMPILERS]
     compiler = next((words for words in candidates if shutil.which(words[0])), None)
@@ -174,7 +180,7 @@ def _built(folder: Path, source: str, real: str) -> Build:
         return Build(None, reason=f"no C compiler: looked for {', '.join(words[0] for words in candidates)}")
     try:
         version = _output(*compiler, "--version").splitlines()[0]
-        command = (*compiler, *_FLAGS, _CONTRACTION[source], f"-DREAL={real}")
+        command = (*compiler, *_FLAGS, _CONTRACTION[source], *form)
         loaded = ctypes.CDLL(str(_library_file(folder / f"{source}.c", command, version)))
         functions = {name: _typed(loaded, name, signature) for name, signature in _SIGNATURES[source].items()}
     except subprocess.CalledProcessError as error:

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from densebench.kernels import compiled
+from densebench.kernels.rows import accumulate_dtype
 
 PIVOT_ROWS = 64  # whose mean a channel's values are taken relative to
 _FEW_ROWS = 32  # of which adding up one more thread's sums takes as long as the rows
@@ -134,10 +135,10 @@ def pivot_of(x: Tensor, dtype: torch.dtype) -> Tensor:
     if x.shape[0] == 0:
         raise ValueError(f"statistics take at least one row, got {list(x.shape)}")
     step = -(-x.shape[0] // PIVOT_ROWS)
-    library = compiled.library(dtype) if x.dtype == dtype and x.stride(1) == 1 else None
+    library = compiled.library(x.dtype) if accumulate_dtype(x) == dtype and x.stride(1) == 1 else None
     if library is None:
         return x[::step].to(dtype).mean(0).nan_to_num_(0, 0, 0)
-    pivot = x.new_empty(x.shape[1])
+    pivot = x.new_empty(x.shape[1], dtype=dtype)
     library.pivot(x, x.stride(0), *x.shape, step, pivot)
     return pivot
 

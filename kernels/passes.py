@@ -2,8 +2,8 @@
 
 Each has two forms. Compiled (`passes.c`), it reads and writes every operand once; made of PyTorch's operators, it
 serves machines without a C compiler, and whatever the compiled form does not take. Both compute in float32
-(float64 for float64): rows of lower precision are converted, and rounded once. Sums are added up in float64;
-PyTorch's operators round those of a tile to float32 first.
+(float64 for float64), and round once: the compiled form reads and writes bfloat16 as it is, other rows of lower
+precision are converted. Sums are added up in float64; PyTorch's operators round those of a tile to float32 first.
 """
 
 from __future__ import annotations
@@ -28,9 +28,9 @@ def pass_rows(*matrices: Tensor | None) -> Iterator[slice]:
         ValueError: if their shapes differ; slices of them would be cut to fit.
     """
     given = [matrix for matrix in matrices if matrix is not None]
-    x, dtype = given[0], accumulate_dtype(given[0])
+    x = given[0]
     _require_one_shape(given)
-    if compiled.library(dtype) and all(m.dtype == dtype and m.stride(1) == 1 for m in given):
+    if compiled.library(x.dtype) and all(m.dtype == x.dtype and m.stride(1) == 1 for m in given):
         yield slice(0, x.shape[0])
     else:
         yield from row_slices(x)
@@ -38,11 +38,12 @@ def pass_rows(*matrices: Tensor | None) -> Iterator[slice]:
 
 def relu_norm(x: Tensor, norm: Folded, out: Tensor) -> None:
     """out = relu(norm(x)) of x [R, C]; NaN passes, as it does in PyTorch. `out` may be `x`."""
-    dtype = norm.table.dtype
-    target = out if out.dtype == dtype else x.new_empty(x.shape, dtype=dtype)
-    if x.dtype != target.dtype:
-        x = target.copy_(x)
-    library = _library(x, written=target)
+    library, target = _library(x, written=out), out
+    if library is None:
+        target = out if out.dtype == norm.table.dtype else x.new_empty(x.shape, dtype=norm.table.dtype)
+        if x.dtype != target.dtype:
+            x = target.copy_(x)
+        library = _library(x, written=target)
     if library is None:
         torch.addcmul(norm.shift, x, norm.scale, out=target).relu_()
     else:
@@ -54,7 +55,7 @@ def relu_norm(x: Tensor, norm: Folded, out: Tensor) -> None:
 
 def add_column_sums(x: Tensor, pivot: Tensor, sums: Sums, out: Tensor | None = None) -> None:
     """sums += the column sums of x - pivot, and of its squares; with `out` [R, C], x is copied there."""
-    wide = x.to(pivot.dtype)
+    wide = x if _library(x, written=None) is not None else x.to(pivot.dtype)
     stored = out if out is not None and out.dtype == x.dtype == wide.dtype else None
     library = _library(wide, written=stored)
     if library is None:
@@ -80,10 +81,12 @@ def relu_norm_backward(
     grad_x = scale * dz, or, with `accumulate`, grad_x += scale * dz.
     """
     dtype, target = norm.table.dtype, grad_x
-    grad, x = grad.to(dtype), x.to(dtype)
-    if grad_x is not None and grad_x.dtype != dtype:
-        target = grad_x.to(dtype) if accumulate else torch.empty_like(x)
     library = _library(grad, x, written=target)
+    if library is None:
+        grad, x = grad.to(dtype), x.to(dtype)
+        if grad_x is not None and grad_x.dtype != dtype:
+            target = grad_x.to(dtype) if accumulate else torch.empty_like(x)
+        library = _library(grad, x, written=target)
     if library is None:
         values, dz = _masked(grad, x, norm)
         sums.add(*_column_sums(dz, values, norm.mean))
@@ -99,9 +102,10 @@ def relu_norm_backward(
 
 def relu_norm_backward_in_place(grad: Tensor, x: Tensor, norm: Folded, terms: Tensor | None) -> None:
     """grad = scale * dz - terms[0] - (x - mean) * terms[1], with dz = grad where norm(x) > 0, else 0."""
-    dtype = norm.table.dtype
-    target, x = grad.to(dtype), x.to(dtype)
-    library = _library(x, written=target)
+    library, target = _library(x, written=grad), grad
+    if library is None:
+        target, x = grad.to(norm.table.dtype), x.to(norm.table.dtype)
+        library = _library(x, written=target)
     if library is None:
         values, dz = _masked(target, x, norm)
         torch.mul(dz, norm.scale, out=target)
@@ -117,11 +121,12 @@ def relu_norm_backward_in_place(grad: Tensor, x: Tensor, norm: Folded, terms: Te
 
 def settle(grad: Tensor, x: Tensor, mean: Tensor, pending: Tensor, out: Tensor) -> None:
     """out = grad - pending[0] - (x - mean) * pending[1]; `out` may be `grad`."""
-    wide, x = grad.to(mean.dtype), x.to(mean.dtype)
-    target = out
-    if out.dtype != mean.dtype:
-        target = wide if wide is not grad else torch.empty_like(x)
-    library = _library(wide, x, written=target)
+    library, wide, target = _library(grad, x, written=out), grad, out
+    if library is None:
+        wide, x = grad.to(mean.dtype), x.to(mean.dtype)
+        if out.dtype != mean.dtype:
+            target = wide if wide is not grad else torch.empty_like(x)
+        library = _library(wide, x, written=target)
     if library is None:
         terms = torch.sub(x, mean)
         torch.sub(wide, torch.addcmul(pending[0], terms, pending[1], out=terms), out=target)
@@ -142,13 +147,19 @@ def pass_bytes(tile: int, *matrices: Tensor | None, operator_tiles: int) -> int:
         operator_tiles: tiles that PyTorch's operators make, where the pass is not compiled.
     """
     given = [matrix for matrix in matrices if matrix is not None]
+    if compiled.library(given[0].dtype) is not None and len({matrix.dtype for matrix in given}) == 1:
+        return 0
     made = operator_tiles if compiled.library(accumulate_dtype(given[0])) is None else 0
     return tile * (made + sum(matrix.dtype != accumulate_dtype(matrix) for matrix in given))
 
 
 def backward_bytes(tile: int, grad: Tensor | None, x: Tensor, grad_x: Tensor | None) -> int:
-    """The same for a backward pass, with its sums; PyTorch's operators take x as a dense tile, too."""
+    """The same for a backward pass, with its sums; PyTorch's operators take x as a dense tile, too.
+
+    A gradient that is a tile, in the dtype that is computed in, is None.
+    """
     copied = 0 if x.is_contiguous() or x.dtype != accumulate_dtype(x) else 1
+    grad = x.new_empty(0, dtype=accumulate_dtype(x)) if grad is None else grad
     return pass_bytes(tile, x, grad, grad_x, operator_tiles=1 + copied) + sum_bytes(x)
 
 
@@ -197,9 +208,9 @@ def _dense(x: Tensor, vectors: Tensor) -> Tensor:
     Raises:
         ValueError: if they are not as long as x is wide, or of another dtype.
     """
-    if vectors.shape[-1] != x.shape[1] or vectors.dtype != x.dtype:
+    if vectors.shape[-1] != x.shape[1] or vectors.dtype != accumulate_dtype(x):
         raise ValueError(
-            f"a pass over rows {list(x.shape)} of {x.dtype} takes vectors of as many channels in that dtype, "
+            f"a pass over rows {list(x.shape)} takes vectors of as many channels in {accumulate_dtype(x)}, "
             f"got {list(vectors.shape)} of {vectors.dtype}"
         )
     return vectors.contiguous()

@@ -6,16 +6,20 @@ tile by tile, with PyTorch's products and the passes of `passes`.
 
 from __future__ import annotations
 
+import functools
 from types import SimpleNamespace
 from typing import NamedTuple
 
+import torch
 from torch import Tensor
 
 from densebench.kernels import compiled
 from densebench.kernels.norm import Folded, Sums, store_statistics, threads_for
+from densebench.kernels.rows import accumulate_dtype
 
 # Forward, with fewer rows, packing the weight takes longer than is saved; backward gains with any number.
 FEW_ROWS = 64
+AMX_COLUMNS = 32  # of bfloat16
 _DENSE = ("norm", "the norm of out", "its gradient", "terms")  # what must have no gaps
 
 
@@ -47,6 +51,25 @@ def library(*matrices: Tensor | None) -> SimpleNamespace | None:
     if any(matrix.dtype != dtype or not rows_apart(matrix) for matrix in given):
         return None
     return compiled.library(dtype, "products")
+
+
+def tile_dtype(*matrices: Tensor | None) -> torch.dtype:
+    """What tiles are made and multiplied in where PyTorch's products are taken: bfloat16 where all is and this
+    processor multiplies it, else the dtype that is accumulated in.
+
+    Of whole tiles of AMX only: with other numbers of channels oneDNN reads on, and multiplies what is there by 0,
+    which makes NaN of NaN (PyTorch 2.13; a row's neighbour, or fresh memory).
+    """
+    given = [matrix for matrix in matrices if matrix is not None]
+    halves = all(matrix.dtype == torch.bfloat16 and matrix.shape[1] % AMX_COLUMNS == 0 for matrix in given)
+    if halves and _multiplies_halves() and compiled.library(torch.bfloat16) is not None:
+        return torch.bfloat16
+    return accumulate_dtype(given[0])
+
+
+@functools.cache
+def _multiplies_halves() -> bool:
+    return bool(torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported())
 
 
 def rows_apart(matrix: Tensor) -> bool:

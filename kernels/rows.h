@@ -5,6 +5,7 @@
 #include <omp.h>
 #include <stddef.h>
 #include <stdint.h>
+#include <string.h>
 
 enum { CACHE_LINE = 64, LINE = CACHE_LINE / sizeof(REAL) }; /* bytes, values */
 
@@ -36,5 +37,31 @@ static inline REAL relu(REAL z) { return z <= 0 ? 0 : z; }
 
 /* z may be relu(z): the two have one sign. */
 static inline REAL relu_backward(REAL grad, REAL z) { return z <= 0 ? 0 : grad; }
+
+/* What a matrix holds: REAL, or with BFLOAT16, whose REAL is float, the upper half of a float's bits. */
+#if defined(BFLOAT16)
+typedef uint16_t Stored;
+
+INLINE REAL loaded(Stored value) {
+    uint32_t bits = (uint32_t)value << 16;
+    REAL wide;
+    memcpy(&wide, &bits, sizeof wide);
+    return wide;
+}
+
+/* To the nearest, at a tie the even one; NaN stays NaN. */
+INLINE Stored stored(REAL value) {
+    uint32_t bits;
+    memcpy(&bits, &value, sizeof bits);
+    uint32_t rounded = (bits + 0x7fff + (bits >> 16 & 1)) >> 16;
+    return (Stored)(value != value ? 0x7fc0 : rounded);
+}
+#else
+typedef REAL Stored;
+
+INLINE REAL loaded(Stored value) { return value; }
+
+INLINE Stored stored(REAL value) { return value; }
+#endif
 
 #endif

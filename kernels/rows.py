@@ -27,9 +27,9 @@ def tile_rows(x: Tensor) -> int:
     return max(1, min(x.shape[0], max(16, TILE_BYTES // max(1, row_bytes) // 16 * 16)))
 
 
-def tile_bytes(x: Tensor) -> int:
-    """Bytes of one tile of x in scratch."""
-    return tile_rows(x) * _tile_columns(x) * accumulate_dtype(x).itemsize
+def tile_bytes(x: Tensor, dtype: torch.dtype | None = None) -> int:
+    """Bytes of one tile of x in scratch; of a dtype other than what is accumulated in, if one is given."""
+    return tile_rows(x) * _tile_columns(x) * (dtype or accumulate_dtype(x)).itemsize
 
 
 def _tile_columns(x: Tensor) -> int:
@@ -37,9 +37,9 @@ def _tile_columns(x: Tensor) -> int:
     return -(-x.shape[-1] // 16) * 16
 
 
-def tiles(x: Tensor) -> Iterator[tuple[slice, Tensor]]:
-    """Consecutive rows that cover x, each with scratch for them [rows, C], reused."""
-    scratch = x.new_empty(tile_rows(x), _tile_columns(x), dtype=accumulate_dtype(x))
+def tiles(x: Tensor, dtype: torch.dtype | None = None) -> Iterator[tuple[slice, Tensor]]:
+    """Consecutive rows that cover x, each with scratch for them [rows, C], reused; of a dtype as `tile_bytes`."""
+    scratch = x.new_empty(tile_rows(x), _tile_columns(x), dtype=dtype or accumulate_dtype(x))
     for rows in row_slices(x):
         yield rows, scratch[: rows.stop - rows.start, : x.shape[1]]
 

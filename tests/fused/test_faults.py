@@ -81,7 +81,7 @@ FAULTS = [
           "range(0, max(1, x.shape[0] - 1), step)", "training", uncompiled=True),
     Fault("statistics of the channels before", "execution.shared_statistics", "SharedStatistics.take_and_store",
           "self.places(channels)", "self.places(slice(0, new.shape[1]))", "dropout"),
-    Fault("overwrites the other readers, in C", PASSES, "relu_norm_backward", "accumulates ? grad_x_row[c]",
+    Fault("overwrites the other readers, in C", PASSES, "pass_back", "accumulates ? loaded(grad_x[c])",
           "accumulates ? 0", "plain_layers"),
     Fault("overwrites the other readers, in whole blocks", BLOCKS, "pass_rows", "if (to.accumulates)", "if (0)",
           "wide"),

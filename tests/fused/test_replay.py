@@ -354,3 +354,25 @@ def test_no_more_memory_than_without(
     as_it_is = peak()
     monkeypatch.setattr(autograd, "replayable", lambda x, others, dtype: True)
     assert 0.99 * as_it_is < peak() < 1.001 * as_it_is  # vectors may live a line longer
+
+
+@pytest.mark.parametrize("variant", ["fused", "fused_recompute"])
+@pytest.mark.parametrize("growth_rate", [12, 32])
+def test_bfloat16_tile_by_tile_is_played_back(growth_rate: int, variant: str, counts: Counts) -> None:
+    """On a CPU: passes of its own and PyTorch's products, of bfloat16 or of float32."""
+    network = small(
+        stem="imagenet", block_config=(2, 1), growth_rate=growth_rate, num_init_features=2 * growth_rate
+    )
+    pair = Pair(network.float(), variant)
+    for number in range(STEPS):
+        x = images(4, 64, seed=number, dtype=torch.float32)
+        with torch.autocast("cpu", torch.bfloat16):
+            found = pair.replayed(x)
+            found.float().square().sum().backward()
+            with mock.patch.object(autograd, "replayable", return_value=False):
+                expected = pair.plain(x)
+                expected.float().square().sum().backward()
+        assert torch.equal(found, expected)
+        for one, other in zip(pair.replayed.parameters(), pair.plain.parameters(), strict=True):
+            assert torch.equal(one.grad, other.grad), f"in step {number + 1}"
+    assert counts["played"]

@@ -20,6 +20,7 @@ from densebench.kernels.bn_relu_backward import bn_relu_backward, bn_relu_backwa
 from densebench.kernels.channel_statistics import channel_statistics
 from densebench.kernels.deferred import settled_gradient
 from densebench.kernels.norm import Folded, Norm, norm_gradients, store_statistics
+from densebench.kernels.rows import accumulate_dtype
 from densebench.prediction.cache import cached
 
 WIDE = 40
@@ -42,7 +43,7 @@ def anew(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Path:
 def drawn(rows: int, columns: int, dtype: torch.dtype = torch.float32) -> tuple[Tensor, Tensor, Folded]:
     """x and grad, prefixes of wider matrices, and a norm."""
     x, grad = (torch.randn(rows, WIDE, dtype=torch.float64).to(dtype)[:, :columns] for _ in range(2))
-    vectors = torch.randn(4, columns, dtype=torch.float64).to(dtype).unbind()
+    vectors = torch.randn(4, columns, dtype=torch.float64).to(accumulate_dtype(x)).unbind()
     return x, grad, Norm(vectors[0], vectors[1].abs(), *vectors[2:], 1e-5).folded()
 
 
@@ -50,11 +51,11 @@ def every_pass(rows: int, columns: int, dtype: torch.dtype, folder: Path | None)
     """What all passes write, from the same operands."""
     torch.manual_seed(0)
     x, grad, norm = drawn(rows, columns, dtype)
-    terms = torch.randn(2, columns, dtype=torch.float64).to(dtype)
+    terms = torch.randn(2, columns, dtype=torch.float64).to(accumulate_dtype(x))
     with compiled.using(folder):
         out, buffer, settled, in_place = torch.empty_like(x), grad.clone(), torch.empty_like(x), grad.clone()
         statistics, sums = passes.Sums(x), passes.Sums(x)
-        mean, var = torch.zeros(2, columns, dtype=dtype)
+        mean, var = torch.zeros(2, columns, dtype=accumulate_dtype(x))
         fresh, copied = torch.empty_like(x), torch.empty(rows, WIDE, dtype=dtype)[:, :columns]
         passes.relu_norm(x, norm, out)
         passes.add_column_sums(x, norm.mean, statistics, copied)
@@ -72,7 +73,7 @@ def every_pass(rows: int, columns: int, dtype: torch.dtype, folder: Path | None)
 
 
 @pytest.mark.usefixtures("library")
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
 @pytest.mark.parametrize("threads_in_use", [1, 2, 3, 7])
 @pytest.mark.parametrize(("rows", "columns"), [(0, 3), (1, 1), (2, 17), (5, 16), (64, 33), (999, 40)])
 def test_as_pytorch_does(
@@ -81,7 +82,7 @@ def test_as_pytorch_does(
     """Also with more threads than rows, none of them left out or counted twice."""
     monkeypatch.setattr(passes, "FEW_VALUES", 0)
     torch.set_num_threads(threads_in_use)
-    tolerance = 1e-5 if dtype == torch.float32 else 1e-12
+    tolerance = {torch.float32: 1e-5, torch.float64: 1e-12, torch.bfloat16: 1e-2}[dtype]
     uncompiled = every_pass(rows, columns, dtype, None) if rows else None
     for at, result in enumerate(every_pass(rows, columns, dtype, compiled.FOLDER)):
         assert bool(result.isfinite().all())
@@ -96,6 +97,19 @@ def test_as_many_threads_the_same_bits() -> None:
     for _ in range(20):
         for again, before in zip(every_pass(999, 40, torch.float32, compiled.FOLDER), first, strict=True):
             assert torch.equal(again, before)
+
+
+@pytest.mark.usefixtures("library")
+def test_bfloat16_is_rounded_as_by_pytorch() -> None:
+    """All that there are, less numbers that make ties, round up and down, and overflow."""
+    bits = torch.arange(-(2**15), 2**15).to(torch.int16)
+    grad = bits.view(torch.bfloat16)[:, None].repeat(1, 7)
+    x, mean = torch.zeros_like(grad), torch.zeros(7)
+    constant = torch.tensor([0.0, 2.0**-9, -3 * 2.0**-9, 0.1, 1e-41, 1e38, -1e38])
+    out = torch.full_like(grad, 7.0)
+    passes.settle(grad, x, mean, torch.stack((constant, mean)), out)
+    torch.testing.assert_close(out, (grad.float() - constant).bfloat16(), rtol=0, atol=0, equal_nan=True)
+    assert out.isnan().sum() == grad.isnan().sum() > 0
 
 
 @pytest.mark.usefixtures("library")

@@ -213,6 +213,22 @@ def test_nan_and_infinity_stay_in_their_row(value: float) -> None:
     assert torch.equal(touched[130].isinf(), expected.isinf())
 
 
+@pytest.mark.parametrize(("columns", "outputs"), [(64, 32), (65, 32), (64, 33), (34, 12), (160, 128)])
+def test_nan_stays_in_its_row_in_bfloat16(columns: int, outputs: int) -> None:
+    """What lies beside a slice, or another row, is not multiplied by 0: AMX reads whole tiles of 32 channels."""
+    x, grad, weight = (
+        drawn(*size, torch.bfloat16) for size in ((257, columns), (257, outputs), (outputs, columns))
+    )
+    x[128], grad[128] = float("nan"), float("nan")
+    vectors, out = torch.ones(4, columns), drawn(257, outputs, torch.bfloat16)
+    bn_relu_conv1x1(x, *vectors, 0.0, weight, out, *torch.empty(2, outputs))
+    buffer = torch.zeros_like(x)
+    pending = torch.zeros(2, columns)
+    bn_relu_conv1x1_backward(grad, x, *vectors, 0.0, False, weight, buffer, False, pending, True, True)
+    for made in (out, buffer):
+        assert made.isnan().any(1).nonzero().flatten().tolist() == [128]
+
+
 def test_only_what_is_needed() -> None:
     """Each of the three results alone is what it is beside the others."""
     operands = Drawn(300, 40, 48, torch.float32)
