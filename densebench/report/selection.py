@@ -184,7 +184,8 @@ def _place(record: Record) -> str:
 def _interest(comparison: Comparison) -> tuple[object, ...]:
     """Sort key: what a reader asks first comes first. Images, training, a GPU, large ones, DenseNet-121.
 
-    Of several runs, the one that the caller names first.
+    In float32 on a CPU, under autocast on a GPU, as is usual there. Of several runs, the one that the caller names
+    first.
     """
     case = comparison.case
     pixels = case.input_shape[-1] * case.input_shape[-2]
@@ -195,7 +196,7 @@ def _interest(comparison: Comparison) -> tuple[object, ...]:
         -pixels,
         case.model != "densenet121",
         case.model,
-        case.autocast is None,
+        (case.autocast is None) == (case.device == "cuda"),
         case.cuda_graph,
         bool(case.options.get("beside")),
         comparison.naive is None or comparison.naive.record.time_s is None,

@@ -157,6 +157,13 @@ def test_of_several_runs_the_first_is_the_answer() -> None:
     assert "Device b" in said.sentence
 
 
+@pytest.mark.parametrize(("where", "share"), [("cpu", "0.30"), ("cuda", "0.20")])
+def test_the_precision_that_is_usual_on_a_device_is_the_answer(where: str, share: str) -> None:
+    wide, narrow = (_pair(s, 0.9, device=where, autocast=a) for s, a in ((0.3, None), (0.2, "bfloat16")))
+    for records in ([*wide, *narrow], [*narrow, *wide]):
+        assert f"{share}{CROSS} the activation memory" in _answer(records).sentence
+
+
 def test_volumes_have_their_line_after_images() -> None:
     volumes = {"input_shape": (1, 512, 512, 512), "options": {"spatial_dims": 3, "in_channels": 1}}
     said = _answer([*_pair(0.3, 0.8, **volumes), *_pair(0.2, 0.9)])
