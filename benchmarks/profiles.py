@@ -104,7 +104,7 @@ def _full_cpu() -> Profile:
             compiled_group(4, "cpu"),
         ),
         (*full_size(), *timelines(), *depth_predicted(), *cifar_depths()),
-        minutes=55,
+        minutes=57,
         limits=(*largest_batches(checked=True), *deepest_networks()),
     )
 

@@ -1,7 +1,8 @@
 """The inner loops of the CPU path, compiled from C when first needed.
 
-That takes two seconds or so, once a machine: the libraries are kept in the user's cache folder. Where they cannot
-be had, for whatever reason, their callers make the same of PyTorch's own operators, slower; nothing here raises.
+That takes three seconds or so, once a machine: the libraries are kept in the user's cache folder. Where they
+cannot be had, for whatever reason, their callers make the same of PyTorch's own operators, slower; nothing here
+raises.
 """
 
 from __future__ import annotations

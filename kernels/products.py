@@ -62,13 +62,14 @@ def tile_dtype(*matrices: Tensor | None) -> torch.dtype:
     """
     given = [matrix for matrix in matrices if matrix is not None]
     halves = all(matrix.dtype == torch.bfloat16 and matrix.shape[1] % AMX_COLUMNS == 0 for matrix in given)
-    if halves and _multiplies_halves() and compiled.library(torch.bfloat16) is not None:
+    if halves and multiplies_halves() and compiled.library(torch.bfloat16) is not None:
         return torch.bfloat16
     return accumulate_dtype(given[0])
 
 
 @functools.cache
-def _multiplies_halves() -> bool:
+def multiplies_halves() -> bool:
+    """Whether this processor has instructions for products of bfloat16."""
     return bool(torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported())
 
 

@@ -20,11 +20,16 @@ import torch
 import densebench
 from densebench.cache_folder import cache_folder
 from densebench.kernels import compiled
+from densebench.kernels.products import multiplies_halves
 
 
 def cached(question: dict[str, Any], answer: Callable[[], dict[str, Any]]) -> dict[str, Any]:
     """The answer to a question (both JSON), from the disk where it was asked before."""
-    scratch = {"cpu_kernels": compiled.description(), "threads": torch.get_num_threads()}  # a thread has its own
+    scratch = {
+        "cpu_kernels": compiled.description(),
+        "threads": torch.get_num_threads(),  # each has its own
+        "halves": multiplies_halves(),  # whose tiles are half as large
+    }
     text = json.dumps(question | versions() | scratch, sort_keys=True)
     path = folder() / f"{hashlib.sha256(text.encode()).hexdigest()[:24]}.json"
     try:

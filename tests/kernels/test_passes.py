@@ -21,7 +21,7 @@ from densebench.kernels.channel_statistics import channel_statistics
 from densebench.kernels.deferred import settled_gradient
 from densebench.kernels.norm import Folded, Norm, norm_gradients, store_statistics
 from densebench.kernels.rows import accumulate_dtype
-from densebench.prediction.cache import cached
+from densebench.prediction import cache
 
 WIDE = 40
 
@@ -307,11 +307,18 @@ def test_switched_off() -> None:
 
 
 @pytest.mark.usefixtures("library", "anew")
-def test_a_kept_prediction_is_of_the_passes_and_threads_in_use() -> None:
-    """Their scratch differs."""
-    answers = []
-    for folder, threads_in_use in ((compiled.FOLDER, 1), (None, 1), (compiled.FOLDER, 2), (compiled.FOLDER, 1)):
+def test_a_kept_prediction_is_of_what_is_in_use(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Passes, threads and what the processor multiplies: their scratch differs."""
+    answers, here = [], (compiled.FOLDER, 1, False)
+    for folder, threads_in_use, halves in (
+        here,
+        (None, 1, False),
+        (compiled.FOLDER, 2, False),
+        (*here[:2], True),
+        here,
+    ):
         torch.set_num_threads(threads_in_use)
+        monkeypatch.setattr(cache, "multiplies_halves", lambda halves=halves: halves)
         with compiled.using(folder):
-            answers.append(cached({"of": "passes"}, lambda: {"bytes": len(answers)}))
-    assert answers == [{"bytes": 0}, {"bytes": 1}, {"bytes": 2}, {"bytes": 0}]
+            answers.append(cache.cached({"of": "passes"}, lambda: {"bytes": len(answers)}))
+    assert [answer["bytes"] for answer in answers] == [0, 1, 2, 3, 0]
