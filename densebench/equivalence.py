@@ -11,18 +11,14 @@ largest of a few runs, with inputs nudged within their rounding.
 
 from __future__ import annotations
 
-import copy
-import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
-from torch.utils._pytree import keystr, tree_flatten_with_path
 
-from densebench.formats import CHANNELS_LAST, memory_format_of
-from densebench.models import set_strategy
 from densebench.models.features import stages_in
+from densebench.quantities import COUNTER, Quantities, Run, is_buffer, is_computed, of_a_step
 
 # Norm of the difference over norm of the reference. Buffers are plain averages of what the forward computed.
 GATE_FLOAT64 = 1e-11
@@ -35,11 +31,7 @@ NOISE_RUNS = 6
 # A strategy's error against float64 over its reference's (the largest of so many), and what needs no excuse.
 ERROR_FACTOR = 2.0
 ERROR_RUNS = 9
-COUNTER = "num_batches_tracked"
-SEEDS_APART = 1000  # of the gradients of several outputs
 FLOORS = {torch.float32: 1e-6, torch.float16: 1e-3, torch.bfloat16: 8e-3}
-
-Quantities = dict[str, Tensor | None]
 
 
 @dataclass(frozen=True)
@@ -95,7 +87,7 @@ def assert_equivalent(
             "before convert, which works in place; copy.deepcopy makes one that stays"
         )
     steps = [inputs] if isinstance(inputs, Tensor) else list(inputs)
-    run = _Run(model, steps, autocast, input_gradient, learning_rate, seed)
+    run = Run(model, steps, autocast, input_gradient, learning_rate, seed)
     expected, actual = run.by(reference), run.by(strategy)
     _assert_comparable(expected, actual)
     exact = steps[0].dtype == torch.float64
@@ -117,96 +109,8 @@ def assert_equivalent(
     return differences
 
 
-@dataclass(frozen=True)
-class _Run:
-    """What both strategies are given."""
-
-    model: nn.Module
-    inputs: list[Tensor]
-    autocast: torch.dtype | None
-    input_gradient: bool
-    learning_rate: float
-    seed: int
-
-    def by(
-        self,
-        strategy: str | nn.Module,
-        order: Tensor | None = None,
-        double: bool = False,
-        nudge: int | None = None,
-        last: bool = False,
-    ) -> Quantities:
-        """Every quantity of a run by a strategy.
-
-        Args:
-            strategy: its name; or another network, to be run as it is.
-            order: a permutation of the images; results come back in the original order.
-            double: run in float64 and without autocast, from the same weights and inputs.
-            nudge: seed of changes to the inputs, smaller than what rounding them changes.
-            last: lay the inputs out channels-last.
-        """
-        torch.manual_seed(self.seed)
-        model = copy.deepcopy(self.model if isinstance(strategy, str) else strategy)
-        model = set_strategy(model, strategy) if isinstance(strategy, str) else model
-        model = model.double() if double else model
-        optimizer = torch.optim.SGD(
-            [p for p in model.parameters() if p.requires_grad] or [torch.zeros(1)],
-            self.learning_rate,
-            momentum=0.9,
-        )
-        quantities: Quantities = {}
-        inputs = self.inputs if nudge is None else [self._nudged(x, nudge) for x in self.inputs]
-        formats = [CHANNELS_LAST.get(x.dim()) if last else memory_format_of(x) for x in self.inputs]
-        inputs = [x if form is None else x.to(memory_format=form) for x, form in zip(inputs, formats, strict=True)]
-        for number, original in enumerate(inputs, 1):
-            prefix = f"step {number}: " if len(self.inputs) > 1 else ""
-            optimizer.zero_grad()
-            step = self._step(model, original, order, double, number)
-            quantities |= {prefix + name: value for name, value in step.items()}
-            optimizer.step()
-        if self.learning_rate:
-            quantities |= {f"parameter {n}": p.detach() for n, p in model.named_parameters()}
-        return quantities
-
-    def _nudged(self, x: Tensor, seed: int) -> Tensor:
-        generator = torch.Generator().manual_seed(seed)
-        unit = torch.finfo(self.autocast or x.dtype).eps / 2
-        change = 1 + unit * (2 * torch.rand(x.shape, generator=generator, dtype=torch.float64) - 1)
-        return (x.double() * change.to(x.device)).to(x.dtype)
-
-    def _step(
-        self, model: nn.Module, original: Tensor, order: Tensor | None, double: bool, number: int
-    ) -> Quantities:
-        order = torch.arange(len(original), device=original.device) if order is None else order
-        input = original.detach()[order].to(memory_format=memory_format_of(original))
-        input = input.double() if double else input
-        input.requires_grad_(self.input_gradient)
-        with torch.autocast(input.device.type, self.autocast, enabled=self.autocast is not None and not double):
-            outputs = _tensors_of(model(input))
-        seed = self.seed + number
-        upstream = {
-            name: _in_order(_upstream(output, seed + SEEDS_APART * index), order)
-            for index, (name, output) in enumerate(sorted(outputs.items()))
-        }
-        loss = torch.stack([(output * upstream[name]).sum() for name, output in outputs.items()]).sum()
-        graphs = [name for name, output in outputs.items() if output.requires_grad]
-        if graphs:
-            torch.autograd.backward([outputs[name] for name in graphs], [upstream[name] for name in graphs])
-        back = torch.argsort(order)
-        return {
-            **{name: _in_order(output.detach(), back) for name, output in outputs.items()},
-            "loss": loss.detach(),
-            "input gradient": None if input.grad is None else input.grad[back],
-            # What the strategy was given, as it left it: neither is its to write to.
-            "input": input.detach()[back],
-            **{f"gradient of the {name}": _in_order(value, back) for name, value in upstream.items()},
-            **{f"gradient {n}": p.grad for n, p in model.named_parameters()},
-            **{f"buffer {n}": b.detach().clone() for n, b in model.named_buffers()},
-        }
-
-
 def _compare_exactly(
-    run: _Run, reference: str | nn.Module, expected: Quantities, actual: Quantities
+    run: Run, reference: str | nn.Module, expected: Quantities, actual: Quantities
 ) -> list[Difference]:
     """The float64 gates; self-noise widens them only for quantities that are rounding errors themselves."""
     differences = []
@@ -215,13 +119,13 @@ def _compare_exactly(
         other = actual[name]
         if value is None or other is None:
             continue
-        gate = GATE_BUFFERS_FLOAT64 if _is_buffer(name) else GATE_FLOAT64
+        gate = GATE_BUFFERS_FLOAT64 if is_buffer(name) else GATE_FLOAT64
         error = _relative(other, value)
         if not error <= gate:
             if not noise:
                 noise = [run.by(reference, nudge=seed) for seed in range(1, NOISE_RUNS)]
                 # Dropout would be drawn for other images.
-                if not _draws_dropout(run.model):
+                if not run.draws_dropout():
                     noise += _of_other_places(
                         run.by(reference, order=torch.randperm(len(run.inputs[0]))), expected
                     )
@@ -239,7 +143,7 @@ def _of_other_places(permuted: Quantities, expected: Quantities) -> list[Quantit
     """
     for name, value in expected.items():
         other = permuted[name]
-        if value is None or other is None or not _of_a_step(name).startswith("output"):
+        if value is None or other is None or not of_a_step(name).startswith("output"):
             continue
         if not _relative(other, value) <= 1e-6:
             return []
@@ -247,7 +151,7 @@ def _of_other_places(permuted: Quantities, expected: Quantities) -> list[Quantit
 
 
 def _compare_errors(
-    run: _Run, reference: str | nn.Module, expected: Quantities, actual: Quantities
+    run: Run, reference: str | nn.Module, expected: Quantities, actual: Quantities
 ) -> list[Difference]:
     """Errors against the reference in float64, at most twice the reference's own."""
     exact = run.by(reference, double=True)
@@ -257,9 +161,9 @@ def _compare_errors(
     differences = []
     for name, truth in exact.items():
         value, other = expected[name], actual[name]
-        if truth is None or value is None or other is None or _of_a_step(name) == "loss":
+        if truth is None or value is None or other is None or of_a_step(name) == "loss":
             continue  # the loss is a sum of outputs that cancel: which run is nearer by how much is chance
-        floor = FLOORS[torch.float32 if _is_buffer(name) and value.dtype == torch.float32 else dtype]
+        floor = FLOORS[torch.float32 if is_buffer(name) and value.dtype == torch.float32 else dtype]
         own = max(_relative(each, truth) for each in (one[name] for one in references) if each is not None)
         gate = max(ERROR_FACTOR * own, floor)
         differences.append(Difference(name, _relative(other, truth), gate))
@@ -283,24 +187,9 @@ def _assert_comparable(expected: Quantities, actual: Quantities) -> None:
         if other.numel():
             shared = other.untyped_storage().data_ptr() in storages
             assert not shared, f"{name} lies in memory of the reference's run: it would be compared with itself"
-    computed = [value for name, value in expected.items() if value is not None and _is_computed(name)]
+    computed = [value for name, value in expected.items() if value is not None and is_computed(name)]
     size = sum(float(value.double().abs().nan_to_num().sum()) for value in computed)
     assert size > 0, "the reference's run is all zeros: nothing could differ"
-
-
-def _of_a_step(name: str) -> str:
-    """A quantity's name without its step's: output, output['out'], loss, input, input gradient, buffer x.y."""
-    return re.sub(r"^step \d+: ", "", name)
-
-
-def _is_buffer(name: str) -> bool:
-    return _of_a_step(name).startswith("buffer ")
-
-
-def _is_computed(name: str) -> bool:
-    """Neither given nor only counted."""
-    plain = _of_a_step(name)
-    return plain != "input" and not plain.startswith("gradient of the output") and not plain.endswith(COUNTER)
 
 
 def _relative(value: Tensor, reference: Tensor) -> float:
@@ -326,35 +215,3 @@ def _first_difference(expected: Tensor | None, actual: Tensor | None) -> str:
     place = torch.unravel_index(difference.argmax(), difference.shape) if difference.dim() else ()
     index = tuple(int(i) for i in place)
     return f"at {list(index)} it is {actual[index].item()!r}, the reference {expected[index].item()!r}"
-
-
-def _tensors_of(output: object) -> dict[str, Tensor]:
-    """What a network returns, by where it stands: output, or output[0], output['out']."""
-    leaves = [(path, leaf) for path, leaf in tree_flatten_with_path(output)[0] if leaf is not None]
-    others = [
-        "complex numbers" if isinstance(leaf, Tensor) else type(leaf).__name__
-        for _, leaf in leaves
-        if not isinstance(leaf, Tensor) or leaf.is_complex()
-    ]
-    if others or not leaves:
-        raise ValueError(
-            f"the network returns {', '.join(others) or 'nothing'}; what can be compared are real tensors, and "
-            "lists, tuples and dictionaries of them: a module around it can pick them out"
-        )
-    return {f"output{keystr(path)}": leaf for path, leaf in leaves}
-
-
-def _in_order(rows: Tensor, order: Tensor) -> Tensor:
-    """One row an image; what has another number of rows, as a loss, has no order."""
-    return rows[order] if rows.shape[:1] == order.shape else rows.clone()
-
-
-def _upstream(output: Tensor, seed: int) -> Tensor:
-    """A random gradient of the output, the same in every dtype: drawn in float32, rounded to bfloat16."""
-    generator = torch.Generator().manual_seed(seed)
-    values = torch.randn(output.shape, generator=generator).bfloat16()
-    return values.to(output.device, output.dtype)
-
-
-def _draws_dropout(model: nn.Module) -> bool:
-    return any(getattr(module, "drop_rate", 0.0) > 0 and module.training for module in model.modules())
