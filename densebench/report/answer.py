@@ -45,7 +45,7 @@ class Answer:
         figures: the numbers beneath it.
         comparison: the comparison it was read from, None if there is none.
         winner: its strategy, None if no strategy has results.
-        elsewhere: the same for volumes, and for every other device in the records.
+        elsewhere: the same in other modes and precisions, of volumes, and on every other device in the records.
     """
 
     sentence: str
@@ -57,19 +57,33 @@ class Answer:
 
 def answer(measured: Sequence[Comparison], predicted: Sequence[Comparison]) -> Answer:
     """Read the answer from the first comparison that has one; predictions count only where nothing was run."""
-    told: dict[tuple[str, int], tuple[Comparison, Row]] = {}
-    for comparison in measured or predicted:
-        winner = best(comparison)
-        if winner is not None:
-            told.setdefault((comparison.device, len(comparison.case.input_shape)), (comparison, winner))
+    told = _won(measured or predicted)
     if told:
-        (comparison, winner), *others = told.values()
+        (comparison, winner), *others = told
         figures = tuple(_figures(comparison, winner))
         return Answer(_sentence(comparison, winner), figures, comparison, winner, tuple(others))
     for comparison in [*measured, *predicted]:
         if comparison.measured:
             return Answer("Only contenders without a strategy to compare were measured.", (), comparison)
     return Answer("No whole network was measured, so there is no comparison to sum up.")
+
+
+def _won(comparisons: Sequence[Comparison]) -> list[tuple[Comparison, Row]]:
+    """Every setting of the first device, then what is new on others: a line for each, and settings not yet told.
+
+    A setting is mode, images or volumes, and precision.
+    """
+    found = [(comparison, winner) for comparison in comparisons if (winner := best(comparison)) is not None]
+    first = found[0][0].device if found else None
+    found.sort(key=lambda pair: pair[0].device != first)
+    told, seen = [], set[object]()
+    for comparison, winner in found:
+        case = comparison.case
+        setting = (case.mode, len(case.input_shape), case.autocast or case.dtype)
+        if not {comparison.device, setting} <= seen:
+            told.append((comparison, winner))
+        seen |= {comparison.device, setting}
+    return told
 
 
 def best(comparison: Comparison) -> Row | None:

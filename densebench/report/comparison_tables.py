@@ -40,7 +40,7 @@ def elsewhere_table(answers: Sequence[tuple[Comparison, Row]]) -> Table:
         Column[tuple[Comparison, Row]]("time against naive", lambda pair: _time_ratio(pair[1])),
         Column[tuple[Comparison, Row]]("verdict", lambda pair: _verdict_on(*pair), numeric=False),
     ]
-    return build("The same for other machines and for volumes", columns, answers)
+    return build("The same in other settings and on other machines", columns, answers)
 
 
 def extra_table(comparison: Comparison) -> Table:

@@ -38,7 +38,7 @@ class Report:
     Attributes:
         notice: what the reader must know before anything else (that these are samples, or not all), or None.
         picture: beside the answer; None where fewer than two contenders have results.
-        elsewhere: the answer for volumes and for other devices; None where there are none.
+        elsewhere: the answer in other settings and on other devices; None where there are none.
     """
 
     notice: str | None

@@ -137,6 +137,24 @@ def test_each_device_has_its_line() -> None:
     assert str(time).startswith(f"1.10{CROSS} (")
 
 
+def test_every_setting_has_one_line_on_the_first_device() -> None:
+    """Another machine has a line for what comes first there, and for what only it has measured."""
+    other = {"device": "cpu"}
+    said = _answer(
+        [
+            *_pair(0.80, 0.9, mode="infer", autocast=None, **other),
+            *_pair(0.70, 0.9, autocast=None, **other),
+            *_pair(0.60, 0.9, autocast="float16", **other),
+            *_pair(0.50, 0.9, autocast=None),
+            *_pair(0.40, 0.9, mode="infer", autocast=None),
+            *_pair(0.30, 0.9),
+        ]
+    )
+    assert f"0.30{CROSS} the activation memory" in said.sentence
+    shares = [row[3] for row in elsewhere_table(said.elsewhere).rows]
+    assert shares == [f"{share}{CROSS}" for share in ("0.50", "0.40", "0.70", "0.60")]
+
+
 def test_a_noisy_naive_is_told_elsewhere_too() -> None:
     naive, fused = _pair(0.6, 0.8, device="cpu", autocast=None)
     noisy = dataclasses.replace(naive, status="noisy")
