@@ -64,7 +64,7 @@ class Reference:
             gate = max(2 * self.own_error[name], _floor(case))
             if not error <= gate:  # a NaN is wrong, too
                 known = error if math.isfinite(error) else None
-                return Verdict(known, f"{name} is off by {error:.1e} (naive: {self.own_error[name]:.1e})")
+                return Verdict(known, f"{name} off by {error:.1e} (naive: {self.own_error[name]:.1e})")
         return Verdict(max(errors.values()), None)
 
     def _run(self, case: Case) -> Quantities:

@@ -1,4 +1,4 @@
-"""The report's answer in one sentence, and the few numbers beneath it."""
+"""The report's answer in one sentence, and what else was won, in other settings and on other machines."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from densebench.report.selection import Comparison, Row
-from densebench.report.units import Unit, duration, memory, number, times
+from densebench.report.units import memory, number, times
 from densebench.statistics import Ratio, Verdict
 
 SLOW_ENOUGH = 1.25  # times naive's time: what one would give up for memory without thinking twice
@@ -28,28 +28,19 @@ _OPENINGS = {"train": "Training", "forward": "A forward pass of", "infer": "Infe
 
 
 @dataclass(frozen=True)
-class KeyFigure:
-    """One number to remember: what it is, its value, and the value in proportion."""
-
-    term: str
-    value: str
-    note: str
-
-
-@dataclass(frozen=True)
 class Answer:
     """What the report says first.
 
     Attributes:
         sentence: the answer.
-        figures: the numbers beneath it.
+        scope: what it was not measured on; None where that is nothing.
         comparison: the comparison it was read from, None if there is none.
         winner: its strategy, None if no strategy has results.
         elsewhere: the same in other modes and precisions, of volumes, and on every other device in the records.
     """
 
     sentence: str
-    figures: tuple[KeyFigure, ...] = ()
+    scope: str | None = None
     comparison: Comparison | None = None
     winner: Row | None = None
     elsewhere: tuple[tuple[Comparison, Row], ...] = ()
@@ -60,11 +51,11 @@ def answer(measured: Sequence[Comparison], predicted: Sequence[Comparison]) -> A
     told = _won(measured or predicted)
     if told:
         (comparison, winner), *others = told
-        figures = tuple(_figures(comparison, winner))
-        return Answer(_sentence(comparison, winner), figures, comparison, winner, tuple(others))
+        sentence = f"{_opening(comparison)}: {_verdict(comparison, winner)}."
+        return Answer(sentence, _scope(measured), comparison, winner, tuple(others))
     for comparison in [*measured, *predicted]:
         if comparison.measured:
-            return Answer("Only contenders without a strategy to compare were measured.", (), comparison)
+            return Answer("Only contenders without a strategy to compare were measured.", None, comparison)
     return Answer("No whole network was measured, so there is no comparison to sum up.")
 
 
@@ -104,8 +95,11 @@ def ratio_words(ratio: Ratio) -> str:
     return f"{times(ratio.median)} ({ratio.low:.2f} to {ratio.high:.2f})"
 
 
-def _sentence(comparison: Comparison, winner: Row) -> str:
-    return f"{_opening(comparison)}: {_verdict(comparison, winner)}."
+def _scope(measured: Sequence[Comparison]) -> str | None:
+    """Readers of memory and speed think of GPUs: where none was measured, that is said first."""
+    if not measured or any(comparison.case.device == "cuda" for comparison in measured):
+        return None
+    return "Measured on CPUs. No GPU is in these records: what is said of GPUs' memory is predicted."
 
 
 def _opening(comparison: Comparison) -> str:
@@ -158,52 +152,3 @@ def _failure(naive: Row) -> str:
 def _at_speed(row: Row) -> str:
     speed = row.record.throughput_img_s
     return "" if speed is None else f" at {number(speed)} images a second"
-
-
-def _figures(comparison: Comparison, winner: Row) -> list[KeyFigure]:
-    record = winner.record
-    figures = [
-        KeyFigure(
-            f"activation memory, {winner.name}",
-            memory(record.peak_delta_bytes or 0, comparison.unit),
-            _memory_note(comparison, winner),
-        )
-    ]
-    if record.time_s is not None:
-        figures.append(
-            KeyFigure(
-                f"time of a step, {winner.name}", duration(record.time_s.median), _time_note(comparison, winner)
-            )
-        )
-    beside = next((row for row in comparison.measured if row.family == "yardstick" and row.usable), None)
-    if beside is not None:
-        figures.append(_beside(beside, winner, comparison.unit))
-    return figures
-
-
-def _memory_note(comparison: Comparison, winner: Row) -> str:
-    if winner.memory_ratio is None or comparison.naive is None:
-        return "naive has no figure to compare with"
-    arrow = "↓ less" if winner.memory_ratio < 1 else "↑ more"
-    whole = memory(comparison.naive.record.peak_delta_bytes or 0, comparison.unit)
-    return f"{arrow}: {times(winner.memory_ratio)} the {whole} of naive"
-
-
-def _time_note(comparison: Comparison, winner: Row) -> str:
-    naive, ratio = comparison.naive, winner.time_ratio
-    if naive is None or naive.record.time_s is None or ratio is None:
-        return "naive has no time to compare with"
-    return (
-        f"{SPEED_WORDS[ratio.verdict]}: {ratio_words(ratio)} the {duration(naive.record.time_s.median)} of naive"
-    )
-
-
-def _beside(beside: Row, winner: Row, unit: Unit) -> KeyFigure:
-    speed = beside.record.throughput_img_s
-    value = memory(beside.record.peak_delta_bytes or 0, unit)
-    note = "for scale: another network on the same images"
-    if speed is not None and winner.record.throughput_img_s is not None:
-        quicker = winner.record.throughput_img_s / speed
-        less = (winner.record.peak_delta_bytes or 0) / (beside.record.peak_delta_bytes or 1)
-        note = f"at {number(speed)} img/s; {winner.name}: {times(less)} its memory, {times(quicker)} its speed"
-    return KeyFigure(f"activation memory, {beside.name}", value, note)

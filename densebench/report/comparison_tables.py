@@ -8,7 +8,7 @@ from densebench.records import Record
 from densebench.report.answer import SPEED_WORDS, ratio_words
 from densebench.report.selection import Comparison, Row
 from densebench.report.tables import Column, Table, build
-from densebench.report.units import STATUS_WORDS, Unit, memory_unit, number, times
+from densebench.report.units import MODES, STATUS_WORDS, Unit, condition_words, memory_unit, number, times
 
 
 def main_table(comparison: Comparison) -> Table:
@@ -27,11 +27,11 @@ def main_table(comparison: Comparison) -> Table:
     return build(comparison.title, columns, comparison.rows, strong=lambda row: row is comparison.naive)
 
 
-def elsewhere_table(answers: Sequence[tuple[Comparison, Row]]) -> Table:
-    """The strategy that other comparisons are won by."""
+def elsewhere_table(answers: Sequence[tuple[Comparison, Row]], device: str) -> Table:
+    """The strategy that other comparisons are won by; `device` is the answer's own."""
     unit = memory_unit(row.record.peak_delta_bytes or 0 for _, row in answers)
     columns = [
-        Column[tuple[Comparison, Row]]("case", lambda pair: pair[0].title, numeric=False),
+        Column[tuple[Comparison, Row]]("setting", lambda pair: _setting(pair[0]), numeric=False),
         Column[tuple[Comparison, Row]]("strategy", lambda pair: pair[1].name, numeric=False),
         Column[tuple[Comparison, Row]](
             f"activation memory, {unit.name}", lambda pair: _bytes(pair[1].record.peak_delta_bytes, unit)
@@ -39,8 +39,18 @@ def elsewhere_table(answers: Sequence[tuple[Comparison, Row]]) -> Table:
         Column[tuple[Comparison, Row]]("memory against naive", lambda pair: _against(pair[1].memory_ratio)),
         Column[tuple[Comparison, Row]]("time against naive", lambda pair: _time_ratio(pair[1])),
         Column[tuple[Comparison, Row]]("verdict", lambda pair: _verdict_on(*pair), numeric=False),
+        Column[tuple[Comparison, Row]]("device", lambda pair: _place(pair[0], device), numeric=False),
     ]
     return build("The same in other settings and on other machines", columns, answers)
+
+
+def _place(comparison: Comparison, device: str) -> str:
+    return "the same" if comparison.device == device else comparison.device
+
+
+def _setting(comparison: Comparison) -> str:
+    case = comparison.case
+    return f"{MODES.get(case.mode, case.mode)}: {condition_words(case)}"
 
 
 def extra_table(comparison: Comparison) -> Table:
@@ -179,7 +189,7 @@ def _verdict(row: Row, is_baseline: bool) -> str | None:
     words = [] if row.record.status == "ok" else [STATUS_WORDS.get(row.record.status, row.record.status)]
     if is_baseline and row.usable:
         words.append("the baseline")
-    elif row.time_ratio is not None:
+    elif row.time_ratio is not None and row.usable:
         words.append(SPEED_WORDS[row.time_ratio.verdict])
     return "; ".join(words) or None
 

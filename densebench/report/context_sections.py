@@ -45,7 +45,29 @@ def environment_section(records: Sequence[Record]) -> Section:
     runs: dict[str, list[Record]] = {}
     for record in records:
         runs.setdefault(record.run, []).append(record)
-    return Section("environment", "Environment", (Sheet(environment_table(runs)),))
+    blocks = (Sheet(runs_table(runs)), Folded("Everything known of each run", (Sheet(environment_table(runs)),)))
+    return Section("environment", "Environment", blocks)
+
+
+def runs_table(runs: dict[str, list[Record]]) -> Table:
+    """One row a run: where, when, with what."""
+    facts = {run: run_facts(members) for run, members in runs.items()}
+
+    def column(name: str, title: str | None = None) -> Column[str]:
+        return Column(title or name, lambda run: facts[run].get(name), numeric=False)
+
+    columns = [
+        Column[str]("run", lambda run: run or "(unnamed run)", numeric=False),
+        *(column(name) for name in ("device", "measured (UTC)", "torch", "triton")),
+        Column[str]("commit", lambda run: _short(facts[run].get("commit")), numeric=False),
+        column("records"),
+    ]
+    return build("Runs", columns, runs)
+
+
+def _short(commit: str | None) -> str | None:
+    """Ten digits, and what was said after the forty."""
+    return None if commit is None else re.sub(r"\b([0-9a-f]{10})[0-9a-f]{30}\b", r"\1", commit)
 
 
 def environment_table(runs: dict[str, list[Record]]) -> Table:

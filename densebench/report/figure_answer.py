@@ -39,17 +39,29 @@ def answer_picture(comparison: Comparison) -> Picture | None:
         for row in rows
     )
     alt = f"{TITLE}. {comparison.title}. {described}."
+    return draw(
+        "answer", alt, _caption(comparison), main_table(comparison), lambda width: paint_answer(comparison, width)
+    )
+
+
+def _caption(comparison: Comparison) -> str:
+    rows = _points(comparison)
     caption = (
         "One point a contender: further down needs less memory, further right is faster; thin lines span q1 to q3."
     )
+    if len(_front(rows)) > 1:
+        caption += " The line joins those that none beats at both."
     if any(row.family == "strategy" and row is not comparison.naive for row in rows):
-        caption += " The line joins the strategies of this project; the shaded corner beats naive at both."
+        caption += " The shaded corner beats naive at both."
     if any(row.family == "yardstick" for row in rows):
         caption += " Hollow: another network on the same images."
+    for row in rows:
+        if row.record.status == "incorrect":
+            caption += f" Incorrect: {row.name}, {row.record.reason or 'for reasons not recorded'}."
     absent = [row.name for row in comparison.rows if row.record.status == "oom"]
     if absent:
         caption += f" Not shown, because it did not fit in memory: {', '.join(absent)}."
-    return draw("answer", alt, caption, main_table(comparison), lambda width: paint_answer(comparison, width))
+    return caption
 
 
 def paint_answer(comparison: Comparison, width: float = WIDE) -> Canvas:
@@ -63,16 +75,47 @@ def paint_answer(comparison: Comparison, width: float = WIDE) -> Canvas:
     name_axes(axes, "throughput, images a second  (→ faster)", f"activation memory, {unit.name}  (↓ less)")
     axes.grid(axis="x")
     corner = _shade_corner(page, axes, comparison)
-    joined = sorted((row for row in rows if row.family == "strategy"), key=lambda row: -_memory(row))
-    path = [(_speed(row), _memory(row)) for row in joined]
+    path = [(_speed(row), _memory(row)) for row in _front(rows)]
     axes.plot(*zip(*path, strict=True), color=MUTED, linewidth=1.0, zorder=1.5) if path else None
     spans = [box for row in rows if (box := _quartiles(axes, row)) is not None]
     for row in rows:
         style = row.look.marker_style(9)
         axes.plot([_speed(row)], [_memory(row)], linestyle="", zorder=3 + row.look.strong, **style)
-    labels = [Label(_speed(row), _memory(row), row.label, row.look.strong) for row in rows]
-    place_labels(axes, labels, path, avoid=[*corner, *spans])
+    place_labels(axes, _labels(axes, rows), path, avoid=[*corner, *spans])
     return page
+
+
+def _front(rows: list[Row]) -> list[Row]:
+    """Those of the same network that no other beats at memory and speed both, by increasing memory."""
+    able = [row for row in rows if row.usable and row.family != "yardstick"]
+    front = [
+        row
+        for row in able
+        if not any(_memory(o) <= _memory(row) and _speed(o) >= _speed(row) and o is not row for o in able)
+    ]
+    return sorted(front, key=_memory)
+
+
+def _labels(axes: Axes, rows: list[Row]) -> list[Label]:
+    """A label for each point; of peers that lie on one another one for all, at the last."""
+    reach = 2 * MARKER * axes.figure.dpi / 72
+    groups: list[list[Row]] = []
+    for row in sorted(rows, key=lambda row: (not row.look.strong, _speed(row))):
+        x, y = _pixels(axes, row)
+        last = _pixels(axes, groups[-1][-1]) if groups and not row.look.strong else None
+        if last is not None and not groups[-1][-1].look.strong and abs(x - last[0]) < reach > abs(y - last[1]):
+            groups[-1].append(row)
+        else:
+            groups.append([row])
+    return [
+        Label(_speed(at[-1]), _memory(at[-1]), ", ".join(row.label for row in at), at[-1].look.strong)
+        for at in groups
+    ]
+
+
+def _pixels(axes: Axes, row: Row) -> tuple[float, float]:
+    x, y = axes.transData.transform((_speed(row), _memory(row)))
+    return float(x), float(y)
 
 
 def _points(comparison: Comparison) -> list[Row]:

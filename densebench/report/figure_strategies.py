@@ -129,6 +129,8 @@ def _time_text(row: Row, comparison: Comparison) -> str:
     time = duration(row.record.time_s.median)
     if row is comparison.naive or row.time_ratio is None:
         return time
+    if not row.usable:  # what computes something else is neither faster nor slower
+        return f"{time}  {times(row.time_ratio.median)} {STATUS_WORDS.get(row.record.status, row.record.status)}"
     return f"{time}  {times(row.time_ratio.median)} {SPEED_WORDS[row.time_ratio.verdict]}"
 
 

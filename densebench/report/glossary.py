@@ -58,6 +58,8 @@ _ENTRIES: tuple[tuple[str, str, str], ...] = (
     ),
     ("notes", "notes", "Throttling, or other processes on the GPU."),
     ("reason", "reason", "Why a case has no figure, or is not to be relied on."),
+    ("setting", "setting", "What was run: mode, network, batch, image size, precision."),
+    ("device", "device", "What it ran on: a GPU, or a CPU and the threads used."),
     ("case", "case", "What was run: mode, network, batch, image size, precision, device."),
     (f"predicted peak{_UNIT}", "predicted peak", "Peak of the same step on shapes without data."),
     (f"measured peak{_UNIT}", "measured peak", "Peak by the allocator, library workspaces taken off."),
@@ -117,7 +119,7 @@ _ENTRIES: tuple[tuple[str, str, str], ...] = (
         "Published memory over that of the plain network in the same source.",
     ),
     ("its time ratio", "its time ratio", "Published time over that of the plain network in the same source."),
-    ("our memory ratio", "our memory ratio", "Activation memory of our best strategy over that of naive."),
+    ("our memory ratio", "our memory ratio", "Whole peak of our best strategy over that of naive."),
     ("our time ratio", "our time ratio", "Time of our best strategy over that of naive."),
     ("ours", "ours", "The best strategy of this project in these records, and where it ran."),
 )

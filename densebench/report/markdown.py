@@ -16,9 +16,11 @@ def render_markdown(report: Report) -> str:
     if report.notice:
         lines += [f"> {report.notice}", ""]
     lines += [f"**{_escape(report.answer.sentence)}**", ""]
+    if report.answer.scope:
+        lines += [report.answer.scope, ""]
     if report.picture is not None:
         lines += _picture(report.picture)
-    lines += [f"* {_escape(f'{f.term}: {f.value}; {f.note}')}" for f in report.answer.figures]
+    lines += [f"* {_escape(f'{f.term}: {f.value}; {f.note}')}" for f in report.figures]
     if report.elsewhere is not None:
         lines += ["", f"{_escape(report.elsewhere.caption)}:", "", *_table(report.elsewhere)]
     for section in report.sections:

@@ -114,8 +114,9 @@ def published_section(comparisons: Sequence[Comparison]) -> Section:
     text = (
         "Ours are figures only where the same network, batch, image size and precision were measured; the device "
         "is always another, so compare ratios. Where only the network and image size agree, ours is given as "
-        "ratios. Published memory is what a whole process or device used, ours what a step's activations need. "
-        "MB and GB are as the sources print them."
+        "ratios. Published memory is what a whole process or device used; our ratio is of a step's whole peak, "
+        "parameters and gradients included, without the process's own; our figures are activations. MB and GB are "
+        "as the sources print them."
     )
     return Section(
         "published", "Published figures beside ours", (Prose(text), Sheet(published_table(comparisons)))
@@ -163,8 +164,15 @@ def ours(conditions: Conditions, comparisons: Sequence[Comparison]) -> Ours:
             if row is not None:
                 text = _figures(row, comparison) if exact else _setting(row, comparison)
                 time = None if row.time_ratio is None else row.time_ratio.median
-                return Ours(text, row.memory_ratio, time)
+                return Ours(text, _peak_ratio(row, comparison), time)
     return Ours("not run")
+
+
+def _peak_ratio(row: Row, comparison: Comparison) -> float | None:
+    """Of whole peaks, parameters and gradients included: what others publish includes them, and more."""
+    naive = None if comparison.naive is None else comparison.naive.record.peak_allocated_bytes
+    own = row.record.peak_allocated_bytes
+    return own / naive if own is not None and naive else None
 
 
 def _figures(row: Row, comparison: Comparison) -> str:

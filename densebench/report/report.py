@@ -15,6 +15,7 @@ from densebench.report.context_sections import environment_section, glossary_sec
 from densebench.report.drawing import Picture
 from densebench.report.figure_answer import answer_picture
 from densebench.report.figure_strategies import strategies_picture
+from densebench.report.key_figures import KeyFigure, key_figures
 from densebench.report.published import published_section
 from densebench.report.sections import (
     batch_section,
@@ -38,12 +39,14 @@ class Report:
     Attributes:
         notice: what the reader must know before anything else (that these are samples, or not all), or None.
         picture: beside the answer; None where fewer than two contenders have results.
+        figures: the numbers beneath the answer.
         elsewhere: the answer in other settings and on other devices; None where there are none.
     """
 
     notice: str | None
     answer: Answer
     picture: Picture | None
+    figures: tuple[KeyFigure, ...]
     elsewhere: Table | None
     sections: tuple[Section, ...]
     records: tuple[Record, ...]
@@ -73,9 +76,12 @@ def make_report(loaded: Loaded) -> Report:
         naive_section(measured),
         environment_section(records),
     ]
-    elsewhere = elsewhere_table(said.elsewhere) if said.elsewhere else None
+    elsewhere = None
+    if said.comparison is not None and said.elsewhere:
+        elsewhere = elsewhere_table(said.elsewhere, said.comparison.device)
     sections.append(glossary_section(sections, elsewhere))
-    return Report(notice(loaded), said, _picture(said), elsewhere, tuple(sections), tuple(records))
+    figures = () if said.comparison is None or said.winner is None else key_figures(said.comparison, said.winner)
+    return Report(notice(loaded), said, _picture(said), figures, elsewhere, tuple(sections), tuple(records))
 
 
 def notice(loaded: Loaded) -> str | None:
@@ -108,11 +114,14 @@ def _not_own(loaded: Loaded) -> str | None:
 
 
 def _origin(records: Sequence[Record]) -> str:
-    """Machine, date and commit of each run."""
-    origins = []
-    for run in dict.fromkeys(record.run for record in records):
-        origins.append(_measured(next(record for record in records if record.run == run)))
-    return "; ".join(dict.fromkeys(origins))
+    """Machine, date and commit of a run; of several how many there are, and where they are told apart."""
+    firsts = {record.run: record for record in reversed(records)}
+    if len(firsts) == 1:
+        return _measured(*firsts.values())
+    devices = len({record.environment.get("device") for record in firsts.values()})
+    dates = sorted(record.created[:10] for record in firsts.values())
+    span = " to ".join(dict.fromkeys([dates[0], dates[-1]]))
+    return f"{counted(len(firsts), 'run')} on {counted(devices, 'machine')}, {span}, each told under Environment"
 
 
 def _measured(record: Record) -> str:

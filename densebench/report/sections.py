@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Sequence
 
 from densebench.counting import counted
@@ -162,5 +163,20 @@ def naive_section(comparisons: Sequence[Comparison]) -> Section:
             "no faster and no smaller. Where memory is not what limits you, take naive there."
         )
     else:
-        text = f"In none of {settings}: some strategy is faster, or no slower and smaller."
+        text = (
+            f"In none of {settings}: everywhere a strategy is faster, or as fast and smaller.{_closest(compared)}"
+        )
     return Section(id, title, (Prose(text), *([Sheet(naive_table(found))] if found else [])))
+
+
+def _closest(compared: Sequence[Comparison]) -> str:
+    """Where the fastest strategy gains least, and what was not compared at all."""
+
+    def gain(comparison: Comparison) -> float:
+        return min((row.time_ratio.median for row in comparison.strategies if row.time_ratio), default=math.inf)
+
+    least = max(compared, key=gain)
+    batches = sorted({comparison.case.batch for comparison in compared})
+    tried = " to ".join(str(batch) for batch in dict.fromkeys([batches[0], batches[-1]]))
+    where = "" if any(c.case.device == "cuda" for c in compared) else ", none on a GPU"
+    return f" The least gain: {times(gain(least))} naive's time, {least.title}. Batches were {tried}{where}."

@@ -107,9 +107,14 @@ def image_size(case: Case) -> str:
 
 def setting_words(case: Case, device: str, with_batch: bool = True) -> str:
     """What stays fixed in a comparison, for titles: network, batch and image, precision, device."""
-    size = f"batch {case.batch} at {image_size(case)}" if with_batch else image_size(case)
     where = "predicted, not run" if case.source == "predicted" else device
-    return f"{model_name(case.model)}{_option_words(case)}, {size}, {precision(case)}, {where}"
+    return f"{condition_words(case, with_batch)}, {where}"
+
+
+def condition_words(case: Case, with_batch: bool = True) -> str:
+    """The same without the device."""
+    size = f"batch {case.batch} at {image_size(case)}" if with_batch else image_size(case)
+    return f"{model_name(case.model)}{_option_words(case)}, {size}, {precision(case)}"
 
 
 def _option_words(case: Case) -> str:

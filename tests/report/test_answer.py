@@ -13,6 +13,7 @@ from densebench.report.answer import Answer, answer
 from densebench.report.comparison_tables import elsewhere_table
 from densebench.report.selection import comparisons
 from densebench.report.style import Roster
+from densebench.report.tables import Table
 from densebench.statistics import time_ratio
 from tests.report.conftest import Made
 from tests.report.records import GIB, MIB, make_case, make_record, timed
@@ -23,6 +24,11 @@ CROSS = "\N{MULTIPLICATION SIGN}"
 def _answer(records: Sequence[Record]) -> Answer:
     roster = Roster.of(records)
     return answer(comparisons(records, roster), comparisons(records, roster, "predicted"))
+
+
+def _elsewhere(said: Answer) -> Table:
+    assert said.comparison is not None
+    return elsewhere_table(said.elsewhere, said.comparison.device)
 
 
 def _pair(share: float, slowdown: float, **changes: object) -> list[Record]:
@@ -130,9 +136,10 @@ def test_each_device_has_its_line() -> None:
     both = [*_pair(0.4, 0.9), *_pair(0.6, 1.1, device="cpu", autocast=None)]
     said = _answer(both)
     assert "on Synthetic GPU" in said.sentence
-    ((case, strategy, bytes, share, time, verdict),) = elsewhere_table(said.elsewhere).rows
-    assert "Synthetic CPU" in str(case)
+    ((setting, strategy, bytes, share, time, verdict, device),) = _elsewhere(said).rows
+    assert setting == f"Training step: DenseNet-121, batch 64 at 224{CROSS}224, float32"
     assert (strategy, share, verdict) == ("fused", f"0.60{CROSS}", "↓ slower")
+    assert device == "Synthetic CPU (2 threads)"
     assert bytes == "614"  # MiB, of 1,024
     assert str(time).startswith(f"1.10{CROSS} (")
 
@@ -151,15 +158,16 @@ def test_every_setting_has_one_line_on_the_first_device() -> None:
         ]
     )
     assert f"0.30{CROSS} the activation memory" in said.sentence
-    shares = [row[3] for row in elsewhere_table(said.elsewhere).rows]
+    shares = [row[3] for row in _elsewhere(said).rows]
     assert shares == [f"{share}{CROSS}" for share in ("0.50", "0.40", "0.70", "0.60")]
+    assert [row[-1] for row in _elsewhere(said).rows] == ["the same"] * 2 + ["Synthetic CPU (2 threads)"] * 2
 
 
 def test_a_noisy_naive_is_told_elsewhere_too() -> None:
     naive, fused = _pair(0.6, 0.8, device="cpu", autocast=None)
     noisy = dataclasses.replace(naive, status="noisy")
-    (line,) = elsewhere_table(_answer([*_pair(0.4, 0.9), noisy, fused]).elsewhere).rows
-    assert line[-1] == "↑ faster; naive noisy"
+    (line,) = _elsewhere(_answer([*_pair(0.4, 0.9), noisy, fused])).rows
+    assert line[-2] == "↑ faster; naive noisy"
 
 
 def test_of_several_runs_the_first_is_the_answer() -> None:
@@ -186,7 +194,7 @@ def test_volumes_have_their_line_after_images() -> None:
     volumes = {"input_shape": (1, 512, 512, 512), "options": {"spatial_dims": 3, "in_channels": 1}}
     said = _answer([*_pair(0.3, 0.8, **volumes), *_pair(0.2, 0.9)])
     assert f"0.20{CROSS} the activation memory" in said.sentence
-    (line,) = elsewhere_table(said.elsewhere).rows
+    (line,) = _elsewhere(said).rows
     assert f"0.30{CROSS}" in line
     assert "spatial_dims=3), batch" in str(line[0])
     assert CROSS.join(["512"] * 3) in str(line[0])

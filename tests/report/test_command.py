@@ -122,6 +122,18 @@ def test_samples_are_called_samples(folder: Path, capsys: pytest.CaptureFixture[
     assert words in (folder / "reports/summary.md").read_text(encoding="utf-8")
 
 
+def test_several_samples_are_counted_and_told_apart_further_down(folder: Path) -> None:
+    for run in ("20250101-a", "20260101-b"):
+        write(_two(run), folder / "reports/samples" / run / "cases.jsonl")
+    assert main([]) == 0
+    page = (folder / "reports/index.html").read_text(encoding="utf-8")
+    words = "These are sample records, not yours: 2 runs on 1 machine, 2000-01-01, each told under Environment. "
+    assert page.index(words) < page.index('id="answer"')
+    runs = page[page.index('id="environment"') :]
+    assert runs.index("20260101-b") < runs.index("20250101-a") < runs.index("Everything known of each run")
+    assert "0000000000 with changes not committed" in runs
+
+
 def test_of_samples_the_newest_is_the_answer(folder: Path) -> None:
     for run in ("20250101-old", "20260101-new", "20240101-older"):
         write(_two(run), folder / "reports/samples" / run / "cases.jsonl")
