@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from typing import Any
 
 from densebench.records import Record
 from densebench.report.blocks import Plot, Prose
@@ -18,7 +19,7 @@ def found(records: list[Record]) -> list[Comparison]:
 
 
 def ratios(comparison: Comparison) -> dict[str, float | None]:
-    return {row.name: row.time_ratio and round(row.time_ratio.median, 3) for row in comparison.rows}
+    return {row.name: round(row.time_ratio.median, 3) if row.time_ratio else None for row in comparison.rows}
 
 
 def plain_and_graphed() -> list[Record]:
@@ -150,7 +151,7 @@ def test_runs_are_named_where_their_machines_do_not_tell_them_apart() -> None:
 def test_runs_of_other_settings_need_no_names() -> None:
     """One device, images in one run and volumes in another: their titles differ as it is."""
     one, two = of_two_runs("machine A")[:2], of_two_runs("machine A")[2:]
-    volumes = {"input_shape": (1, 64, 64, 64), "options": {"spatial_dims": 3, "in_channels": 1}}
+    volumes: dict[str, Any] = {"input_shape": (1, 64, 64, 64), "options": {"spatial_dims": 3, "in_channels": 1}}
     two = [dataclasses.replace(record, case=dataclasses.replace(record.case, **volumes)) for record in two]
     settings = [comparison.setting for comparison in found([*one, *two])]
     assert [setting.rpartition(", ")[2] for setting in settings] == ["machine A", "machine A"]
