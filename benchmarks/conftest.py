@@ -49,6 +49,7 @@ def pytest_configure(config: pytest.Config) -> None:
     except ValueError as error:
         raise pytest.UsageError(str(error)) from None
     tune(device)
+    config.option.benchmark_columns = ["median", "iqr", "rounds"]
     name = config.getoption("densebench_profile") or ("quick" if device == "cpu" else "default")
     config.stash[_DEVICE] = device
     config.stash[_PROFILE] = profile(name, device)

@@ -35,7 +35,7 @@ MEASURED="(test_step or test_memory) and not test_predicted"
 
 # What the networks stage measures, by priority: name | pytest's selection. The last takes all that is left.
 CUDA_SELECTIONS=(
-    "core 64|test_step and train and densenet121 and bfloat16 and 64x224x224 and not compiled"
+    "core 64|test_step and train and densenet121 and bfloat16 and 64x224x224 and not (compiled or graph)"
     "CUDA graphs|test_step and graph"
     "core 256|test_step and train and densenet121 and bfloat16 and 256x224x224"
     "inference|test_step and infer and 64x224x224"
@@ -125,7 +125,7 @@ stage_ceilings() {
 # Every test that needs a GPU; none may be skipped for want of one. Evidence: junit files and the environment.
 stage_correctness() {
     local name pending waiting parallel=() marks=()
-    local names=(processes operators "large buffers" memory graphs networks)
+    local names=(processes operators "large buffers" memory graphs replays "host time" networks)
     "$PYTHON" -c 'import json, sys; from densebench.measure.environment import environment
 print(json.dumps(environment(sys.argv[1]), indent=1))' "$DEVICE" >"$FOLDER/environment.json"
     [ "$DEVICE" = cuda ] && marks=(-m "gpu and not nightly" --require-gpu) && names+=(suite)
@@ -141,11 +141,13 @@ print(json.dumps(environment(sys.argv[1]), indent=1))' "$DEVICE" >"$FOLDER/envir
     return 0
 }
 
-# What needs the memory to itself runs alone.
+# What needs the memory, or the cores, to itself runs alone.
 correctness() {  # NAME
     case $1 in
         operators) test_files "$1" tests/gpu/test_operators.py -k "not 2_31" "${parallel[@]}" ;;
         "large buffers") test_files "$1" tests/gpu/test_operators.py -k "2_31 or large_buffers" ;;
+        replays) test_files "$1" tests/gpu/test_replays.py -k "not host_time" "${parallel[@]}" ;;
+        "host time") test_files "$1" tests/gpu/test_replays.py -k host_time ;;
         memory) test_files "$1" tests/gpu/test_memory.py ;;
         suite) test_files "$1" tests --ignore=tests/gpu --continue-on-collection-errors "${parallel[@]}" ;;
         *) test_files "$1" "tests/gpu/test_$1.py" "${parallel[@]}" ;;
@@ -184,9 +186,22 @@ stage_compiled() {
     measure "all compiled" benchmarks/test_kernels.py -k compiled
 }
 
+# Kernels, in as many processes as there are cores, into Triton's cache: what is measured compiles one after another,
+# with the GPU waiting. For a GPU that is no target, nothing; what fails is compiled again when it is needed.
+compile_ahead() {
+    local target
+    target=sm_$("$PYTHON" -c 'import torch; print(*torch.cuda.get_device_capability(), sep="")')
+    CAP=$((LIMIT / 4)) run "compiling $target" "$PYTHON" -m densebench.kernels.compile_report --targets "$target" \
+        --growth-rates 32,12 --dtypes bfloat16,float32,float32-ieee --jobs "$(nproc 2>/dev/null || echo 4)"
+    FAILED='' STOPPED=''
+}
+
 stage_networks() {
     local selection selections=("${CPU_SELECTIONS[@]}")
-    [ "$DEVICE" = cuda ] && selections=("${CUDA_SELECTIONS[@]}")
+    if [ "$DEVICE" = cuda ]; then
+        selections=("${CUDA_SELECTIONS[@]}")
+        compile_ahead
+    fi
     for selection in "${selections[@]}"; do
         measure "${selection%%|*}" benchmarks/ -k "${selection#*|}"
     done
@@ -194,12 +209,16 @@ stage_networks() {
 
 # Out-of-bounds accesses and races, on the smallest cases that have tails and several tiles.
 stage_sanitizer() {
-    local tool checked
+    local tool checked chosen parallel=()
     if [ "$DEVICE" != cuda ] || ! command -v compute-sanitizer >/dev/null; then
         note "not run: needs a CUDA device and compute-sanitizer"
         SKIPPED=1
         return 0
     fi
+    chosen="test_values and (not many_tiles and (tiles or odd or float16) or many_tiles and rows and bfloat16)"
+    "$PYTHON" -c 'import xdist' 2>/dev/null && parallel=(-n "$WORKERS")
+    CAP=$((LIMIT / 3)) run unwatched "$PYTHON" -m pytest tests/gpu/test_operators.py -q -p no:cacheprovider \
+        --require-gpu -m gpu -k "$chosen" "${parallel[@]}"  # compiles: under a tool that is one after another
     for tool in memcheck racecheck synccheck; do
         checked=(compute-sanitizer --tool "$tool" --error-exitcode 86)
         # Without PyTorch's cache every tensor is an allocation of its own, whose bounds can be checked; it costs a
@@ -208,7 +227,7 @@ stage_sanitizer() {
         # Of this process alone: those that it starts are compilers.
         CAP=$((LIMIT / 3)) run "$tool" "${checked[@]}" --target-processes application-only \
             "$PYTHON" -m pytest tests/gpu/test_operators.py -q -p no:cacheprovider --require-gpu -m gpu \
-            -k "test_values and (not many_tiles and (tiles or odd or float16) or many_tiles and rows and bfloat16)"
+            -k "$chosen"
     done
 }
 

@@ -8,15 +8,16 @@ from __future__ import annotations
 
 import argparse
 import json
+import multiprocessing
 import re
 import struct
 import subprocess
 import sys
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 
@@ -53,14 +54,16 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--growth-rates", default=",".join(map(str, GROWTH_RATES)), help="default: %(default)s")
     parser.add_argument("--dtypes", default="bfloat16,float32,float32-ieee", help="default: %(default)s")
     parser.add_argument("--kernels", default="", help="only those whose name contains this")
+    parser.add_argument("--jobs", type=int, default=1, help="processes that compile (default: %(default)s)")
     parser.add_argument("--json", type=Path, help="write the table here, too")
     options = parser.parse_args(arguments)
     unknown = set(options.targets.split(",")) - set(TARGETS)
     if unknown:
         parser.error(f"unknown target {', '.join(sorted(unknown))}; known: {', '.join(TARGETS)}")
     rates = [int(rate) for rate in options.growth_rates.split(",")]
+    tasks = list(tasks_of(options.targets.split(","), rates, options.dtypes.split(","), options.kernels))
     table = []
-    for compiled in compile_all(options.targets.split(","), rates, options.dtypes.split(","), options.kernels):
+    for compiled in compile_all(tasks, options.jobs):
         print(_line(compiled), flush=True)
         table.append(compiled)
     if options.json:
@@ -70,10 +73,19 @@ def main(arguments: list[str] | None = None) -> int:
     return 0
 
 
-def compile_all(
+class Task(NamedTuple):
+    """A launch to compile, and whose it is."""
+
+    launch: Launch
+    target: str
+    dtype: str
+    growth_rates: tuple[int, ...]
+
+
+def tasks_of(
     targets: list[str], growth_rates: list[int], dtypes: list[str], containing: str = ""
-) -> Iterator[Compiled]:
-    """Every different launch of every operator, compiled for every target.
+) -> Iterator[Task]:
+    """Every different launch of every operator, for every target.
 
     Args:
         dtypes: names; products of "float32" are computed in TF32, as convolutions are by default, those of
@@ -87,7 +99,25 @@ def compile_all(
                     launches.setdefault(launch, set()).add(rate)
             for launch, rates in launches.items():
                 if containing in launch.name:
-                    yield compile_launch(launch, target, dtype, tuple(sorted(rates)))
+                    yield Task(launch, target, dtype, tuple(sorted(rates)))
+
+
+_tasks: Sequence[Task] = ()
+
+
+def compile_all(tasks: Sequence[Task], jobs: int = 1) -> Iterator[Compiled]:
+    """What becomes of each, in their order. Processes are copies of this one: a launch cannot be sent to one."""
+    global _tasks
+    if jobs == 1:
+        yield from (compile_launch(*task) for task in tasks)
+        return
+    _tasks = tasks
+    with multiprocessing.get_context("fork").Pool(jobs) as pool:
+        yield from pool.imap(_compile_number, range(len(tasks)))
+
+
+def _compile_number(number: int) -> Compiled:
+    return compile_launch(*_tasks[number])
 
 
 def _recorded_in(dtype: str, growth_rate: int, device: Device) -> list[Launch]:

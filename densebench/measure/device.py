@@ -48,11 +48,19 @@ def release_memory(device: str) -> str | None:
         try:
             torch.cuda.synchronize()
             torch.cuda.empty_cache()
+            _give_back_pinned()
         except RuntimeError as error:
             said = first_line(error)
         else:
             return None
     return said
+
+
+def _give_back_pinned() -> None:
+    """Host memory that copies go through: what offloads keeps gigabytes of it. Not every build has this."""
+    empty = getattr(torch._C, "_host_emptyCache", None)
+    if empty is not None:
+        empty()
 
 
 def was_never_tried(record: Record) -> bool:

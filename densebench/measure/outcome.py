@@ -12,6 +12,7 @@ from torch import Tensor
 from densebench.measure.deadline import CaseTimeout
 from densebench.measure.environment import environment
 from densebench.measure.timing import Step
+from densebench.measure.validation import NoReferenceError
 from densebench.records import Case, Record, Status
 from densebench.registry import UnsupportedError
 
@@ -58,7 +59,7 @@ class Outcome:
         """End as the error says."""
         if isinstance(error, UnsupportedError):
             self.end("unsupported", str(error))
-        elif is_out_of_memory(error):
+        elif is_out_of_memory(error) and not isinstance(error, NoReferenceError):
             self.end("oom", first_line(error))
         elif isinstance(error, CaseTimeout):
             self.end("timeout", str(error))

@@ -9,11 +9,10 @@ from pathlib import Path
 
 COLLECT = """
 import sys
-for package in ("hypothesis", "pytest_timeout", "xdist"):
+for package in ("hypothesis", "pytest_benchmark", "pytest_timeout", "xdist"):
     sys.modules[package] = None  # importing it fails
 import pytest
-plugins = ["-ppytest_benchmark.plugin", "-pno:cacheprovider"]
-raise SystemExit(pytest.main(["tests/gpu", "--collect-only", "-q", *plugins]))
+raise SystemExit(pytest.main(["tests/gpu", "--collect-only", "-q", "-pno:cacheprovider"]))
 """
 
 

@@ -33,6 +33,7 @@ def compiled(folder: Path, targets: str, dtypes: str, rates: str) -> list[dict[s
     environment["TRITON_DEFAULT_FP_FUSION"] = "1"
     table = folder / "kernels.json"
     command = [sys.executable, "-m", "densebench.kernels.compile_report", "--json", str(table)]
+    command += ["--jobs", str(os.cpu_count())]
     options = ["--targets", targets, "--dtypes", dtypes, "--growth-rates", rates]
     done = subprocess.run(command + options, env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr

@@ -18,7 +18,8 @@ PYTHON = """#!/usr/bin/env bash
 case "$*" in
     *device_name*) echo "$FAKE_DEVICE" ;;
     *environment*) echo '{}' ;;
-    *pytest* | *tile_search*)
+    *get_device_capability*) echo 90 ;;
+    *pytest* | *tile_search* | *compile_report*)
         echo "$*" >>"$FAKE_NOTES"
         while [ $# -gt 0 ]; do
             case $1 in
@@ -88,15 +89,22 @@ def campaign(repository: Path, tmp_path: Path) -> Campaign:
 
 def test_correctness_comes_file_by_file(campaign: Campaign) -> None:
     started, seconds, _ = campaign.run("correctness")
-    files = ["processes", "operators", "operators", "memory", "graphs", "networks"]
+    files = ["processes", "operators", "operators", "memory", "graphs", "replays", "replays", "networks"]
     assert [line.split()[2] for line in started[:-1]] == [f"tests/gpu/test_{name}.py" for name in files]
     assert started[-1].split()[2:4] == ["tests", "--ignore=tests/gpu"]
     assert all("-m gpu and not nightly --require-gpu" in line for line in started)
-    assert [" -n " in line for line in started] == [True, True, False, False, True, True, True]
+    assert [" -n " in line for line in started] == [True, True, False, False, True, True, False, True, True]
     assert "-k not 2_31" in started[1]
     assert "-k 2_31 or large_buffers" in started[2]
+    assert ("-k not host_time" in started[5], "-k host_time" in started[6]) == (True, True)
     assert all(100 < limit < 900 for limit in seconds[:-1])  # none has the time of all
     assert seconds[-1] > 880
+
+
+def test_every_file_of_gpu_tests_has_its_turn(campaign: Campaign, repository: Path) -> None:
+    named = {Path(line.split()[2]).name for line in campaign.run("correctness")[0]}
+    there = {file.name for file in (repository / "tests/gpu").glob("test_*.py")}
+    assert there - named == {"test_requirements.py"}  # which needs none
 
 
 def test_what_is_left_has_all_the_time(campaign: Campaign) -> None:
@@ -105,7 +113,7 @@ def test_what_is_left_has_all_the_time(campaign: Campaign) -> None:
     started, seconds, said = campaign.run("correctness")
     assert len(started) == 1
     assert seconds[0] > 880
-    assert said.count("done before") == 6
+    assert said.count("done before") == 8
 
 
 def test_what_was_done_on_another_device_is_done_again(campaign: Campaign) -> None:
@@ -148,20 +156,23 @@ def test_tiles_are_searched_for_on_a_gpu(campaign: Campaign) -> None:
 def test_the_sanitizer_runs_values_alone(campaign: Campaign, tmp_path: Path) -> None:
     (tmp_path / "compute-sanitizer").write_text('#!/usr/bin/env bash\nexec "${@:7}"\n')
     (tmp_path / "compute-sanitizer").chmod(0o755)
-    started, seconds, _ = campaign.run("sanitizer")
+    ahead, *started = campaign.run("sanitizer")[0]
+    seconds = campaign.run("sanitizer", FAKE_DEVICE="Another GPU")[1]
     assert len(set(started)) == 1
     assert len(started) == 3
     assert started[0].split()[2] == "tests/gpu/test_operators.py"
+    assert ahead.split(" -k ")[1].split(" -n ")[0] == started[0].split(" -k ")[1]  # the same, to compile
     assert all(limit <= 300 for limit in seconds)
 
 
 def test_no_predictions_are_made_on_the_gpu(campaign: Campaign) -> None:
-    started, seconds, _ = campaign.run("networks")
+    (ahead, *started), seconds, _ = campaign.run("networks")
+    assert ahead.split()[1:4] == ["densebench.kernels.compile_report", "--targets", "sm_90"]
     selections = [line.split(" -k ")[1].split(" --benchmark-only")[0] for line in started]
     assert selections[-1] == "(test_step or test_memory) and not test_predicted"
     assert selections[-2] == "test_step and compiled"
     assert all(selection.startswith("test_step") for selection in selections[:-1])
-    assert "and not compiled" in selections[0]
+    assert "and not (compiled or graph)" in selections[0]
     assert all(limit <= 600 for limit in seconds)  # one that hangs leaves time for others
 
 
@@ -217,7 +228,7 @@ def test_what_was_done_is_not_repeated_where_the_archive_is_unpacked(campaign: C
     subprocess.run(["tar", "-xzf", first / "evidence.tar.gz", "-C", campaign.out], check=True)
     started, _, said = campaign.run("correctness", "kernels")
     assert started == []
-    assert said.count("done before") == 8
+    assert said.count("done before") == 10
 
 
 def test_an_interrupted_campaign_leaves_its_archive(campaign: Campaign) -> None:
