@@ -12,21 +12,19 @@ from densebench.report.blocks import Block, Folded, Plot, Prose, Section, Sheet
 from densebench.report.comparison_tables import (
     extra_table,
     main_table,
-    measured_peak,
     naive_table,
     predicted_table,
-    prediction_error,
 )
 from densebench.report.depths import DepthGroup, depth_groups
 from densebench.report.figure_batch import batch_picture
 from densebench.report.figure_depth import depth_picture, fitted
-from densebench.report.figure_prediction import both, prediction_picture
+from densebench.report.figure_prediction import DECIMALS, both, error_of, extent, prediction_picture
 from densebench.report.figure_strategies import strategies_picture
 from densebench.report.figure_timeline import timeline_picture
 from densebench.report.selection import Comparison, ladders, naive_is_better, timeline_groups
 from densebench.report.sources import MAKE_SOME as COMMAND
 from densebench.report.style import Roster
-from densebench.report.units import memory, percent, times
+from densebench.report.units import percent, times
 
 DEFAULT = f"{COMMAND} --densebench-profile default"
 _PICTURED = 6  # comparisons with a picture; of the others the tables say enough
@@ -138,13 +136,9 @@ def prediction_section(comparisons: Sequence[Comparison]) -> Section:
     if not rows:
         why = "No record has both a predicted and a measured peak."
         return Section(id, title, absent=why, command=COMMAND)
-    errors = [prediction_error(row.record) or 0.0 for _, row in rows]
-    largest = memory(max(measured_peak(row.record) or 0 for _, row in rows))
-    cases = f"{counted(len(rows), 'case')} {'was' if len(rows) == 1 else 'were'}"
-    text = (
-        f"{cases} both predicted and measured: the prediction is off by {percent(min(errors))} to "
-        f"{percent(max(errors))}, with peaks of up to {largest}."
-    )
+    errors = [error_of(row) for _, row in rows]
+    span = " to ".join(dict.fromkeys(percent(error, DECIMALS) for error in (min(errors), max(errors))))
+    text = f"Both predicted and measured: {extent(rows)}. The prediction is off by {span}."
     return Section(id, title, (Prose(text), Plot(prediction_picture(rows))))
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import itertools
 from collections.abc import Callable
 
@@ -110,6 +111,17 @@ def test_batches_and_depths_are_to_base_2() -> None:
         for axes in _draw(GPU[name], WIDE).figure.axes:
             assert axes.get_xscale() == "log"
             assert list(axes.get_xticks()) == ticks
+
+
+def test_errors_of_predictions_stand_at_round_numbers() -> None:
+    records = [r for r in gpu_run() if r.case.kind == "step" and r.case.source == "measured"]
+    exact = [
+        dataclasses.replace(r, predicted_peak_bytes=r.peak_allocated_bytes, workspace_bytes=0) for r in records
+    ]
+    rows = both(comparisons(exact, Roster.of(exact)))
+    for width, ticks in ((WIDE, [-1, -0.75, -0.5, -0.25, 0, 0.25, 0.5, 0.75, 1]), (NARROW, [-1, -0.5, 0, 0.5, 1])):
+        (axes,) = _draw(lambda width: paint_prediction(rows, width), width).figure.axes
+        assert [100 * tick for tick in axes.get_xticks()] == pytest.approx(ticks)
 
 
 def test_titles_say_what_was_measured() -> None:

@@ -9,15 +9,16 @@ import re
 import pytest
 
 from densebench.records import Record
+from densebench.report.blocks import Prose
 from densebench.report.capacity import affine, capacity_table, settings
-from densebench.report.comparison_tables import main_table, prediction_error, prediction_table
+from densebench.report.comparison_tables import main_table, prediction_error
 from densebench.report.context_sections import kernels_section
 from densebench.report.deepest import deepest_tables
-from densebench.report.figure_prediction import both
+from densebench.report.figure_prediction import LEAST_REACH, both, error_table, extent, prediction_picture, reach
 from densebench.report.glossary import explain
 from densebench.report.kernels import failures, operator_table, operators, overview_table
 from densebench.report.published import PUBLISHED, ours, published_table
-from densebench.report.sections import naive_section
+from densebench.report.sections import naive_section, prediction_section
 from densebench.report.selection import comparisons, naive_is_better
 from densebench.report.style import Roster
 from densebench.report.tables import Link, Table
@@ -118,10 +119,45 @@ def test_every_error_of_the_prediction_is_there() -> None:
     records = [record for record in gpu_run() if record.case.kind == "step"]
     rows = both(comparisons(records, Roster.of(records)))
     known = [r for r in records if r.case.source == "measured" and prediction_error(r) is not None]
-    assert len(prediction_table(rows).rows) == len(known) > 50
+    assert len(error_table(rows).rows) == len(known) > 50
     record = known[0]
     measured = (record.peak_allocated_bytes or 0) - (record.workspace_bytes or 0)
     assert prediction_error(record) == pytest.approx((record.predicted_peak_bytes or 0) / measured - 1)
+
+
+def _predicted(errors: dict[str, float], device: str = "cpu", mib: int = 100) -> list[Record]:
+    """Steps measured on a device, with predictions that are off by so much."""
+    records = [timed(make_case(name, device=device, autocast=None), mib * MIB, [0.1] * 5) for name in errors]
+    return [
+        dataclasses.replace(record, predicted_peak_bytes=round((record.peak_allocated_bytes or 0) * (1 + error)))
+        for record, error in zip(records, errors.values(), strict=True)
+    ]
+
+
+def test_what_was_predicted_is_said_before_how_well() -> None:
+    """How many cases, on what, up to which peak; and no error is minus zero."""
+    own = _predicted({"naive": -0.00001, "fused": 0.002})
+    section = prediction_section(comparisons(own, Roster.of(own)))
+    assert isinstance(section.blocks[0], Prose)
+    assert section.blocks[0].text == (
+        "Both predicted and measured: 2 cases on 1 CPU, with peaks of up to 0.160 GiB; none on a GPU. "
+        "The prediction is off by 0.00 % to +0.20 %."
+    )
+    (table,) = section.tables()
+    assert [row[-1] for row in table.rows] == ["0.00 %", "+0.20 %"]
+    both_kinds = [*own, *_predicted({"naive": 0.1}, "cuda", 4032)]
+    rows = both(comparisons(both_kinds, Roster.of(both_kinds)))
+    assert extent(rows) == (
+        "2 cases on 1 CPU, with peaks of up to 0.160 GiB; 1 case on 1 GPU, with peaks of up to 4.00 GiB"
+    )
+
+
+def test_the_axis_of_errors_is_as_wide_as_they_are() -> None:
+    for error, end, words in ((0.0001, LEAST_REACH, "whole axis"), (-0.2, 0.23, "shaded band")):
+        records = _predicted({"naive": error, "fused": 0.0})
+        rows = both(comparisons(records, Roster.of(records)))
+        assert reach(rows) == pytest.approx(end)
+        assert words in prediction_picture(rows).caption
 
 
 def test_kernels_are_held_against_the_ceilings() -> None:
