@@ -106,11 +106,33 @@ def test_memory_is_linear_from_zero(name: str) -> None:
     assert all(a.get_ylim()[0] == 0 for a in axes)
 
 
-def test_batches_and_depths_are_to_base_2() -> None:
-    for name, ticks in (("batch", [1, 4, 16, 64, 128, 256]), ("depth", [48, 68, 96, 136, 192])):
-        for axes in _draw(GPU[name], WIDE).figure.axes:
-            assert axes.get_xscale() == "log"
-            assert list(axes.get_xticks()) == ticks
+def test_batches_are_to_base_2() -> None:
+    for axes in _draw(GPU["batch"], WIDE).figure.axes:
+        assert axes.get_xscale() == "log"
+        assert list(axes.get_xticks()) == [1, 4, 16, 64, 128, 256]
+
+
+@pytest.mark.parametrize("width", [WIDE, NARROW], ids=["wide", "narrow"])
+def test_depths_are_linear_from_zero_and_then_logarithmic(width: float) -> None:
+    """Both axes of a panel are of one kind: on a mixed pair growth in proportion looks exponential."""
+    linear, logarithmic = _draw(GPU["depth"], width).figure.axes
+    assert (linear.get_xscale(), linear.get_yscale()) == ("linear", "linear")
+    assert (linear.get_xlim()[0], linear.get_ylim()[0]) == (0, 0)
+    assert linear.get_xticks()[0] == 0
+    assert linear.get_xlim()[1] >= 192
+    assert (logarithmic.get_xscale(), logarithmic.get_yscale()) == ("log", "log")
+    assert list(logarithmic.get_xticks()) == [48, 68, 96, 136, 192]
+
+
+def test_numbers_of_layers_have_room_on_a_narrow_screen() -> None:
+    """1,000 layers stand close to 700: what does not fit has no tick, the largest always has."""
+    records = [power_law("naive", depth) for depth in (100, 196, 292, 508, 700, 1000)]
+    (group,) = depth_groups(records, Roster.of(records))
+    page = _draw(lambda width: paint_depth(group, width), NARROW)
+    ticks = [label for label in page.figure.axes[1].get_xticklabels() if label.get_text()]
+    assert ticks[-1].get_text() == "1,000"
+    boxes = [label.get_window_extent() for label in ticks]
+    assert all(left.x1 < right.x0 for left, right in itertools.pairwise(boxes))
 
 
 def test_errors_of_predictions_stand_at_round_numbers() -> None:
@@ -144,7 +166,7 @@ def test_exponents_are_those_of_the_records() -> None:
     (group,) = depth_groups(records, Roster.of(records))
     assert fitted(group.curves) == pytest.approx({"naive": 1.9, "fused": 1.0}, abs=1e-3)
     assert exponent([(2, 12.0), (4, 48.0), (8, 192.0)]) == pytest.approx(2.0)
-    assert exponent([(48, 1.0)]) is None
+    assert exponent([(48, 1.0), (96, 2.0)]) is None
 
 
 def test_depths_on_two_devices_are_two_figures() -> None:
