@@ -9,7 +9,7 @@ from dataclasses import dataclass, replace
 
 from densebench.records import Case, Record
 from densebench.report.blocks import Prose, Section, Sheet
-from densebench.report.deepest import deepest_tables
+from densebench.report.deepest import deepest_blocks
 from densebench.report.selection import device_of
 from densebench.report.sources import MAKE_SOME
 from densebench.report.style import Roster, display_name
@@ -76,13 +76,13 @@ def capacity_section(records: Sequence[Record], roster: Roster) -> Section:
         "very batch and the next larger one (or by running them), with the allocator's rounding, cuBLAS's "
         "workspaces and half a GiB for the driver counted in."
     )
-    deepest = deepest_tables(records, roster)
+    deepest = deepest_blocks(records, roster)
     most = (
         [Prose("With the batch fixed, depth grows instead. Found in the same way, without running.")]
         if deepest
         else []
     )
-    return Section(id, title, (Prose(text), *map(Sheet, tables), *most, *map(Sheet, deepest)))
+    return Section(id, title, (Prose(text), *map(Sheet, tables), *most, *deepest))
 
 
 def settings(records: Iterable[Record], roster: Roster) -> list[list[Record]]:

@@ -23,8 +23,9 @@ from densebench.report.figure_prediction import both, paint_prediction
 from densebench.report.figure_strategies import paint_strategies
 from densebench.report.figure_timeline import paint_timelines
 from densebench.report.kernels import operators
-from densebench.report.selection import comparisons, ladders, timeline_groups
+from densebench.report.selection import comparisons, ladders
 from densebench.report.style import RC, Roster
+from densebench.report.timelines import timeline_groups
 from densebench.training.records import by_strategy
 from tests.report.records import cpu_run, gpu_run, learning_run, make_case, power_law, timed
 
@@ -35,12 +36,12 @@ def _paints(records: list[Record]) -> dict[str, Paint]:
     steps = [record for record in records if record.case.kind != "kernel"]
     roster = Roster.of(steps)
     found = comparisons(steps, roster)
-    setting, members = timeline_groups(steps)[0]
+    timelines = timeline_groups(steps, roster)[0]
     paints: dict[str, Paint] = {
         "answer": lambda width: paint_answer(found[0], width),
         "strategies": lambda width: paint_strategies(found[0], width),
         "depth": lambda width: paint_depth(depth_groups(steps, roster)[0], width),
-        "timeline": lambda width: paint_timelines(members, setting, width),
+        "timeline": lambda width: paint_timelines(timelines.members, timelines.setting, width),
         "prediction": lambda width: paint_prediction(both(found), width),
     }
     if ladders(found):

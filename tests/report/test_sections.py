@@ -9,11 +9,11 @@ import re
 import pytest
 
 from densebench.records import Record
-from densebench.report.blocks import Prose
+from densebench.report.blocks import Prose, Sheet
 from densebench.report.capacity import affine, capacity_table, settings
 from densebench.report.comparison_tables import main_table, prediction_error
 from densebench.report.context_sections import kernels_section
-from densebench.report.deepest import deepest_tables
+from densebench.report.deepest import deepest_blocks
 from densebench.report.figure_prediction import LEAST_REACH, both, error_table, extent, prediction_picture, reach
 from densebench.report.glossary import explain
 from densebench.report.kernels import failures, operator_table, operators, overview_table
@@ -230,9 +230,26 @@ def test_deepest_networks() -> None:
 
     ended = found("fused", 80, 1000, "1000 layers fit; no deeper network was traced")
     records = [found("fused", 12, 742), found("naive", 80, 388), found("naive", 12, 130), ended]
-    (table,) = deepest_tables(records, Roster.of(records))
+    (sheet,) = deepest_blocks(records, Roster.of(records))
+    assert isinstance(sheet, Sheet)
+    table = sheet.table
     assert [row[0] for row in table.rows] == ["naive", "fused"]
     assert _cells(table, "naive") == {"contender": "naive", "12 GiB": "130", "80 GiB": "388"}
     assert _cells(table, "fused") == {"contender": "fused", "12 GiB": "742", "80 GiB": "1,000 or more"}
     assert "growth_rate=40" in table.caption
     assert "depth" not in table.caption
+
+
+def test_a_search_that_other_runs_agree_with_is_one_table() -> None:
+    """Answers stand in the case's options, where other runs have others: 742 layers here, 748 there, and 900."""
+
+    def found(run: str, depth: int) -> Record:
+        options = {"capacity_gib": 12, "depth": depth, "growth_rate": 40}
+        case = make_case(kind="deepest", model="densenet_bc", batch=64, options=options)
+        return dataclasses.replace(make_record(case), run=run)
+
+    records = [found("one", 742), found("two", 748), found("three", 900)]
+    blocks = deepest_blocks(records, Roster.of(records))
+    assert [type(block) for block in blocks] == [Sheet, Prose, Sheet]
+    assert "run one" in blocks[1].text  # type: ignore[union-attr]
+    assert "same within 0.81 %: run two" in blocks[1].text  # type: ignore[union-attr]
