@@ -10,7 +10,6 @@ import pytest
 
 from densebench.records import Record
 from densebench.report.blocks import Prose, Sheet
-from densebench.report.capacity import affine, capacity_table, settings
 from densebench.report.comparison_tables import main_table, prediction_error
 from densebench.report.context_sections import kernels_section
 from densebench.report.deepest import deepest_blocks
@@ -27,8 +26,6 @@ from tests.report.records import (
     CODE,
     GIB,
     MIB,
-    fit_records,
-    full_size,
     gpu_run,
     kernel_records,
     make_case,
@@ -52,51 +49,6 @@ def test_every_column_is_explained(gpu: Made) -> None:
     assert unexplained == []
     explained = {html.unescape(name) for name in re.findall(r'<th scope="row">([^<]+)</th>', glossary)}
     assert {explain(column)[0] for column in columns} == explained
-
-
-def test_largest_batch_is_that_of_the_line() -> None:
-    fixed, image = 100 * MIB, 128 * MIB
-    records = []
-    for batch in (8, 32):
-        record = timed(make_case(batch=batch), image * batch, [0.1] * 5)
-        records.append(dataclasses.replace(record, peak_allocated_bytes=fixed + image * batch))
-    line = affine(records)
-    assert line is not None
-    assert line.largest(8 * GIB) == (8 * GIB - fixed) // image
-    assert line.largest(MIB) == 0
-    alone = affine(records[:1])
-    assert alone is not None
-    pixels = 4 * 3 * 224 * 224
-    assert alone.per_image == pytest.approx(image + pixels), "one batch: activations and input grow, nothing else"
-    assert affine([]) is None
-
-
-def test_batches_that_were_tried_stand_for_themselves() -> None:
-    records = [timed(make_case(name), GIB, [0.1] * 5) for name in ("naive", "fused")]
-    roster = Roster.of(records)
-    (members,) = settings([*records, *fit_records()], roster)
-    naive = _cells(capacity_table(members, roster), "naive")
-    assert naive["8 GiB"] == "56"
-    assert naive["24 GiB"].startswith("≈")
-    assert "tried at 8, 16 GiB" in naive["known from"]
-
-
-def test_what_ran_on_a_gpu_comes_before_what_was_predicted() -> None:
-    measured = [timed(make_case(autocast=None), GIB, [0.1] * 5)]
-    roster = Roster.of([*measured, *full_size()])
-    (members,) = settings([*full_size(), *measured], roster)
-    assert {record.case.source for record in members} == {"measured"}
-    (members,) = settings(full_size(), roster)
-    assert {record.case.source for record in members} == {"predicted"}
-
-
-def test_networks_are_not_mixed(gpu: Made) -> None:
-    roster = Roster.of(r for r in gpu.records if r.case.kind != "kernel")
-    for members in settings(gpu.records, roster):
-        own = {r.case.model for r in members if roster[r.case.strategy].family != "yardstick"}
-        assert len(own) == 1
-        names = [row[0] for row in capacity_table(members, roster).rows]
-        assert len(names) == len(set(names))
 
 
 def _against_naive(share: float, slowdown: float) -> list[Record]:
