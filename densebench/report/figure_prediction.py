@@ -33,16 +33,16 @@ def both(comparisons: Sequence[Comparison]) -> list[tuple[str, Row]]:
 
 def extent(rows: Sequence[tuple[str, Row]]) -> str:
     """How many cases, on which kind of device, up to which peak: what the errors speak for."""
-    parts = []
+    parts, missing = [], []
     for device, name in (("cpu", "CPU"), ("cuda", "GPU")):
         own = [row.record for _, row in rows if row.record.case.device == device]
         if not own:
-            parts.append(f"none on a {name}")
+            missing.append(f"none on a {name}")
             continue
         devices = counted(len({device_of(record) for record in own}), name)
         peak = memory(max(measured_peak(record) or 0 for record in own), Unit("GiB", GIB))
         parts.append(f"{counted(len(own), 'case')} on {devices}, with peaks of up to {peak}")
-    return "; ".join(parts)
+    return "; ".join([*parts, *missing])
 
 
 def prediction_picture(rows: Sequence[tuple[str, Row]]) -> Picture:
