@@ -8,8 +8,7 @@ import pytest
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from densebench.execution.autograd import LAYERS_A_NODE
-from densebench.execution.computation import StageComputation
+from densebench.execution.parts import LAYERS_A_NODE
 from densebench.prediction.networks import trace_network
 from tests.comparison import upstream
 from tests.networks import images, lone_block
@@ -17,19 +16,24 @@ from tests.networks import images, lone_block
 BUFFERS = {"features", "gradient", "scratch", "statistics"}
 
 
-def _computation(output: Tensor) -> StageComputation:
+def _forward(output: Tensor) -> Any:
     """What autograd holds on to as long as the output lives; skips for strategies that call every module."""
     node: Any = output.grad_fn
     if type(node).__name__ != "_NodeBackward":
         pytest.skip("calls modules: autograd holds what it saved, and frees it")
-    return node.run.computation
+    return node.run
+
+
+def _assert_released(forward: Any) -> None:
+    assert not forward.backwards
+    assert not BUFFERS & vars(forward.computation).keys()
 
 
 def test_after_backward(strategy: str) -> None:
     output = lone_block(strategy)(images(2, 4, 5).requires_grad_())
-    computation = _computation(output)
+    forward = _forward(output)
     output.backward(upstream(output))
-    assert not BUFFERS & vars(computation).keys()
+    _assert_released(forward)
 
 
 def test_after_backward_to_a_frozen_boundary(strategy: str) -> None:
@@ -38,9 +42,9 @@ def test_after_backward_to_a_frozen_boundary(strategy: str) -> None:
     for layer in network.denseblock1.layers[: LAYERS_A_NODE + 1]:
         layer.requires_grad_(False)
     output = network(images(2, 4, 5))
-    computation = _computation(output)
+    forward = _forward(output)
     output.backward(upstream(output))
-    assert not BUFFERS & vars(computation).keys()
+    _assert_released(forward)
 
 
 class _Failing(TorchDispatchMode):
@@ -54,10 +58,10 @@ class _Failing(TorchDispatchMode):
 
 def test_after_a_backward_that_failed(strategy: str) -> None:
     output = lone_block(strategy)(images(2, 4, 5).requires_grad_())
-    computation = _computation(output)
+    forward = _forward(output)
     with pytest.raises(RuntimeError, match="announced"), _Failing():
         output.backward(upstream(output))
-    assert not BUFFERS & vars(computation).keys()
+    _assert_released(forward)
 
 
 @pytest.mark.parametrize("shape", [(2, 3, 64, 64), (2, 3, 32, 32, 32)], ids=["images", "volumes"])

@@ -2,28 +2,28 @@
 
 The computation writes features into one buffer and gradients into another, layer by layer. To autograd it is
 a chain of nodes of a few layers each, before them one of the head's own; the first enters the stage, the last
-leaves it. What passes between nodes are empty tokens, since the maps stand in the buffers. There are several
-nodes so that gradients of parameters can be accumulated and freed (and, under DDP, sent) while backward goes on:
-held until its end they would grow with the square of the depth, as the parameters do.
+leaves it. What passes between nodes are empty tokens, since the maps stand in the buffers.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+import copy
+import functools
+from collections.abc import Sequence
 from itertools import islice
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.autograd import forward_ad
-from torch.autograd.function import once_differentiable
+from torch.autograd.variable import Variable
 
-from densebench.execution.computation import StageComputation, Window
-from densebench.execution.plan import Gradients, LayerPlan, StagePlan
+from densebench.execution.computation import StageComputation
+from densebench.execution.parts import Part, parts_of
+from densebench.execution.plan import StagePlan
+from densebench.execution.precision import without_autocast
 from densebench.replay.recording import Tensors
 from densebench.replay.tracks import Pass, Plain, Track, described, replayable, tracks_of
-
-LAYERS_A_NODE = 8
 
 
 def compute(computation: StageComputation, x: Tensor) -> Tensor:
@@ -48,6 +48,8 @@ def compute(computation: StageComputation, x: Tensor) -> Tensor:
         return forward.output.pop()
     _refuse_transforms()
     forward = _Forward(computation, keep=True)
+    if values[0].requires_grad:
+        forward.origin = _Origin.apply(values[0])
     for part in forward.parts:
         parameters = computation.plan.parameters[part.parameters]
         values.append(_Node.apply(forward, part, values.pop(), *parameters))
@@ -59,7 +61,8 @@ def _check_input(plan: StagePlan, x: Tensor) -> None:
     if x.shape[1] != plan.start:
         raise ValueError(f"input has {x.shape[1]} channels, the dense block takes {plan.start}")
     weight = plan.parameters[plan.layers[0].units[0].first + 2]
-    if weight is not None and weight.dtype != x.dtype and not torch.is_autocast_enabled(x.device.type):
+    autocast = not x.is_meta and torch.is_autocast_enabled(x.device.type)
+    if weight is not None and weight.dtype != x.dtype and not autocast:
         raise TypeError(f"input is {x.dtype}, the dense block {weight.dtype}; cast one, or use torch.autocast")
 
 
@@ -76,100 +79,8 @@ def _refuse_transforms() -> None:
         raise NotImplementedError("with gradients, torch.func and torch.vmap work with strategy 'naive' only")
 
 
-class _Part:
-    """Some consecutive layers, or none; with the way in before the first of all and the way out after the last."""
-
-    def __init__(self, layers: list[LayerPlan], parameters: slice, first: bool, last: bool) -> None:
-        self.layers = layers
-        self.parameters = parameters
-        self.first = first
-        self.last = last
-
-    def forward(self, computation: StageComputation, values: Tensors, keep: bool) -> list[list[Tensor]]:
-        """What the backward of each step needs; x is taken out of the values, and the output put there."""
-        parameters = computation.plan.parameters[self.parameters]
-        window = Window(_for_convolutions(parameters, computation.compute), self.parameters.start)
-        kept = [computation.enter(values.pop(), window, keep)] if self.first else []
-        for layer in self.layers:
-            kept.append(computation.layer(layer, window, keep))
-            window.forget(layer.parameters.start, layer.parameters.stop)
-        if self.last:
-            output, last = computation.leave(window)
-            values.append(output)
-            kept.append(last)
-        return kept
-
-    def backward(
-        self,
-        computation: StageComputation,
-        grad: Tensor,
-        parameters: Sequence[Tensor | None],
-        kept: list[list[Tensor]],
-        needs: Sequence[bool],
-        needs_value: bool,
-    ) -> tuple[Tensor | None, Gradients]:
-        """The gradient of the token or of x, and those of the parameters, in the parameters' dtypes."""
-        start = self.parameters.start
-        window, wanted = Window(_for_convolutions(parameters, computation.compute), start), Window(needs, start)
-        gradients: Gradients = {}
-        token: Tensor | None = grad.new_empty(0)
-        if self.last:
-            gradients |= computation.leave_backward(grad, window, kept.pop(), wanted)
-            window.forget(self.layers[-1].parameters.stop, self.parameters.stop)
-        for layer in reversed(self.layers):
-            needs_prefix = needs_value or any(needs[: layer.parameters.start - start])
-            if not needs_prefix and not any(needs[: layer.parameters.stop - start]):
-                break
-            gradients |= computation.layer_backward(layer, window, kept.pop(), wanted, needs_prefix)
-            window.forget(layer.parameters.start, layer.parameters.stop)
-        if self.first:
-            token, more = computation.enter_backward(window, kept[0], wanted, needs_value)
-            gradients |= more
-        return token, _as_parameters(gradients, Window(parameters, start))
-
-
-def _for_convolutions(parameters: Sequence[Tensor | None], dtype: torch.dtype) -> Sequence[Tensor | None]:
-    """The parameters, convolutions' weights [N, C, h, w] (or with a depth) in a dtype."""
-    places = [at for at, given in enumerate(parameters) if given is not None and given.dim() > 2]
-    return _converted(parameters, dict.fromkeys(places, dtype))
-
-
-def _as_parameters(gradients: Gradients, parameters: Window) -> Gradients:
-    """The gradients in the dtypes of their parameters."""
-    dtypes = {at: parameters[place].dtype for at, place in enumerate(gradients)}
-    return dict(zip(gradients, _converted(list(gradients.values()), dtypes), strict=True))
-
-
-def _converted(tensors: Sequence[Any], dtypes: dict[int, torch.dtype]) -> Sequence[Any]:
-    """Some tensors in other dtypes; those that have another are converted in one launch, not in one each."""
-    other = {at: dtype for at, dtype in dtypes.items() if tensors[at].dtype != dtype}
-    if not other:
-        return tensors
-    made = {at: torch.empty_like(tensors[at], dtype=dtype) for at, dtype in other.items()}
-    torch._foreach_copy_(list(made.values()), [tensors[at] for at in made])
-    return [made.get(at, tensor) for at, tensor in enumerate(tensors)]
-
-
-def _parts(plan: StagePlan) -> Iterator[_Part]:
-    """The plan's head by itself, then its layers, a few at a time; the tail's parameters go with the last.
-
-    A node's saved tensors live until it ends. The head's map may be the largest of all, and its backward is to
-    find the layers' gone.
-    """
-    layers, start, done = iter(plan.layers), 0, 0
-    if plan.head is not None:
-        start = plan.layers[0].parameters.start
-        yield _Part([], slice(0, start), first=True, last=False)
-    while chunk := list(islice(layers, LAYERS_A_NODE)):
-        done += len(chunk)
-        last = done == len(plan.layers)
-        stop = len(plan.parameters) if last else chunk[-1].parameters.stop
-        yield _Part(chunk, slice(start, stop), first=start == 0, last=last)
-        start = stop
-
-
 class _Forward:
-    """A computation's forward, what it leaves for the nodes of backward, and where that has come to.
+    """A computation's forward, what it leaves for the nodes of backward, and those that are under way.
 
     Attributes:
         parts: the nodes'.
@@ -177,17 +88,19 @@ class _Forward:
         output: until the last node is made.
         track: on which forward runs, and backward after it; None where nothing is recorded.
         hooked: whether hooks see what is saved; what comes back may lie in memory in any way.
-        going_back: the backward that is under way.
+        origin: stands for x in gradients that must not be differentiated again; None where x needs none.
+        backwards: by the task of autograd that each is part of; threads may go back through one graph at a time.
     """
 
     def __init__(self, computation: StageComputation, keep: bool) -> None:
         self.computation, self.keep = computation, keep
-        self.parts = list(_parts(computation.plan))
+        self.parts = list(parts_of(computation.plan))
         self.kept: list[list[list[Tensor]]] = []
         self.output: list[Tensor] = []
         self.track: Track | None = None
         self.hooked = torch._C._autograd._top_saved_tensors_default_hooks(True) is not None
-        self.going_back: Pass = Plain()
+        self.origin: Tensor | None = None
+        self.backwards: dict[int, _Backward] = {}
 
     def run(self, values: list[Tensor]) -> None:
         """Compute; takes x out of the values."""
@@ -195,7 +108,7 @@ class _Forward:
         inputs: Tensors = [values.pop(), *plan.parameters, *plan.buffers]
         self.track = self._track(inputs)
         passing = Plain() if self.track is None else self.track.start()
-        with torch.autocast(inputs[0].device.type, enabled=False):
+        with without_autocast(inputs[0]):
             tensors, counts = passing.advance(self._compute, inputs)
         passing.finish()
         ahead = iter(tensors)
@@ -220,18 +133,34 @@ class _Forward:
         counts = [[len(step) for step in part] for part in kept]
         return [values.pop(), *(tensor for part in kept for step in part for tensor in step)], counts
 
-    def go_back(self, grad: Tensor) -> None:
-        """Start a backward; the last part's node is the first to run."""
-        if self.track is None or self.hooked or not replayable(grad, (), self.computation.compute):
-            self.going_back = Plain()
-        else:
-            key = (described(grad), self.computation.settings())
-            self.going_back = self.track.following.of(key).start()
+    def going_back(self, part: Part, grad: Tensor) -> _Backward:
+        """The backward that this node is part of; the last part's node is the first to run."""
+        task = torch._C._current_graph_task_id()
+        if part.last:
+            if task >= 0:  # where the parts before need no gradient, or are not asked for, the end comes early
+                Variable._execution_engine.queue_callback(functools.partial(self.release, task))
+            self.backwards[task] = _Backward(self, grad)
+        return self.backwards[task]
 
-    def release(self) -> None:
+    def release(self, task: int) -> None:
         """Nothing more of this backward will come."""
-        self.computation.release()
-        self.going_back = Plain()
+        self.backwards.pop(task, None)
+
+
+class _Backward:
+    """One backward of a forward.
+
+    Attributes:
+        computation: the forward's, with buffers of its own.
+        passing: whether it is computed, recorded or played back.
+    """
+
+    def __init__(self, forward: _Forward, grad: Tensor) -> None:
+        self.computation = copy.copy(forward.computation)
+        self.passing: Pass = Plain()
+        if forward.track is not None and not forward.hooked and replayable(grad, (), self.computation.compute):
+            key = (described(grad), self.computation.settings())
+            self.passing = forward.track.following.of(key).start()
 
 
 def _require_one_device(tensors: Sequence[Tensor | None]) -> None:
@@ -244,7 +173,7 @@ def _require_one_device(tensors: Sequence[Tensor | None]) -> None:
 
 class _Node(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, forward: _Forward, part: _Part, value: Tensor, *parameters: Tensor | None) -> Tensor:
+    def forward(ctx: Any, forward: _Forward, part: Part, value: Tensor, *parameters: Tensor | None) -> Tensor:
         if part.first:
             forward.run([value])
         kept = forward.kept.pop(0)
@@ -254,18 +183,21 @@ class _Node(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        if torch.is_grad_enabled() and not grad.requires_grad:
-            # `create_graph=True`: the gradients depend on the parameters, whatever is given. Handed out as
-            # constants they would drop out of a gradient penalty in silence; so they refuse a second backward.
-            grad = grad.detach().requires_grad_()
-        return _backward(ctx, grad)
+        _refuse_batches(grad)
+        with torch.no_grad():
+            gradients = _backward(ctx, grad)
+        if torch.is_grad_enabled():  # `create_graph=True`
+            gradients = _differentiable_once(
+                gradients, [grad, ctx.run.origin, *ctx.run.computation.plan.parameters]
+            )
+        return None, None, *gradients
 
 
-@once_differentiable
-def _backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+def _backward(ctx: Any, grad: Tensor) -> Sequence[Tensor | None]:
     run, part = ctx.run, ctx.part
     needs_value, *needs = ctx.needs_input_grad[2:]
     saved = ctx.saved_tensors
+    backward = run.going_back(part, grad)
 
     def function(inputs: Tensors) -> tuple[Tensors, None]:
         grad, *rest = inputs
@@ -273,19 +205,62 @@ def _backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         ahead = iter(rest)
         parameters = list(islice(ahead, len(needs)))
         kept = [list(islice(ahead, count)) for count in ctx.counts]
-        token, gradients = part.backward(run.computation, grad, parameters, kept, needs, needs_value)
+        token, gradients = part.backward(backward.computation, grad, parameters, kept, needs, needs_value)
         return [token, *(gradients.get(part.parameters.start + at) for at in range(len(needs)))], None
 
     try:
-        if part.last:
-            run.go_back(grad)
-        with torch.autocast(grad.device.type, enabled=False):
-            gradients, _ = run.going_back.advance(function, [grad, *saved])
+        with without_autocast(grad):
+            gradients, _ = backward.passing.advance(function, [grad, *saved])
         if last := part.first or not needs_value:  # the parts before this one will not run
-            run.going_back.finish()
+            backward.passing.finish()
     except BaseException:
-        run.release()
+        run.release(torch._C._current_graph_task_id())
         raise
     if last:
-        run.release()
-    return None, None, *gradients
+        run.release(torch._C._current_graph_task_id())
+    return gradients
+
+
+def _refuse_batches(grad: Tensor) -> None:
+    """Of `is_grads_batched` and `vectorize`: kernels take addresses, and what is batched has none."""
+    if torch._C._functorch.is_batchedtensor(grad) or torch._C._functorch.is_legacy_batchedtensor(grad):
+        raise NotImplementedError(
+            "gradients in batches (is_grads_batched, vectorize) work with strategy 'naive' only"
+        )
+
+
+class _Origin(torch.autograd.Function):
+    """An empty tensor that is made from x, for autograd: x itself would be kept."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor) -> Tensor:
+        return x.new_empty(0)
+
+
+class _FirstDerivatives(torch.autograd.Function):
+    """Gradients as they are, made from sources; to differentiate them again is an error."""
+
+    @staticmethod
+    def forward(ctx: Any, count: int, *tensors: Tensor) -> tuple[Tensor, ...]:
+        return tuple(gradient.view_as(gradient) for gradient in tensors[:count])
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> None:
+        raise RuntimeError(
+            "trying to differentiate twice what a strategy computed that has first derivatives only; 'naive' and "
+            "'checkpointed' have second ones: densebench.set_strategy(model, 'naive')"
+        )
+
+
+def _differentiable_once(
+    gradients: Sequence[Tensor | None], sources: Sequence[Tensor | None]
+) -> Sequence[Tensor | None]:
+    """The same, depending for autograd on all that they are computed from.
+
+    Handed out as constants they would drop out of a gradient penalty in silence, and so they would with an error
+    that hangs on nothing: autograd only goes where what it was asked for lies.
+    """
+    there = [gradient for gradient in gradients if gradient is not None]
+    given = [source for source in sources if source is not None]
+    made = iter(_FirstDerivatives.apply(len(there), *there, *given))
+    return [None if gradient is None else next(made) for gradient in gradients]

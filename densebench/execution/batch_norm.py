@@ -81,8 +81,12 @@ class Observed(NamedTuple):
     values: int
 
 
-def call_norm(norm: BatchNorm) -> NormCall:
+def call_norm(norm: BatchNorm, before: int = 0) -> NormCall:
     """What the module would do if it were called now; changes nothing.
+
+    Args:
+        norm: the module.
+        before: calls of it that are not counted yet.
 
     Raises:
         ValueError: PyTorch's own, where eps is not positive.
@@ -93,7 +97,7 @@ def call_norm(norm: BatchNorm) -> NormCall:
     used = not norm.training or norm.track_running_stats
     momentum = 0.0 if norm.momentum is None else norm.momentum
     if norm.momentum is None and norm.training and used and norm.num_batches_tracked is not None:
-        momentum = 1.0 / float(norm.num_batches_tracked + 1)  # cumulative average
+        momentum = 1.0 / float(norm.num_batches_tracked + 1 + before)  # cumulative average
     mean, var = (norm.running_mean, norm.running_var) if used else (None, None)
     return NormCall(norm, by_batch, momentum, norm.eps, mean, var)
 
@@ -121,7 +125,7 @@ def commit_observed(calls: Sequence[NormCall], observed: Sequence[Observed]) -> 
             moves = by_momentum.setdefault(call.momentum, [])
             moves.append((call.running_mean, one.mean, 1.0))
             moves.append((call.running_var, one.var, one.values / (one.values - 1)))
-    for momentum, moves in by_momentum.items():
+    for momentum, moves in sorted(by_momentum.items(), reverse=True):  # cumulative averages in their order
         running = [stored for stored, _, _ in moves]
         batch = [seen.to(stored.dtype) for stored, seen, _ in moves]
         unbiased = torch._foreach_mul(batch, [factor for _, _, factor in moves])

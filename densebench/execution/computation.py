@@ -37,6 +37,9 @@ class StageComputation(ABC):
 
     Buffers are its attributes `features`, `gradient`, `statistics` and `scratch`, so that they can be let go of.
 
+    Raises:
+        NotImplementedError: inside torch.vmap.
+
     Attributes:
         plan: what each norm does in this run, and where parameters stand.
         compute: the dtype that convolutions compute in; their weights are given in it.
@@ -44,6 +47,7 @@ class StageComputation(ABC):
     """
 
     def __init__(self, plan: StagePlan, compute: torch.dtype, block: nn.Module) -> None:
+        _refuse_maps()
         self.plan = plan
         self.compute = compute
         self.block = block
@@ -94,3 +98,11 @@ class StageComputation(ABC):
         self, parameters: Window, kept: list[Tensor], needs: Window, needs_x: bool
     ) -> tuple[Tensor | None, Gradients]:
         """The gradient of x (None if not needed); the computation lets go of its buffers."""
+
+
+def _refuse_maps() -> None:
+    """What torch.vmap puts in a tensor's place has neither strides nor an address."""
+    if torch._C._are_functorch_transforms_active():
+        top = torch._C._functorch.peek_interpreter_stack()
+        if top is not None and top.key() == torch._C._functorch.TransformType.Vmap:
+            raise NotImplementedError("torch.vmap works with strategies 'naive' and 'checkpointed' only")

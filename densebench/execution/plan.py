@@ -176,7 +176,9 @@ class StagePlan:
         return unit
 
     def _call(self, norm: BatchNorm) -> NormCall:
-        call = call_norm(norm)
+        # A norm that layers share, and whose momentum is one over the batches it has seen, sees one more a call.
+        before = 0 if norm.momentum is not None else sum(call.norm is norm for call in self.calls)
+        call = call_norm(norm, before)
         if self._copied:
             held = self._copies.setdefault(norm, call.copied())
             call = call._replace(running_mean=held.running_mean, running_var=held.running_var)

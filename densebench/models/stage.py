@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING
 import torch
 import torch.fx
 from torch import Tensor, nn
+from torch.overrides import handle_torch_function, has_torch_function
 
 from densebench.models.dimensions import BatchNorm, MaxPool
 from densebench.registry import Part, Strategy, UnsupportedError, get_strategy
@@ -107,6 +108,9 @@ class Stage:
         computes = strategy.bypasses != "nothing"
         if computes:
             _refuse_graphs(strategy, maps[-1])
+            if type(maps[-1]) is not Tensor and has_torch_function(maps[-1:]):
+                # A kind of tensor of its own (MONAI's MetaTensor): a stage is to it what an operator is.
+                return handle_torch_function(self._run_plain, maps[-1:], maps.pop())
         if computes and not maps[-1].numel():
             strategy, computes = get_strategy("naive"), False  # what modules make of an empty batch costs nothing
         if not torch.compiler.is_compiling():
@@ -116,6 +120,9 @@ class Stage:
 
             return run_uncompiled(strategy.function, self, maps)
         return strategy.function(self, maps.pop())
+
+    def _run_plain(self, x: Tensor) -> Tensor:
+        return self.run_last_of([x.as_subclass(Tensor)])
 
     def modules(self, part: Part) -> list[nn.Module]:
         """All modules of a part of the stage ("nothing", "block", "stage"), in order.
@@ -179,8 +186,8 @@ def why_not_bypass(module: nn.Module) -> str | None:
         or state["_backward_pre_hooks"]
     ):
         return "a hook (pruning and weight norm are hooks too)"
-    if "forward" in state:
-        return "a replaced forward"
+    if "forward" in state or "_conv_forward" in state:
+        return f"a replaced {'forward' if 'forward' in state else '_conv_forward'}"
     if "parametrizations" in state["_modules"]:
         return "a parametrization"
     return None

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import math
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
@@ -24,6 +25,7 @@ from densebench.prediction.trace import StepTrace, trace_step
 from densebench.workload import Workload, fake_model
 
 Model = str | nn.Module
+MOST_VALUES = 2**40  # of an input; of what a network makes of more, PyTorch's sizes overflow
 
 
 class PredictionError(RuntimeError):
@@ -121,7 +123,7 @@ def checked_shape(shape: Sequence[int]) -> tuple[int, ...]:
     """The shape as a tuple.
 
     Raises:
-        ValueError: if it is not [N, C, ...] of positive integers.
+        ValueError: if it is not [N, C, ...] of positive integers, or beyond every memory.
     """
     sizes = tuple(shape) if isinstance(shape, Sequence) and not isinstance(shape, str) else ()
     if len(sizes) < 2 or any(not isinstance(n, int) or isinstance(n, bool) for n in sizes):
@@ -133,6 +135,10 @@ def checked_shape(shape: Sequence[int]) -> tuple[int, ...]:
         raise ValueError(f"a batch of {sizes[0]} has nothing to predict; give 1 or more")
     if min(sizes) < 1:
         raise ValueError(f"input_shape={list(sizes)!r} holds nothing: every size must be 1 or more")
+    if math.prod(sizes) > MOST_VALUES:
+        raise ValueError(
+            f"input_shape={in_a_line(list(sizes))} holds more values than any memory; give smaller sizes"
+        )
     return sizes
 
 

@@ -223,7 +223,8 @@ class Recorder(TorchDispatchMode):
         return slot
 
     def _gone(self, key: int, _: Any) -> None:
-        del self._places[key], self._references[key]
+        self._places.pop(key, None)  # not there yet, if an interrupt came between
+        self._references.pop(key, None)
 
 
 def _written(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any] | None) -> list[Any]:

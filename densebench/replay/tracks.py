@@ -1,8 +1,9 @@
 """When work is recorded and when it is played back: what comes again with the same key.
 
 The first time it runs as it is (and kernels are compiled), the second time it is recorded, from then on played
-back; sizes that come once cost nothing. What is kept are lists of kernels and numbers, no memory, and they go with
-the module that they are of. `DENSEBENCH_REPLAY=0` does without.
+back; sizes that come once cost nothing. Where nothing comes of a recording, as of a backward that stops halfway,
+the next is made after as many runs again. What is kept are lists of kernels and numbers, no memory, and they go
+with the module that they are of. `DENSEBENCH_REPLAY=0` does without.
 """
 
 from __future__ import annotations
@@ -24,7 +25,6 @@ from densebench.replay.recording import ALIGNMENT, Tensors
 
 SWITCH = "DENSEBENCH_REPLAY"  # "0" in the environment: do without
 FIRST_RECORDED = 2  # of a track's runs; the first compiles kernels, and of many a size there is no second
-ATTEMPTS = 3  # to record; a run that fails, or is not run to its end, leaves nothing
 MOST = 32  # tracks of a module: its training step and its evaluation, at a few sizes
 
 
@@ -67,15 +67,17 @@ class Track:
         self.refusal: str | None = None
         self.following = Tracks(keys_tell=False)
         self.used = 0
-        self._runs = 0
+        self._runs, self._next = 0, FIRST_RECORDED
 
     def start(self) -> Pass:
         """The next run."""
         if self.recording is not None:
             return _Played(self)
         self._runs += 1
-        tries = FIRST_RECORDED <= self._runs < FIRST_RECORDED + ATTEMPTS
-        return _Recorded(self) if tries and self.refusal is None else Plain()
+        if self._runs < self._next or self.refusal is not None:
+            return Plain()
+        self._next = 2 * self._runs  # a run that fails, or is not run to its end, leaves nothing
+        return _Recorded(self)
 
     def refuse(self, reason: object) -> None:
         """Neither play nor record it from now on."""

@@ -10,34 +10,61 @@ from densebench.records import Record
 from densebench.report.blocks import Block, Folded, Items, Plot, Prose, Section, Sheet
 from densebench.report.figure_kernels import kernels_picture
 from densebench.report.glossary import explain
-from densebench.report.kernels import code_table, failures, operator_table, operators, overview_table
+from densebench.report.kernel_tables import code_table, operator_table, overview_table
+from densebench.report.kernel_words import beyond, clauses, code_words, finding, gist
+from densebench.report.kernels import Machine, failures, machines
 from densebench.report.sources import MAKE_SOME as COMMAND
 from densebench.report.tables import Column, Table, build
-from densebench.report.units import memory
+from densebench.report.units import memory, number
+
+KERNELS_FOR = (
+    "The fused strategies run these operators in place of PyTorch's layers, forward and backward. Here each is "
+    "timed alone, on the shapes of a network's layers and with its operands out of the cache, so that a gain or a "
+    "loss can be traced to its kernel. Shares are of the rates that PyTorch's own copy and matrix product reached "
+    "on the machine in the same run; they are no bound of it. Timed were:"
+)
+_RATES = {"copy_gb_s": ("copy by PyTorch", "GB/s"), "matmul_tflops": ("matmul by PyTorch", "TFLOP/s")}
 
 
 def kernels_section(records: Sequence[Record], code: Sequence[dict[str, Any]]) -> Section:
-    """Kernels against the device's ceilings, and the machine code they became."""
+    """Kernels beside PyTorch: the first machine in full view, the others folded; then the compiled code."""
     id, title = "kernels", "Kernels"
-    found = operators(records)
+    found = machines(records)
     blocks: list[Block] = []
-    if found:
-        picture = kernels_picture(found)
-        blocks.append(Sheet(overview_table(found)) if picture is None else Plot(picture, open=True))
-        blocks += [
-            Folded(f"{operator.name}: every shape ({operator.setting})", (Sheet(operator_table(operator)),))
-            for operator in found
-        ]
+    for at, machine in enumerate(found):
+        shown = _machine_blocks(machine, "kernels" if at == 0 else f"kernels-{at + 1}")
+        if at == 0:
+            said = finding(machine)
+            blocks += [*([Prose(said)] if said else []), Prose(KERNELS_FOR), Items(clauses(found)), *shown]
+        else:
+            blocks.append(Folded(f"{machine.name}{gist(machine)}", shown))
     if code:
         if not found:
             blocks.append(Prose(f"Not timed: no record of a kernel. On a machine with a GPU: {COMMAND}"))
-        blocks.append(Folded("Machine code of the kernels", (Sheet(code_table(code)),)))
+        timed = any(run.record.case.device != "cpu" for machine in found for run in machine.runs)
+        blocks.append(
+            Folded("Machine code of the kernels", (Prose(code_words(code, timed)), Sheet(code_table(code))))
+        )
     if failed := failures(records):
         blocks.append(Items(failed))
     if not blocks:
         why = "No kernel was timed: that takes a GPU."
         return Section(id, title, absent=why, command=f"{COMMAND} --densebench-device cuda")
     return Section(id, title, tuple(blocks))
+
+
+def _machine_blocks(machine: Machine, name: str) -> tuple[Block, ...]:
+    """A machine's picture, what must be said of it, and every shape of every operator, folded."""
+    picture = kernels_picture(machine, name)
+    said = beyond(machine)
+    return (
+        Sheet(overview_table(machine)) if picture is None else Plot(picture),
+        *([Prose(said)] if said else []),
+        Folded(
+            f"Every shape on {machine.name}",
+            tuple(Folded(machine.title(one), (Sheet(operator_table(one)),)) for one in machine.operators),
+        ),
+    )
 
 
 def environment_section(records: Sequence[Record]) -> Section:
@@ -106,6 +133,8 @@ def _facts(environment: dict[str, Any]) -> list[tuple[str, str]]:
             facts.append(("command", " ".join(_without_folder(str(part)) for part in value)))
         elif key == "gpu" and isinstance(value, dict):
             facts += [(f"GPU {name}", _fact(name, item)) for name, item in value.items() if item is not None]
+        elif key == "ceilings" and isinstance(value, dict):
+            facts += [_rate(name, rate) for name, rate in value.items()]
         elif isinstance(value, dict):
             label = {"packages": "", "flags": "flag "}.get(key, f"{key} ")
             facts += [(f"{label}{name}", _fact(name, item)) for name, item in value.items()]
@@ -119,7 +148,15 @@ def _fact(name: str, value: Any) -> str:
         return memory(value)
     if isinstance(value, bool):
         return "on" if value else "off"
+    if isinstance(value, float):
+        return number(value)
     return ", ".join(map(str, value)) if isinstance(value, list | tuple) else str(value)
+
+
+def _rate(name: str, value: Any) -> tuple[str, str]:
+    """A probed rate, which the records call a ceiling, with its unit."""
+    fact, unit = _RATES.get(name, (name.replace("_", " "), ""))
+    return fact, f"{_fact(name, value)} {unit}".rstrip()
 
 
 def _without_folder(word: str) -> str:

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import io
+import itertools
 import math
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from xml.sax.saxutils import quoteattr
 
@@ -22,6 +23,7 @@ from densebench.report.units import Unit, number
 WIDE = 7.6  # inches; at 72 points an inch the page shows it half as large again
 NARROW = 4.3  # for phones: the same figure laid out anew, so that its text keeps its size
 _DPI = 150
+_BETWEEN_TICKS = 0.1  # inches that the labels of an axis keep apart at least
 
 
 @dataclass(frozen=True)
@@ -68,6 +70,31 @@ class Canvas:
 
     def text_width(self, text: str, size: float = 8.5, weight: str = "normal") -> float:
         return text_width(self.figure, text, size, weight)
+
+    def label_ticks(
+        self, axes: Axes, choices: Sequence[Sequence[float]], words: Callable[[float], str], both: bool = False
+    ) -> None:
+        """Label the x axis, whose limits are final, with the first choice of ticks whose labels keep apart.
+
+        Args:
+            choices: places of ticks, the finest first; the last is taken where none keeps apart.
+            both: whether to label the top, too; a reader of a tall figure sees one end of it at a time.
+        """
+        low, high = axes.get_xlim()
+        shown = ([value for value in choice if low <= value <= high] for choice in choices)
+        ticks = next((ticks for ticks in shown if self._apart(axes, ticks, words)), None)
+        axes.xaxis.set_major_locator(FixedLocator(choices[-1] if ticks is None else ticks))
+        axes.xaxis.set_minor_locator(NullLocator())
+        axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: words(value)))
+        axes.tick_params(axis="x", labeltop=both)
+
+    def _apart(self, axes: Axes, ticks: Sequence[float], words: Callable[[float], str]) -> bool:
+        ends = []
+        for tick in ticks:
+            middle = axes.transData.transform((tick, 0))[0] / self.figure.dpi
+            half = (self.text_width(words(tick)) + _BETWEEN_TICKS) / 2
+            ends.append((middle - half, middle + half))
+        return all(one[1] <= other[0] for one, other in itertools.pairwise(ends))
 
 
 Paint = Callable[[float], Canvas]

@@ -1,27 +1,25 @@
-"""Kernels against what the device can do: records of kind "kernel", and the machine code they became.
+"""Kernels beside what PyTorch reached on the machine: what records of kind "kernel" say.
 
 A record's case names the operator (`model`), who runs it (`strategy`: "ours", "eager", ...) and the shape
-(`options`). The device's ceilings stand in the environment: `copy_gb_s` and `matmul_tflops`.
+(`options`). The rates of PyTorch's own copy and matmul, probed in the same run, stand in the environment as
+`ceilings`: `copy_gb_s` and `matmul_tflops`. The probe is of one size, so they bound nothing: shares of them may
+exceed 1.
 """
 
 from __future__ import annotations
 
 import json
-import statistics
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 from dataclasses import dataclass
-from typing import Any
 
 from densebench.records import Record
 from densebench.report.answer import ratio_words
 from densebench.report.selection import device_of, need_names
-from densebench.report.tables import Column, Table, build
-from densebench.report.units import STATUS_WORDS, number, precision, times
+from densebench.report.units import STATUS_WORDS, precision, times
 from densebench.statistics import ratio_of
 
 BASELINE = "eager"
-SHAPE = ("block", "layer", "rows", "columns", "outputs")
 
 
 @dataclass(frozen=True)
@@ -31,8 +29,7 @@ class Run:
     Attributes:
         seconds: the median.
         against: its time over that of eager on the same shape, in words; and as a number.
-        copy_share, matmul_share: of the device's measured rates; `roof_share` that of the nearer one:
-            the time that the ceilings allow over the time taken.
+        copy_share, matmul_share: of the rates of PyTorch's copy and matmul; `rate_share` is the larger one.
     """
 
     record: Record
@@ -56,26 +53,59 @@ class Run:
         return _tflop_s(self.record)
 
     @property
-    def roof_share(self) -> float | None:
+    def rate_share(self) -> float | None:
         return max((s for s in (self.copy_share, self.matmul_share) if s is not None), default=None)
 
 
 @dataclass(frozen=True)
 class Operator:
-    """All runs of one operator in one mode, precision and place; `setting` says which."""
+    """All runs of one operator in one mode on one machine; `place` says where and in which precision."""
 
     name: str
-    setting: str
+    mode: str
+    place: str
     runs: tuple[Run, ...]
+
+    @property
+    def setting(self) -> str:
+        return f"{self.mode}, {self.place}"
 
     @property
     def contenders(self) -> list[str]:
         """Ours first, the baseline second, then by name."""
-        order = {"ours": 0, BASELINE: 1}
-        return sorted({run.contender for run in self.runs}, key=lambda name: (order.get(name, 2), name))
+        return sorted({run.contender for run in self.runs}, key=_rank)
 
     def by(self, contender: str) -> list[Run]:
         return [run for run in self.runs if run.contender == contender]
+
+    def ratios(self, contender: str, baseline: str = BASELINE) -> list[float]:
+        """Its time over that of a baseline, on each shape that both ran."""
+        if baseline == BASELINE:
+            return [run.ratio for run in self.by(contender) if run.ratio is not None]
+        others = {_shape(run.record): run.record for run in self.by(baseline)}
+        found = (_against(run.record, others.get(_shape(run.record)))[0] for run in self.by(contender))
+        return [ratio for ratio in found if ratio is not None]
+
+
+@dataclass(frozen=True)
+class Machine:
+    """All operators of one machine in one precision; `name` says both, and the run where it must."""
+
+    name: str
+    operators: tuple[Operator, ...]
+
+    @property
+    def contenders(self) -> list[str]:
+        return sorted({name for operator in self.operators for name in operator.contenders}, key=_rank)
+
+    @property
+    def runs(self) -> list[Run]:
+        return [run for operator in self.operators for run in operator.runs]
+
+    def title(self, operator: Operator) -> str:
+        """An operator's name, with its mode where it was timed in two."""
+        alike = [other for other in self.operators if other.name == operator.name]
+        return f"{operator.name} ({operator.mode})" if len(alike) > 1 else operator.name
 
 
 def operators(records: Iterable[Record]) -> list[Operator]:
@@ -89,10 +119,18 @@ def operators(records: Iterable[Record]) -> list[Operator]:
     run_shown = need_names(timed)
     found = []
     for (name, mode, dtype, device, run), members in groups.items():
-        setting = f"{mode}, {dtype}, {device}" + (f", run {run}" if run_shown else "")
+        place = f"{device}, {dtype}" + (f", run {run}" if run_shown else "")
         baseline = {_shape(r): r for r in members if r.case.strategy == BASELINE}
-        found.append(Operator(name, setting, tuple(_run(r, baseline.get(_shape(r))) for r in members)))
+        found.append(Operator(name, mode, place, tuple(_run(r, baseline.get(_shape(r))) for r in members)))
     return found
+
+
+def machines(records: Iterable[Record]) -> list[Machine]:
+    """The same by machine and precision, in the order of the records."""
+    places: dict[str, list[Operator]] = {}
+    for operator in operators(records):
+        places.setdefault(operator.place, []).append(operator)
+    return [Machine(name, tuple(members)) for name, members in places.items()]
 
 
 def failures(records: Iterable[Record]) -> tuple[str, ...]:
@@ -106,79 +144,15 @@ def failures(records: Iterable[Record]) -> tuple[str, ...]:
     return tuple(f"{line}, on {count} shape{'s' if count > 1 else ''}" for line, count in counts.items())
 
 
-def operator_table(operator: Operator) -> Table:
-    """One row a shape and contender."""
-
-    def option(name: str) -> Column[Run]:
-        return Column(name, lambda run: _text(run.record.case.options.get(name)))
-
-    columns = [
-        *(option(name) for name in SHAPE),
-        Column[Run]("contender", lambda run: run.contender, numeric=False),
-        Column[Run]("time, µs", lambda run: number(run.seconds * 1e6)),
-        Column[Run]("GB/s", lambda run: _number(run.gb_s)),
-        Column[Run]("TFLOP/s", lambda run: _number(run.tflop_s)),
-        Column[Run]("of copy rate", lambda run: share(run.copy_share)),
-        Column[Run]("of matmul rate", lambda run: share(run.matmul_share)),
-        Column[Run]("time against eager", lambda run: run.against),
-    ]
-    order = {name: at for at, name in enumerate(operator.contenders)}
-    runs = sorted(operator.runs, key=lambda run: (_shape_order(run.record), order[run.contender]))
-    caption = f"{operator.name}: {operator.setting}"
-    return build(caption, columns, runs, strong=lambda run: run.contender == "ours")
-
-
-def overview_table(found: Sequence[Operator]) -> Table:
-    """One row an operator and contender: medians over the shapes."""
-    pairs = [(operator, contender) for operator in found for contender in operator.contenders]
-
-    def median(pair: tuple[Operator, str], field: str) -> float | None:
-        values = [getattr(run, field) for run in pair[0].by(pair[1])]
-        return statistics.median(known) if (known := [v for v in values if v is not None]) else None
-
-    def column(title: str, field: str, words: Any) -> Column[tuple[Operator, str]]:
-        def cell(pair: tuple[Operator, str]) -> str | None:
-            value = median(pair, field)
-            return None if value is None else str(words(value))
-
-        return Column(title, cell)
-
-    several = len({operator.setting for operator in found}) > 1
-    columns = [
-        Column[tuple[Operator, str]]("operator", lambda pair: pair[0].name, numeric=False),
-        Column[tuple[Operator, str]]("case", lambda pair: pair[0].setting if several else None, numeric=False),
-        Column[tuple[Operator, str]]("contender", lambda pair: pair[1], numeric=False),
-        Column[tuple[Operator, str]]("shapes", lambda pair: str(len(pair[0].by(pair[1])))),
-        column("GB/s", "gb_s", number),
-        column("TFLOP/s", "tflop_s", number),
-        column("of the nearer ceiling", "roof_share", share),
-        column("time against eager", "ratio", times),
-    ]
-    caption = "Kernels, medians over all shapes" + ("" if several else f": {found[0].setting}")
-    return build(caption, columns, pairs, strong=lambda pair: pair[1] == "ours")
-
-
-def code_table(kernels: Sequence[dict[str, Any]]) -> Table:
-    """What the compiler made of each kernel; columns as the file has them."""
-    names = list(dict.fromkeys(name for kernel in kernels for name in kernel))
-
-    def column(name: str) -> Column[dict[str, Any]]:
-        numeric = all(isinstance(kernel.get(name), int | float | None) for kernel in kernels)
-        return Column(name.replace("_", " "), lambda kernel: _text(kernel.get(name)), numeric)
-
-    return build("Machine code of the kernels", [column(name) for name in names], kernels)
-
-
-def share(value: float | None) -> str | None:
-    """A share of a ceiling: 87 %."""
-    return None if value is None else f"{100 * value:.0f} %"
+def _rank(contender: str) -> tuple[int, str]:
+    return {"ours": 0, BASELINE: 1}.get(contender, 2), contender
 
 
 def _run(record: Record, baseline: Record | None) -> Run:
     assert record.time_s is not None
     seconds = record.time_s.median
     ratio, against = _against(record, baseline)
-    copy, matmul = _ceilings(record)
+    copy, matmul = rates(record)
     tflop_s = _tflop_s(record)
     return Run(
         record,
@@ -206,34 +180,14 @@ def _tflop_s(record: Record) -> float | None:
     return record.tflops_s or None
 
 
-def _ceilings(record: Record) -> tuple[float | None, float | None]:
+def rates(record: Record) -> tuple[float | None, float | None]:
+    """What PyTorch's copy (GB/s) and matmul (TFLOP/s) reached on the record's machine."""
     facts = record.environment.get("ceilings")
     facts = facts if isinstance(facts, dict) else record.environment
-    rates = (facts.get("copy_gb_s"), facts.get("matmul_tflops"))
-    copy, matmul = (float(rate) if isinstance(rate, int | float) and rate > 0 else None for rate in rates)
+    known = (facts.get("copy_gb_s"), facts.get("matmul_tflops"))
+    copy, matmul = (float(rate) if isinstance(rate, int | float) and rate > 0 else None for rate in known)
     return copy, matmul
 
 
 def _shape(record: Record) -> str:
     return json.dumps([record.case.options, record.case.batch, record.case.input_shape], sort_keys=True)
-
-
-def _shape_order(record: Record) -> tuple[float, ...]:
-    values = (record.case.options.get(name) for name in SHAPE)
-    return tuple(value if isinstance(value, int | float) else -1 for value in values)
-
-
-def _text(value: Any) -> str | None:
-    if value is None:
-        return None
-    if isinstance(value, bool):
-        return "yes" if value else "no"
-    if isinstance(value, dict):
-        return ", ".join(f"{key}={item}" for key, item in value.items())
-    if isinstance(value, list):
-        return ", ".join(map(str, value))
-    return f"{value:,}" if isinstance(value, int) else str(value)
-
-
-def _number(value: float | None) -> str | None:
-    return None if value is None else number(value)

@@ -22,7 +22,7 @@ def render_markdown(report: Report) -> str:
         lines += _picture(report.picture)
     lines += [f"* {_escape(f'{f.term}: {f.value}; {f.note}')}" for f in report.figures]
     if report.elsewhere is not None:
-        lines += ["", f"{_escape(report.elsewhere.caption)}:", "", *_table(report.elsewhere)]
+        lines += ["", *_fold(report.elsewhere.caption, [*_table(report.elsewhere), ""])]
     for section in report.sections:
         lines += _section(section)
     return "\n".join(lines).rstrip() + "\n"

@@ -59,10 +59,11 @@ def _block(runs: list[Path], samples: Path) -> str:
         shutil.copyfile(Path(folder) / "figures" / "answer.svg", samples / "answer.svg")
     answer = summary.split("\n## ", 1)[0].split("\n", 1)[1]
     answer = answer.replace("(figures/answer.svg)", f"({samples.as_posix()}/answer.svg)")
-    for fold in ("<details><summary>Data of this figure</summary>", "</details>"):
-        answer = answer.replace(fold, "")
     answer = re.sub("\n{3,}", "\n\n", answer).strip()
-    return "\n\n".join([answer, *map(_conditions, runs)])
+    summary = "Where and when, and every record"
+    return "\n".join(
+        [answer, "", f"<details><summary>{summary}</summary>", "", *map(_conditions, runs), "", "</details>"]
+    )
 
 
 def _conditions(run: Path) -> str:
@@ -74,8 +75,8 @@ def _conditions(run: Path) -> str:
     words = [f"{name} {packages[name]}" for name in ("torch", "triton") if packages.get(name)]
     commit = str(facts.get("commit") or "unknown")[:10]
     return (
-        f"Measured on {record.created[:10]}, {facts.get('device')}, {', '.join(words)}, commit {commit}; "
-        f"every record is in `{run.as_posix()}/{RECORDS}`."
+        f"* {record.created[:10]}, {facts.get('device')}, {', '.join(words)}, commit {commit}; "
+        f"records: [`{run.as_posix()}/{RECORDS}`]({run.as_posix()}/{RECORDS})."
     )
 
 

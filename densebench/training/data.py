@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from PIL import Image
@@ -138,10 +139,18 @@ def _check_same_classes(train: Path, test: Path) -> None:
 
 
 def _open(path: str) -> Image.Image:
-    """A file as RGB, as torchvision does it, but naming the file that cannot be read."""
+    """A file as RGB, as torchvision does it, but naming the file that cannot be read, and with 16 bits (X-rays).
+
+    Pillow makes white of all that does not fit into 8.
+    """
     try:
         with open(path, "rb") as file:
-            return Image.open(file).convert("RGB")
+            image: Image.Image = Image.open(file)
+            if image.mode.startswith("I;16") or (image.mode == "I" and image.format == "PNG"):
+                image = Image.fromarray((np.asarray(image) >> 8).astype(np.uint8))
+            elif image.mode in ("I", "F"):
+                raise ValueError(f"its values, of mode {image.mode!r}, have no range that is known")
+            return image.convert("RGB")
     except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
         raise TrainingError(f"cannot read the image {path} ({str(error).split(' <')[0]}); remove it") from None
 

@@ -19,7 +19,7 @@ import torch
 from torch import Tensor, nn
 from torch.func import functional_call
 
-from densebench.execution import autograd
+from densebench.execution import autograd, parts
 from densebench.kernels.started import watched
 from densebench.models.layers import DenseBlock
 from densebench.prediction.hidden import hidden_on_cpu
@@ -196,7 +196,7 @@ def test_backward_twice(counts: Counts) -> None:
 @pytest.mark.parametrize("which", ["first", "middle", "last"])
 def test_a_part_of_the_gradients(counts: Counts, which: str) -> None:
     """`torch.autograd.grad` for a few parameters, before and after all of them were asked for."""
-    network = small(block_config=(autograd.LAYERS_A_NODE * 2 + 2, 1))
+    network = small(block_config=(parts.LAYERS_A_NODE * 2 + 2, 1))
     chosen = {"first": 0, "middle": 70, "last": -3}[which]
 
     def step(network: nn.Module, x: Tensor) -> Quantities:
@@ -264,7 +264,7 @@ def test_first_layers_that_are_frozen(counts: Counts) -> None:
         output.backward(upstream(output))
         return everything(network, output=output)
 
-    network = small(block_config=(autograd.LAYERS_A_NODE + 2,))
+    network = small(block_config=(parts.LAYERS_A_NODE + 2,))
     for name, parameter in network.named_parameters():
         parameter.requires_grad_("layer10" in name or "classifier" in name)
     pair = Pair(network)

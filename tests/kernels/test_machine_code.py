@@ -24,6 +24,7 @@ from densebench.kernels.tiling import Tile
 
 pytest.importorskip("triton.backends.nvidia", reason="Triton for NVIDIA is not installed")
 TENSOR_CORE_KERNELS = ("bn_relu_conv1x1", "bn_relu_conv1x1_backward")
+NO_FLOAT64 = ("sm_86", "sm_89", "sm_120")  # tensor cores of what is sold for graphics multiply no float64
 SHARED_LIMIT = {name: target.shared_limit for name, target in TARGETS.items()}  # bytes a program
 
 
@@ -45,8 +46,11 @@ def assert_sound(rows: list[dict[str, Any]]) -> None:
         assert not row["narrow_offsets"], f"row offsets in 32 bits: {row}"
         assert row["loads"] > 0, row
         if row["kernel"] in TENSOR_CORE_KERNELS and not row["dtype"].endswith("-ieee"):
-            assert row["tensor_core_instructions"] > 0, row
-            assert row["wide_loads"] > 0, row
+            multiplies = row["dtype"] != "float64" or row["target"] not in NO_FLOAT64
+            assert (row["tensor_core_instructions"] > 0) is multiplies, row
+            # On AMD what is read of prefixes that grow by 12 channels comes in pieces.
+            narrow = row["target"].startswith("gfx") and row["growth_rates"] == [12]
+            assert row["wide_loads"] > 0 or narrow, row
 
 
 @pytest.fixture(scope="module")

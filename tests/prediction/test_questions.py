@@ -58,6 +58,8 @@ def test_sizes_that_are_none(text: str | int) -> None:
         (("densenet12", (1, 3, 224, 224)), "known: densenet121"),
         (("densenet121", (0, 3, 224, 224)), "batch of 0"),
         (("densenet121", (2, 3, 0, 224)), "every size must be 1 or more"),
+        (("densenet121", (4, 3, 10**9, 10**9)), "more values than any memory"),
+        (("densenet121", (10**20, 3, 224, 224)), "more values than any memory"),
         (("densenet121", (2, 3, 64, 64), "foo"), "known: naive"),
         (("densenet121", (2, 3, 64, 64), "naive", "sleep"), "known: train, forward, infer"),
     ],

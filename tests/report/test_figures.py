@@ -22,7 +22,7 @@ from densebench.report.figure_learning import paint_learning
 from densebench.report.figure_prediction import both, paint_prediction
 from densebench.report.figure_strategies import paint_strategies
 from densebench.report.figure_timeline import paint_timelines
-from densebench.report.kernels import operators
+from densebench.report.kernels import machines
 from densebench.report.selection import comparisons, ladders
 from densebench.report.style import RC, Roster
 from densebench.report.timelines import timeline_groups
@@ -46,8 +46,8 @@ def _paints(records: list[Record]) -> dict[str, Paint]:
     }
     if ladders(found):
         paints["batch"] = lambda width: paint_batches(ladders(found)[0], width)
-    if operators(records):
-        paints["kernels"] = lambda width: paint_kernels(operators(records), width)
+    if machines(records):
+        paints["kernels"] = lambda width: paint_kernels(machines(records)[0], width)
     return paints
 
 

@@ -17,8 +17,7 @@ def found(records: list[Record]) -> list[Comparison]:
 
 
 def ratios(comparison: Comparison) -> dict[str, float | None]:
-    pairs = {row.name: row.time_ratio for row in comparison.rows}
-    return {name: None if ratio is None else round(ratio.median, 3) for name, ratio in pairs.items()}
+    return {row.name: round(row.time_ratio.median, 3) if row.time_ratio else None for row in comparison.rows}
 
 
 def plain_and_graphed() -> list[Record]:

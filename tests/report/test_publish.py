@@ -39,11 +39,11 @@ def test_figures_of_every_run_stand_between_the_markers(folder: Path) -> None:
     assert "on machine A" in sentence
     assert "0.25\N{MULTIPLICATION SIGN} the activation memory of naive" in sentence
     assert "in 0.80\N{MULTIPLICATION SIGN} its time (faster)" in sentence
-    (line,) = [line for line in text.splitlines() if line.startswith("| Training step") and "machine B" in line]
+    (line,) = [line for line in text.splitlines() if line.startswith("| Training step") and "| machine B |" in line]
     assert "| 0.25\N{MULTIPLICATION SIGN} | 0.60\N{MULTIPLICATION SIGN} (" in line
     for run, device, commit in (("r1", "machine A", "aaa"), ("r2", "machine B", "bbb")):
-        conditions = f"Measured on 2000-01-01, {device}, torch 2.0, commit {commit}; every record is in"
-        assert f"{conditions} `samples/{run}/cases.jsonl`." in text
+        conditions = f"* 2000-01-01, {device}, torch 2.0, commit {commit}; records:"
+        assert f"{conditions} [`samples/{run}/cases.jsonl`](samples/{run}/cases.jsonl)." in text
         copied, own = (folder / parent / run / "cases.jsonl" for parent in ("samples", "data"))
         assert copied.read_bytes() == own.read_bytes()
     assert "(samples/answer.svg)" in text

@@ -67,6 +67,25 @@ def test_class_folders(tmp_path: Path, other: str) -> None:
     torch.testing.assert_close(image, (pixels - mean) / std)
 
 
+def test_images_of_16_bits_keep_their_range(tmp_path: Path) -> None:
+    """As X-rays have; Pillow makes white of all that does not fit into 8."""
+    write_class_folders(tmp_path)
+    wide = np.linspace(0, 65535, 400).astype(np.uint16).reshape(20, 20)
+    Image.fromarray(wide).save(tmp_path / "train" / "cat" / "0.png")
+    Image.fromarray((wide >> 8).astype(np.uint8)).save(tmp_path / "train" / "cat" / "1.png")
+    found = load(tmp_path, size=20)
+    assert torch.equal(pair(found.train, 0)[0], pair(found.train, 1)[0])
+    assert pair(found.train, 0)[0].std() > 1
+
+
+def test_images_without_a_range_are_refused(tmp_path: Path) -> None:
+    write_class_folders(tmp_path)
+    Image.fromarray(np.zeros((20, 20), np.float32)).save(tmp_path / "train" / "cat" / "0.tiff")
+    images = load(tmp_path, size=20).train
+    with pytest.raises(TrainingError, match=r"0\.tiff \(its values, of mode 'F', have no range that is known\)"):
+        [pair(images, index) for index in range(3)]
+
+
 def test_the_middle_of_a_long_image_is_taken(tmp_path: Path) -> None:
     write_class_folders(tmp_path)
     stripes = np.zeros((20, 60), np.uint8)
