@@ -39,7 +39,7 @@ def test_a_report_of_one(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> 
         assert main([str(tmp_path / name), "--out", str(tmp_path / "out")]) == 0
         page = (tmp_path / "out" / "index.html").read_text(encoding="utf-8")
         assert PLURAL_OF_ONE.findall(page) == []
-        assert "1 case was both predicted and measured" in page
+        assert "Both predicted and measured: 1 case on 1 GPU" in page
         if name == "several":
             assert "In 1 of 1 compared setting naive fits" in page
             assert "1 layer, " in page

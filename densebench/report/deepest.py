@@ -7,6 +7,8 @@ from collections.abc import Iterable, Sequence
 from dataclasses import replace
 
 from densebench.records import Record
+from densebench.report.agreement import gathered, same_words
+from densebench.report.blocks import Block, Prose, Sheet
 from densebench.report.selection import device_of
 from densebench.report.style import Roster, display_name
 from densebench.report.tables import Column, Table, build
@@ -15,24 +17,34 @@ from densebench.report.units import setting_words
 SEARCHED_FOR = ("capacity_gib", "depth")
 
 
-def deepest_tables(records: Iterable[Record], roster: Roster) -> list[Table]:
+def deepest_blocks(records: Iterable[Record], roster: Roster) -> list[Block]:
     """A table for each network that was searched: the most layers of each contender by capacity in GiB."""
-    networks: dict[str, list[Record]] = {}
-    for record in records:
-        options = record.case.options
-        if record.case.kind == "deepest" and all(isinstance(options.get(name), int) for name in SEARCHED_FOR):
-            case = record.case
-            place = (
-                record.run,
-                case.model,
-                case.input_shape,
-                case.batch,
-                case.dtype,
-                case.autocast,
-                _fixed(record),
-            )
-            networks.setdefault(json.dumps(place, sort_keys=True), []).append(record)
-    return [_table(members, roster) for members in networks.values()]
+    blocks: list[Block] = []
+    for group in gathered(filter(_is_deepest, records), _network, _depth, _point):
+        blocks.append(Sheet(_table(group.members, roster)))
+        same = same_words(group, "the answers")
+        blocks += [] if same is None else [Prose(same)]
+    return blocks
+
+
+def _is_deepest(record: Record) -> bool:
+    options = record.case.options
+    return record.case.kind == "deepest" and all(isinstance(options.get(name), int) for name in SEARCHED_FOR)
+
+
+def _network(record: Record) -> str:
+    case = record.case
+    shared = (case.model, case.input_shape, case.batch, case.dtype, case.autocast, _fixed(record))
+    return json.dumps(shared, sort_keys=True)
+
+
+def _depth(record: Record) -> int:
+    return int(record.case.options["depth"])
+
+
+def _point(record: Record) -> tuple[str, str, int]:
+    """Who was searched for and in how much memory; in the case's own key the answer stands, too."""
+    return record.case.strategy, record.case.memory_format, record.case.options["capacity_gib"]
 
 
 def _table(members: Sequence[Record], roster: Roster) -> Table:

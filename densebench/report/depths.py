@@ -7,6 +7,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass, replace
 
 from densebench.records import Record
+from densebench.report.agreement import Gathered, gathered, same_words
 from densebench.report.selection import device_of, need_names
 from densebench.report.style import Look, Roster
 from densebench.report.units import MODES, setting_words
@@ -34,30 +35,24 @@ class DepthCurve:
 
 @dataclass(frozen=True)
 class DepthGroup:
-    """The curves of one network that differ in contender and source.
+    """The curves of one network that differ in contender and source, contenders in the order of the roster.
 
     Attributes:
         setting: what they share, in words.
-        key: the same but for run and machine, to tell whether two groups are of one network.
+        same: on which other runs and machines they are the same, in a sentence.
     """
 
     setting: str
-    key: str
     curves: tuple[DepthCurve, ...]
+    same: str | None = None
 
 
 def depth_groups(records: Iterable[Record], roster: Roster) -> list[DepthGroup]:
-    """Records of kind "depth" by run and setting; the measured curves of each before the predicted ones."""
-    groups: dict[str, list[Record]] = {}
-    for record in records:
-        if record.case.kind == "depth" and record.peak_delta_bytes and depth_of(record) is not None:
-            groups.setdefault(_depth_key(record), []).append(record)
-    run_shown = need_names(members[0] for members in groups.values())
-    return [_depth_group(members, roster, run_shown) for members in groups.values()]
-
-
-def _depth_key(record: Record) -> str:
-    return json.dumps([record.run, _network(record)])
+    """Records of kind "depth" by setting, of the first run that has it whole; of runs that differ each its own."""
+    known = (r for r in records if r.case.kind == "depth" and r.peak_delta_bytes and depth_of(r) is not None)
+    groups = gathered(known, _network, lambda record: record.peak_delta_bytes or 0)
+    run_shown = need_names(group.members[0] for group in groups)
+    return [_depth_group(group, roster, run_shown) for group in groups]
 
 
 def _network(record: Record) -> str:
@@ -67,18 +62,18 @@ def _network(record: Record) -> str:
     return json.dumps([*shared, options], sort_keys=True)
 
 
-def _depth_group(members: list[Record], roster: Roster, run_shown: bool) -> DepthGroup:
+def _depth_group(group: Gathered, roster: Roster, run_shown: bool) -> DepthGroup:
     points: dict[tuple[str, str], dict[int, int]] = {}
-    for record in members:
-        key = (record.case.source, record.case.strategy)
+    for record in group.members:
+        key = (record.case.strategy, record.case.source)
         points.setdefault(key, {})[depth_of(record) or 0] = record.peak_delta_bytes or 0
     curves = [
-        DepthCurve(name, roster[name].look, source, tuple(sorted(points[source, name].items())))
-        for source, name in sorted(points, key=lambda key: (key[0], roster.rank(key[1])))
+        DepthCurve(name, roster[name].look, source, tuple(sorted(points[name, source].items())))
+        for name, source in sorted(points, key=lambda key: (roster.rank(key[0]), key[1]))
     ]
-    first = min(members, key=lambda record: record.case.source)
+    first = min(group.members, key=lambda record: record.case.source)
     options = {key: value for key, value in first.case.options.items() if key not in _DEPTH_OPTIONS}
     case = replace(first.case, options=options)
     run = f", run {first.run}" if run_shown else ""
     setting = f"{MODES.get(case.mode, case.mode)}: {setting_words(case, device_of(first))}{run}"
-    return DepthGroup(setting, _network(first), tuple(curves))
+    return DepthGroup(setting, tuple(curves), same_words(group, "the figures"))

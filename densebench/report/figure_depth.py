@@ -20,6 +20,8 @@ from densebench.report.drawing import (
     log2_ticks,
     memory_ticks,
     name_axes,
+    plain,
+    round_step,
 )
 from densebench.report.labels import spread
 from densebench.report.style import INK
@@ -28,14 +30,15 @@ from densebench.report.units import Unit, memory_unit, number
 
 TITLE = "Activation memory against depth"
 LAYERS = "dense layers"
+_FEWEST = 3  # depths
 
 
 def exponent(points: Sequence[tuple[float, float]]) -> float | None:
     """The p of bytes ~ depth^p: the slope of a least-squares line through the logarithms.
 
-    None with fewer than two depths.
+    None with fewer than three depths: a line goes through any two.
     """
-    if len({depth for depth, _ in points}) < 2:
+    if len({depth for depth, _ in points}) < _FEWEST:
         return None
     xs = [math.log(depth) for depth, _ in points]
     ys = [math.log(value) for _, value in points]
@@ -45,11 +48,14 @@ def exponent(points: Sequence[tuple[float, float]]) -> float | None:
 
 
 def fitted(curves: Sequence[DepthCurve]) -> dict[str, float]:
-    """The exponent of each contender, from what was measured; of what was predicted where nothing was."""
+    """The exponent of each contender, from what was measured; of what was predicted where nothing was.
+
+    In the order of the curves.
+    """
     found: dict[str, float] = {}
-    for curve in sorted(curves, key=lambda curve: curve.source == "measured"):
+    for curve in curves:
         power = exponent(curve.points)
-        if power is not None:
+        if power is not None and (curve.source == "measured" or curve.name not in found):
             found[curve.name] = power
     return found
 
@@ -58,7 +64,10 @@ def depth_picture(group: DepthGroup, name: str) -> Picture:
     """The picture of all curves of one setting."""
     powers = fitted(group.curves)
     grows = "; ".join(f"{contender} as depth to the power {power:.2f}" for contender, power in powers.items())
-    caption = "Once from zero, once with both axes logarithmic, where the slope is the exponent."
+    caption = (
+        "First with both axes linear and from zero, then with both logarithmic: there a power of the depth is a "
+        "straight line, and its slope the exponent."
+    )
     if len({curve.source for curve in group.curves}) > 1:
         caption += " Markers are measured, lines predicted."
     alt = f"{TITLE}. {group.setting}. Growth: {grows}."
@@ -83,11 +92,13 @@ def paint_depth(group: DepthGroup, width: float = WIDE) -> Canvas:
     depths = sorted({depth for curve in curves for depth, _ in curve.points})
     for axes in (linear, logarithmic):
         _plot(axes, curves)
-        log2_ticks(axes, depths)
+    _from_zero(linear)
     memory_ticks(linear, unit)
+    log2_ticks(logarithmic, depths)
+    log2_ticks(logarithmic, _apart(page, logarithmic, depths))
     name_axes(linear, LAYERS, f"activation memory, {unit.name}")
     _decades(logarithmic, unit)
-    name_axes(logarithmic, LAYERS, "the same, logarithmic")
+    name_axes(logarithmic, LAYERS, "both axes logarithmic")
     _name_ends(logarithmic, curves, texts)
     return page
 
@@ -126,6 +137,28 @@ def _plot(axes: Axes, curves: Sequence[DepthCurve]) -> None:
         if curve.source == "predicted" and (curve.name, "measured") in sources:
             style["marker"] = ""
         axes.plot(*zip(*curve.points, strict=True), **style)
+
+
+def _from_zero(axes: Axes) -> None:
+    """A linear x axis from zero, in round numbers of layers: on any other one, growth in proportion is a curve."""
+    axes.set_xlim(left=0)
+    high = axes.get_xlim()[1]
+    step = max(1.0, round_step(high / 5))
+    axes.xaxis.set_major_locator(FixedLocator([step * i for i in range(int(high / step) + 1)]))
+    axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: plain(value)))
+
+
+def _apart(page: Canvas, axes: Axes, depths: Sequence[int]) -> list[int]:
+    """The depths with room for their numbers on the x axis as it is, the largest first."""
+    kept: list[int] = []
+    edge = math.inf
+    for depth in reversed(depths):
+        middle = axes.transData.transform((depth, 1))[0] / page.figure.dpi
+        half = page.text_width(f"{depth:,}") / 2
+        if middle + half < edge:
+            kept.append(depth)
+            edge = middle - half - 0.06
+    return kept[::-1]
 
 
 def _decades(axes: Axes, unit: Unit) -> None:

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 
 from densebench.counting import counted
 from densebench.records import Record
+from densebench.report.agreement import once
 from densebench.report.answer import Answer, answer
 from densebench.report.blocks import Section
 from densebench.report.capacity import capacity_section
@@ -26,7 +27,7 @@ from densebench.report.sections import (
     strategies_section,
     timeline_section,
 )
-from densebench.report.selection import comparisons, once
+from densebench.report.selection import comparisons
 from densebench.report.sources import MAKE_SOME, Loaded
 from densebench.report.style import Roster
 from densebench.report.tables import Table
@@ -60,14 +61,14 @@ def make_report(loaded: Loaded) -> Report:
     """Everything the report says about some records; takes a few seconds."""
     records = loaded.records
     roster = Roster.of(record for record in records if record.case.kind != "kernel")
-    steps = once(record for record in records if record.case.kind != "kernel")
-    measured, predicted = comparisons(steps, roster), comparisons(steps, roster, "predicted")
+    steps = [record for record in records if record.case.kind != "kernel"]
+    measured, predicted = comparisons(steps, roster), comparisons(once(steps), roster, "predicted")
     said = answer(measured, predicted)
     sections = [
         strategies_section(measured),
         depth_section(steps, roster),
-        timeline_section(steps),
-        predicted_section(predicted),
+        timeline_section(steps, roster),
+        predicted_section(steps, roster),
         capacity_section(steps, roster),
         batch_section(measured),
         kernels_section(records, loaded.code),

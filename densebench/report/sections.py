@@ -7,26 +7,26 @@ from collections.abc import Iterable, Sequence
 
 from densebench.counting import counted
 from densebench.records import Record
+from densebench.report.agreement import predicted_steps, same_words
 from densebench.report.answer import SPEED_WORDS, best
 from densebench.report.blocks import Block, Folded, Plot, Prose, Section, Sheet
 from densebench.report.comparison_tables import (
     extra_table,
     main_table,
-    measured_peak,
     naive_table,
     predicted_table,
-    prediction_error,
 )
-from densebench.report.depths import DepthGroup, depth_groups
+from densebench.report.depths import depth_groups
 from densebench.report.figure_batch import batch_picture
 from densebench.report.figure_depth import depth_picture, fitted
-from densebench.report.figure_prediction import both, prediction_picture
+from densebench.report.figure_prediction import DECIMALS, both, error_of, extent, prediction_picture
 from densebench.report.figure_strategies import strategies_picture
 from densebench.report.figure_timeline import timeline_picture
-from densebench.report.selection import Comparison, ladders, naive_is_better, timeline_groups
+from densebench.report.selection import Comparison, comparisons, ladders, naive_is_better
 from densebench.report.sources import MAKE_SOME as COMMAND
 from densebench.report.style import Roster
-from densebench.report.units import memory, percent, times
+from densebench.report.timelines import timeline_groups
+from densebench.report.units import percent, times
 
 DEFAULT = f"{COMMAND} --densebench-profile default"
 _PICTURED = 6  # comparisons with a picture; of the others the tables say enough
@@ -68,12 +68,7 @@ def depth_section(records: Iterable[Record], roster: Roster) -> Section:
     """How memory grows with the depth of a dense block."""
     id, title = "depth", "Memory against depth"
     blocks: list[Block] = []
-    groups: list[DepthGroup] = []
     for at, group in enumerate(depth_groups(records, roster)):
-        if any(group.key == other.key and set(group.curves) <= set(other.curves) for other in groups):
-            blocks.append(Prose(f"{group.setting}: the same, to the byte."))
-            continue
-        groups.append(group)
         grows = "; ".join(f"{name} {power:.2f}" for name, power in fitted(group.curves).items())
         if grows:
             blocks.append(
@@ -83,6 +78,7 @@ def depth_section(records: Iterable[Record], roster: Roster) -> Section:
                 )
             )
         blocks.append(Plot(depth_picture(group, "depth" if at == 0 else f"depth-{at + 1}")))
+        blocks += _prose(group.same)
     if not blocks:
         return Section(
             id, title, absent="No block was measured at several depths.", command=f"{COMMAND} -k memory"
@@ -90,23 +86,29 @@ def depth_section(records: Iterable[Record], roster: Roster) -> Section:
     return Section(id, title, tuple(blocks))
 
 
-def timeline_section(records: Iterable[Record]) -> Section:
+def timeline_section(records: Iterable[Record], roster: Roster) -> Section:
     """Memory over one step, by category."""
     id, title = "timeline", "Memory over one training step"
-    groups = timeline_groups(records)
+    groups = timeline_groups(records, roster)
     if not groups:
         command = f"{COMMAND} -k timeline"
         return Section(id, title, absent="No memory was recorded over time.", command=command)
-    pictures = [
-        timeline_picture(members, setting, "timeline" if at == 0 else f"timeline-{at + 1}")
-        for at, (setting, members) in enumerate(groups)
-    ]
-    return Section(id, title, tuple(Plot(picture) for picture in pictures))
+    blocks: list[Block] = []
+    for at, group in enumerate(groups):
+        name = "timeline" if at == 0 else f"timeline-{at + 1}"
+        blocks += [Plot(timeline_picture(group.members, group.setting, name)), *_prose(group.same)]
+    return Section(id, title, tuple(blocks))
 
 
-def predicted_section(predicted: Sequence[Comparison]) -> Section:
+def _prose(text: str | None) -> list[Prose]:
+    return [] if text is None else [Prose(text)]
+
+
+def predicted_section(records: Sequence[Record], roster: Roster) -> Section:
     """Sizes that were not run."""
     id, title = "predicted", "Predicted at full size"
+    groups = predicted_steps(records)
+    predicted = comparisons([record for group in groups for record in group.members], roster, "predicted")
     if not predicted:
         command = f"{COMMAND} -k predicted"
         return Section(id, title, absent="Nothing was predicted in these records.", command=command)
@@ -114,7 +116,11 @@ def predicted_section(predicted: Sequence[Comparison]) -> Section:
         "Predicted from the shapes of all tensors of a step, without running it. What a library allocates for "
         "itself is not in it; the section on predicted and measured peaks says how far off that is."
     )
-    return Section(id, title, (Prose(text), *(Sheet(predicted_table(comparison)) for comparison in predicted)))
+    blocks: list[Block] = [Prose(text)]
+    for comparison in predicted:
+        group = next(group for group in groups if comparison.rows[0].record in group.members)
+        blocks += [Sheet(predicted_table(comparison)), *_prose(same_words(group, "the figures"))]
+    return Section(id, title, tuple(blocks))
 
 
 def batch_section(comparisons: Sequence[Comparison]) -> Section:
@@ -138,13 +144,9 @@ def prediction_section(comparisons: Sequence[Comparison]) -> Section:
     if not rows:
         why = "No record has both a predicted and a measured peak."
         return Section(id, title, absent=why, command=COMMAND)
-    errors = [prediction_error(row.record) or 0.0 for _, row in rows]
-    largest = memory(max(measured_peak(row.record) or 0 for _, row in rows))
-    cases = f"{counted(len(rows), 'case')} {'was' if len(rows) == 1 else 'were'}"
-    text = (
-        f"{cases} both predicted and measured: the prediction is off by {percent(min(errors))} to "
-        f"{percent(max(errors))}, with peaks of up to {largest}."
-    )
+    errors = [error_of(row) for _, row in rows]
+    span = " to ".join(dict.fromkeys(percent(error, DECIMALS) for error in (min(errors), max(errors))))
+    text = f"Both predicted and measured: {extent(rows)}. The prediction is off by {span}."
     return Section(id, title, (Prose(text), Plot(prediction_picture(rows))))
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import cached_property
 
 from densebench.records import Case, Record
@@ -116,7 +116,7 @@ def comparisons(records: Sequence[Record], roster: Roster, source: str = "measur
     that is a yardstick (ResNet) stands in each comparison of its setting.
     """
     steps = [r for r in records if r.case.kind == "step" and r.case.source == source]
-    run_shown = need_names(steps, _setting)
+    run_shown = need_names(steps, setting_of)
     settings: dict[str, list[Record]] = {}
     for record in steps:
         settings.setdefault(_setting_key(record), []).append(record)
@@ -167,10 +167,11 @@ def _time_ratio(record: Record, base: Record | None) -> Ratio | None:
 
 
 def _setting_key(record: Record) -> str:
-    return f"{record.run} {_setting(record)}"
+    return f"{record.run} {setting_of(record)}"
 
 
-def _setting(record: Record) -> str:
+def setting_of(record: Record) -> str:
+    """All that the rows of a comparison share but the run and the network, as a key."""
     case = record.case
     shared = (case.mode, case.batch, case.input_shape, case.dtype, case.autocast, case.cuda_graph)
     return json.dumps([*shared, case.device, _place(record), case.options], sort_keys=True)
@@ -209,21 +210,6 @@ def device_of(record: Record) -> str:
     return str(record.environment.get("device") or record.case.device)
 
 
-def once(records: Iterable[Record]) -> list[Record]:
-    """Predictions that several runs agree on, once: no machine is in them. All other records as they are."""
-    kept: list[Record] = []
-    known: dict[str, list[Record]] = {}
-    for record in records:
-        if record.case.source == "predicted":
-            said = replace(record, run="", created="", environment={}, group=None, turns=None)
-            alike = known.setdefault(record.case.key(), [])
-            if said in alike:
-                continue
-            alike.append(said)
-        kept.append(record)
-    return kept
-
-
 def need_names(records: Iterable[Record], title: Callable[[Record], str] = _place) -> bool:
     """Whether runs must be named: records of two of them come under one title.
 
@@ -233,23 +219,6 @@ def need_names(records: Iterable[Record], title: Callable[[Record], str] = _plac
     for record in records:
         runs.setdefault(title(record), set()).add(record.run)
     return any(len(names) > 1 for names in runs.values())
-
-
-def timeline_groups(records: Iterable[Record]) -> list[tuple[str, list[Record]]]:
-    """Records with a timeline that differ in the strategy alone, and what they share in words."""
-    groups: dict[str, list[Record]] = {}
-    for record in records:
-        if record.timeline is not None and record.timeline.events:
-            key = f"{_setting_key(record)} {record.case.model}"
-            groups.setdefault(key, []).append(record)
-    run_shown = need_names(members[0] for members in groups.values())
-    found = []
-    for members in groups.values():
-        case = members[0].case
-        run = f", run {members[0].run}" if run_shown else ""
-        mode = MODES.get(case.mode, case.mode)
-        found.append((f"{mode}: {setting_words(case, device_of(members[0]))}{run}", members))
-    return found
 
 
 def naive_is_better(comparison: Comparison) -> bool:

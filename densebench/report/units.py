@@ -84,9 +84,10 @@ def duration(seconds: float) -> str:
     return f"{number(seconds / 1e-9)} ns"
 
 
-def percent(share: float) -> str:
-    """A signed share: +1.2 %."""
-    return f"{100 * share:+.1f} %"
+def percent(share: float, decimals: int = 1) -> str:
+    """A signed share: +1.2 %; what rounds to zero has no sign."""
+    text = f"{100 * share:+.{decimals}f}"
+    return f"{text if float(text) else text[1:]} %"
 
 
 def model_name(model: str) -> str:

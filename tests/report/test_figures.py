@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import itertools
 from collections.abc import Callable
 
@@ -22,8 +23,9 @@ from densebench.report.figure_prediction import both, paint_prediction
 from densebench.report.figure_strategies import paint_strategies
 from densebench.report.figure_timeline import paint_timelines
 from densebench.report.kernels import machines
-from densebench.report.selection import comparisons, ladders, timeline_groups
+from densebench.report.selection import comparisons, ladders
 from densebench.report.style import RC, Roster
+from densebench.report.timelines import timeline_groups
 from densebench.training.records import by_strategy
 from tests.report.records import cpu_run, gpu_run, learning_run, make_case, power_law, timed
 
@@ -34,12 +36,12 @@ def _paints(records: list[Record]) -> dict[str, Paint]:
     steps = [record for record in records if record.case.kind != "kernel"]
     roster = Roster.of(steps)
     found = comparisons(steps, roster)
-    setting, members = timeline_groups(steps)[0]
+    timelines = timeline_groups(steps, roster)[0]
     paints: dict[str, Paint] = {
         "answer": lambda width: paint_answer(found[0], width),
         "strategies": lambda width: paint_strategies(found[0], width),
         "depth": lambda width: paint_depth(depth_groups(steps, roster)[0], width),
-        "timeline": lambda width: paint_timelines(members, setting, width),
+        "timeline": lambda width: paint_timelines(timelines.members, timelines.setting, width),
         "prediction": lambda width: paint_prediction(both(found), width),
     }
     if ladders(found):
@@ -105,11 +107,44 @@ def test_memory_is_linear_from_zero(name: str) -> None:
     assert all(a.get_ylim()[0] == 0 for a in axes)
 
 
-def test_batches_and_depths_are_to_base_2() -> None:
-    for name, ticks in (("batch", [1, 4, 16, 64, 128, 256]), ("depth", [48, 68, 96, 136, 192])):
-        for axes in _draw(GPU[name], WIDE).figure.axes:
-            assert axes.get_xscale() == "log"
-            assert list(axes.get_xticks()) == ticks
+def test_batches_are_to_base_2() -> None:
+    for axes in _draw(GPU["batch"], WIDE).figure.axes:
+        assert axes.get_xscale() == "log"
+        assert list(axes.get_xticks()) == [1, 4, 16, 64, 128, 256]
+
+
+@pytest.mark.parametrize("width", [WIDE, NARROW], ids=["wide", "narrow"])
+def test_depths_are_linear_from_zero_and_then_logarithmic(width: float) -> None:
+    """Both axes of a panel are of one kind: on a mixed pair growth in proportion looks exponential."""
+    linear, logarithmic = _draw(GPU["depth"], width).figure.axes
+    assert (linear.get_xscale(), linear.get_yscale()) == ("linear", "linear")
+    assert (linear.get_xlim()[0], linear.get_ylim()[0]) == (0, 0)
+    assert linear.get_xticks()[0] == 0
+    assert linear.get_xlim()[1] >= 192
+    assert (logarithmic.get_xscale(), logarithmic.get_yscale()) == ("log", "log")
+    assert list(logarithmic.get_xticks()) == [48, 68, 96, 136, 192]
+
+
+def test_numbers_of_layers_have_room_on_a_narrow_screen() -> None:
+    """1,000 layers stand close to 700: what does not fit has no tick, the largest always has."""
+    records = [power_law("naive", depth) for depth in (100, 196, 292, 508, 700, 1000)]
+    (group,) = depth_groups(records, Roster.of(records))
+    page = _draw(lambda width: paint_depth(group, width), NARROW)
+    ticks = [label for label in page.figure.axes[1].get_xticklabels() if label.get_text()]
+    assert ticks[-1].get_text() == "1,000"
+    boxes = [label.get_window_extent() for label in ticks]
+    assert all(left.x1 < right.x0 for left, right in itertools.pairwise(boxes))
+
+
+def test_errors_of_predictions_stand_at_round_numbers() -> None:
+    records = [r for r in gpu_run() if r.case.kind == "step" and r.case.source == "measured"]
+    exact = [
+        dataclasses.replace(r, predicted_peak_bytes=r.peak_allocated_bytes, workspace_bytes=0) for r in records
+    ]
+    rows = both(comparisons(exact, Roster.of(exact)))
+    for width, ticks in ((WIDE, [-1, -0.75, -0.5, -0.25, 0, 0.25, 0.5, 0.75, 1]), (NARROW, [-1, -0.5, 0, 0.5, 1])):
+        (axes,) = _draw(lambda width: paint_prediction(rows, width), width).figure.axes
+        assert [100 * tick for tick in axes.get_xticks()] == pytest.approx(ticks)
 
 
 def test_titles_say_what_was_measured() -> None:
@@ -132,7 +167,7 @@ def test_exponents_are_those_of_the_records() -> None:
     (group,) = depth_groups(records, Roster.of(records))
     assert fitted(group.curves) == pytest.approx({"naive": 1.9, "fused": 1.0}, abs=1e-3)
     assert exponent([(2, 12.0), (4, 48.0), (8, 192.0)]) == pytest.approx(2.0)
-    assert exponent([(48, 1.0)]) is None
+    assert exponent([(48, 1.0), (96, 2.0)]) is None
 
 
 def test_depths_on_two_devices_are_two_figures() -> None:

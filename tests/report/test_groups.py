@@ -6,10 +6,8 @@ import dataclasses
 from typing import Any
 
 from densebench.records import Record
-from densebench.report.blocks import Plot, Prose
 from densebench.report.console import summary_table
-from densebench.report.sections import depth_section
-from densebench.report.selection import Comparison, comparisons, ladders, once
+from densebench.report.selection import Comparison, comparisons, ladders
 from densebench.report.style import Roster
 from tests.report.records import MIB, make_case, make_record, timed
 
@@ -174,40 +172,3 @@ def test_the_console_keeps_runs_apart() -> None:
         ["0.50", "FAST"],
         ["0.80", "FAST"],
     ]
-
-
-def test_what_two_runs_predict_alike_is_shown_once() -> None:
-    one = make_record(make_case(source="predicted"), peak_delta_bytes=7)
-    again = dataclasses.replace(one, run="later", created="2001", environment={"device": "machine B"})
-    other = dataclasses.replace(again, peak_delta_bytes=8)
-    measured = timed(make_case(), MIB, [0.1] * 9)
-    twice = dataclasses.replace(measured, run="later")
-    assert once([one, measured, again, other, twice]) == [one, measured, other, twice]
-
-
-def test_depth_on_a_machine_that_says_the_same_is_a_line() -> None:
-    def grown(run: str, device: str, factor: int) -> list[Record]:
-        return [
-            dataclasses.replace(
-                make_record(
-                    make_case(kind="depth", options={"depth": depth}),
-                    peak_delta_bytes=depth * factor * MIB,
-                    environment={"device": device},
-                ),
-                run=run,
-            )
-            for depth in (10, 20, 40)
-        ]
-
-    first, same = grown("one", "machine A", 1), grown("two", "machine B", 1)
-    others = grown("two", "machine B", 2)
-    larger = [dataclasses.replace(r, case=dataclasses.replace(r.case, batch=65)) for r in same]
-    for second, plots, lines in ((same, 1, 1), (others, 2, 0), (larger, 2, 0)):
-        records = [*first, *second]
-        blocks = depth_section(records, Roster.of(records)).blocks
-        assert len([block for block in blocks if isinstance(block, Plot)]) == plots
-        said = [
-            block.text for block in blocks if isinstance(block, Prose) and "the same, to the byte" in block.text
-        ]
-        assert len(said) == lines
-        assert all("machine B" in text for text in said)

@@ -9,16 +9,16 @@ import re
 import pytest
 
 from densebench.records import Record
-from densebench.report.capacity import affine, capacity_table, settings
-from densebench.report.comparison_tables import main_table, prediction_error, prediction_table
+from densebench.report.blocks import Prose, Sheet
+from densebench.report.comparison_tables import main_table, prediction_error
 from densebench.report.context_sections import kernels_section
-from densebench.report.deepest import deepest_tables
-from densebench.report.figure_prediction import both
+from densebench.report.deepest import deepest_blocks
+from densebench.report.figure_prediction import LEAST_REACH, both, error_table, extent, prediction_picture, reach
 from densebench.report.glossary import explain
 from densebench.report.kernel_tables import operator_table, overview_table
 from densebench.report.kernels import failures, machines, operators
 from densebench.report.published import PUBLISHED, ours, published_table
-from densebench.report.sections import naive_section
+from densebench.report.sections import naive_section, prediction_section
 from densebench.report.selection import comparisons, naive_is_better
 from densebench.report.style import Roster
 from densebench.report.tables import Link, Table
@@ -27,8 +27,6 @@ from tests.report.records import (
     CODE,
     GIB,
     MIB,
-    fit_records,
-    full_size,
     gpu_run,
     kernel_records,
     make_case,
@@ -54,51 +52,6 @@ def test_every_column_is_explained(gpu: Made) -> None:
     assert {explain(column)[0] for column in columns} == explained
 
 
-def test_largest_batch_is_that_of_the_line() -> None:
-    fixed, image = 100 * MIB, 128 * MIB
-    records = []
-    for batch in (8, 32):
-        record = timed(make_case(batch=batch), image * batch, [0.1] * 5)
-        records.append(dataclasses.replace(record, peak_allocated_bytes=fixed + image * batch))
-    line = affine(records)
-    assert line is not None
-    assert line.largest(8 * GIB) == (8 * GIB - fixed) // image
-    assert line.largest(MIB) == 0
-    alone = affine(records[:1])
-    assert alone is not None
-    pixels = 4 * 3 * 224 * 224
-    assert alone.per_image == pytest.approx(image + pixels), "one batch: activations and input grow, nothing else"
-    assert affine([]) is None
-
-
-def test_batches_that_were_tried_stand_for_themselves() -> None:
-    records = [timed(make_case(name), GIB, [0.1] * 5) for name in ("naive", "fused")]
-    roster = Roster.of(records)
-    (members,) = settings([*records, *fit_records()], roster)
-    naive = _cells(capacity_table(members, roster), "naive")
-    assert naive["8 GiB"] == "56"
-    assert naive["24 GiB"].startswith("≈")
-    assert "tried at 8, 16 GiB" in naive["known from"]
-
-
-def test_what_ran_on_a_gpu_comes_before_what_was_predicted() -> None:
-    measured = [timed(make_case(autocast=None), GIB, [0.1] * 5)]
-    roster = Roster.of([*measured, *full_size()])
-    (members,) = settings([*full_size(), *measured], roster)
-    assert {record.case.source for record in members} == {"measured"}
-    (members,) = settings(full_size(), roster)
-    assert {record.case.source for record in members} == {"predicted"}
-
-
-def test_networks_are_not_mixed(gpu: Made) -> None:
-    roster = Roster.of(r for r in gpu.records if r.case.kind != "kernel")
-    for members in settings(gpu.records, roster):
-        own = {r.case.model for r in members if roster[r.case.strategy].family != "yardstick"}
-        assert len(own) == 1
-        names = [row[0] for row in capacity_table(members, roster).rows]
-        assert len(names) == len(set(names))
-
-
 def _against_naive(share: float, slowdown: float) -> list[Record]:
     naive = timed(make_case(), GIB, [0.1] * 20)
     return [naive, timed(make_case("fused"), int(share * GIB), [slowdown * 0.1] * 20)]
@@ -119,10 +72,45 @@ def test_every_error_of_the_prediction_is_there() -> None:
     records = [record for record in gpu_run() if record.case.kind == "step"]
     rows = both(comparisons(records, Roster.of(records)))
     known = [r for r in records if r.case.source == "measured" and prediction_error(r) is not None]
-    assert len(prediction_table(rows).rows) == len(known) > 50
+    assert len(error_table(rows).rows) == len(known) > 50
     record = known[0]
     measured = (record.peak_allocated_bytes or 0) - (record.workspace_bytes or 0)
     assert prediction_error(record) == pytest.approx((record.predicted_peak_bytes or 0) / measured - 1)
+
+
+def _predicted(errors: dict[str, float], device: str = "cpu", mib: int = 100) -> list[Record]:
+    """Steps measured on a device, with predictions that are off by so much."""
+    records = [timed(make_case(name, device=device, autocast=None), mib * MIB, [0.1] * 5) for name in errors]
+    return [
+        dataclasses.replace(record, predicted_peak_bytes=round((record.peak_allocated_bytes or 0) * (1 + error)))
+        for record, error in zip(records, errors.values(), strict=True)
+    ]
+
+
+def test_what_was_predicted_is_said_before_how_well() -> None:
+    """How many cases, on what, up to which peak; and no error is minus zero."""
+    own = _predicted({"naive": -0.00001, "fused": 0.002})
+    section = prediction_section(comparisons(own, Roster.of(own)))
+    assert isinstance(section.blocks[0], Prose)
+    assert section.blocks[0].text == (
+        "Both predicted and measured: 2 cases on 1 CPU, with peaks of up to 0.160 GiB; none on a GPU. "
+        "The prediction is off by 0.00 % to +0.20 %."
+    )
+    (table,) = section.tables()
+    assert [row[-1] for row in table.rows] == ["0.00 %", "+0.20 %"]
+    both_kinds = [*own, *_predicted({"naive": 0.1}, "cuda", 4032)]
+    rows = both(comparisons(both_kinds, Roster.of(both_kinds)))
+    assert extent(rows) == (
+        "2 cases on 1 CPU, with peaks of up to 0.160 GiB; 1 case on 1 GPU, with peaks of up to 4.00 GiB"
+    )
+
+
+def test_the_axis_of_errors_is_as_wide_as_they_are() -> None:
+    for error, end, words in ((0.0001, LEAST_REACH, "whole axis"), (-0.2, 0.23, "shaded band")):
+        records = _predicted({"naive": error, "fused": 0.0})
+        rows = both(comparisons(records, Roster.of(records)))
+        assert reach(rows) == pytest.approx(end)
+        assert words in prediction_picture(rows).caption
 
 
 def test_kernels_are_held_against_the_ceilings() -> None:
@@ -195,9 +183,26 @@ def test_deepest_networks() -> None:
 
     ended = found("fused", 80, 1000, "1000 layers fit; no deeper network was traced")
     records = [found("fused", 12, 742), found("naive", 80, 388), found("naive", 12, 130), ended]
-    (table,) = deepest_tables(records, Roster.of(records))
+    (sheet,) = deepest_blocks(records, Roster.of(records))
+    assert isinstance(sheet, Sheet)
+    table = sheet.table
     assert [row[0] for row in table.rows] == ["naive", "fused"]
     assert _cells(table, "naive") == {"contender": "naive", "12 GiB": "130", "80 GiB": "388"}
     assert _cells(table, "fused") == {"contender": "fused", "12 GiB": "742", "80 GiB": "1,000 or more"}
     assert "growth_rate=40" in table.caption
     assert "depth" not in table.caption
+
+
+def test_a_search_that_other_runs_agree_with_is_one_table() -> None:
+    """Answers stand in the case's options, where other runs have others: 742 layers here, 748 there, and 900."""
+
+    def found(run: str, depth: int) -> Record:
+        options = {"capacity_gib": 12, "depth": depth, "growth_rate": 40}
+        case = make_case(kind="deepest", model="densenet_bc", batch=64, options=options)
+        return dataclasses.replace(make_record(case), run=run)
+
+    records = [found("one", 742), found("two", 748), found("three", 900)]
+    blocks = deepest_blocks(records, Roster.of(records))
+    assert [type(block) for block in blocks] == [Sheet, Prose, Sheet]
+    assert "run one" in blocks[1].text  # type: ignore[union-attr]
+    assert "same within 0.81 %: run two" in blocks[1].text  # type: ignore[union-attr]
