@@ -37,6 +37,14 @@ def capacity_section(records: Sequence[Record], roster: Roster) -> Section:
     return Section(id, title, tuple(blocks))
 
 
+def fits_of(case: Case, records: Iterable[Record], roster: Roster) -> list[Fit]:
+    """The lines of the network and setting of a case; none if nothing is known of them."""
+    found = [
+        members for members in settings(records, roster) if _network(case) in {_network(r.case) for r in members}
+    ]
+    return fits(found[0], roster) if found else []
+
+
 def _method(found: Sequence[Setting]) -> str:
     """How the figures were found, and in how many runs."""
     answers = [own for _, lines in found for fit in lines for own in fit.tried.values()]

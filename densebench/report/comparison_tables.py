@@ -127,23 +127,6 @@ def naive_table(comparisons: Sequence[Comparison]) -> Table:
     return build("Where naive is the better choice", columns, comparisons)
 
 
-def prediction_table(rows: Sequence[tuple[str, Row]]) -> Table:
-    """Predicted and measured peaks of the rows of several comparisons, each with the comparison's title."""
-    unit = memory_unit(row.record.peak_allocated_bytes or 0 for _, row in rows)
-    columns = [
-        Column[tuple[str, Row]]("case", lambda pair: pair[0], numeric=False),
-        Column[tuple[str, Row]]("contender", lambda pair: pair[1].name, numeric=False),
-        Column[tuple[str, Row]](
-            f"predicted peak, {unit.name}", lambda pair: _bytes(pair[1].record.predicted_peak_bytes, unit)
-        ),
-        Column[tuple[str, Row]](
-            f"measured peak, {unit.name}", lambda pair: _bytes(measured_peak(pair[1].record), unit)
-        ),
-        Column[tuple[str, Row]]("error", lambda pair: f"{100 * (prediction_error(pair[1].record) or 0):+.1f} %"),
-    ]
-    return build("Predicted against measured peak", columns, rows)
-
-
 def measured_peak(record: Record) -> int | None:
     """The measured peak, library workspaces apart: no prediction knows them."""
     if record.peak_allocated_bytes is None:

@@ -6,9 +6,12 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 from densebench.report.answer import SPEED_WORDS, ratio_words
+from densebench.report.fits import Fit
 from densebench.report.selection import Comparison, Row
 from densebench.report.units import Unit, duration, memory, number, times
 from densebench.statistics import ratio_of
+
+CARD_GIB = 24
 
 
 @dataclass(frozen=True)
@@ -20,12 +23,18 @@ class KeyFigure:
     note: str
 
 
-def key_figures(comparison: Comparison, winner: Row) -> tuple[KeyFigure, ...]:
-    """The answer's memory and time, the fastest strategy's, and those of what is known from elsewhere."""
-    return tuple(_figures(comparison, winner))
+def key_figures(comparison: Comparison, winner: Row, fitting: Sequence[Fit] = ()) -> tuple[KeyFigure, ...]:
+    """The answer's memory and time, the fastest strategy's, what fits, and what is known from elsewhere.
+
+    Args:
+        comparison: that of the answer.
+        winner: its strategy.
+        fitting: the batches that fit, of the same network and setting.
+    """
+    return tuple(_figures(comparison, winner, fitting))
 
 
-def _figures(comparison: Comparison, winner: Row) -> Iterator[KeyFigure]:
+def _figures(comparison: Comparison, winner: Row, fitting: Sequence[Fit]) -> Iterator[KeyFigure]:
     bytes = memory(winner.record.peak_delta_bytes or 0, comparison.unit)
     yield KeyFigure(f"activation memory, {winner.name}", bytes, _memory_note(comparison, winner))
     if winner.record.time_s is not None:
@@ -36,6 +45,7 @@ def _figures(comparison: Comparison, winner: Row) -> Iterator[KeyFigure]:
         time, note = duration(fastest.record.time_s.median), _time_note(comparison, fastest)
         share = "" if fastest.memory_ratio is None else f", at {times(fastest.memory_ratio)} its memory"
         yield KeyFigure(f"time of a step, {fastest.name}", time, note + share)
+    yield from _largest_batch(winner, fitting)
     peer = _fastest([row for row in comparison.measured if row.family == "peer" and row.usable])
     ratio = None if peer is None else ratio_of(winner.record, peer.record)
     if peer is not None and peer.record.time_s is not None and ratio is not None:
@@ -44,6 +54,19 @@ def _figures(comparison: Comparison, winner: Row) -> Iterator[KeyFigure]:
     beside = next((row for row in comparison.measured if row.family == "yardstick" and row.usable), None)
     if beside is not None:
         yield _beside(beside, winner, comparison.unit)
+
+
+def _largest_batch(winner: Row, fitting: Sequence[Fit]) -> Iterator[KeyFigure]:
+    """On a card of 24 GiB, which many have; no estimates."""
+    known = {fit.name: fit for fit in fitting if CARD_GIB in fit.tried}
+    own = known.pop(winner.name, None)
+    naive = known.pop("naive", None)
+    if own is None or naive is None:
+        return
+    others = [f"{name} {fit.tried[CARD_GIB][0]:,}" for name, fit in known.items()]
+    note = f"instead of {naive.tried[CARD_GIB][0]:,} of naive" + (f"; {', '.join(others)}" if others else "")
+    how = ", predicted" if own.traced else ""
+    yield KeyFigure(f"largest batch in {CARD_GIB} GiB{how}, {own.name}", f"{own.tried[CARD_GIB][0]:,}", note)
 
 
 def _fastest(rows: Sequence[Row]) -> Row | None:

@@ -10,7 +10,7 @@ from densebench.records import Record
 from densebench.report.agreement import once
 from densebench.report.answer import Answer, answer
 from densebench.report.blocks import Section
-from densebench.report.capacity import capacity_section
+from densebench.report.capacity import capacity_section, fits_of
 from densebench.report.comparison_tables import elsewhere_table
 from densebench.report.context_sections import environment_section, glossary_section, kernels_section
 from densebench.report.drawing import Picture
@@ -81,7 +81,9 @@ def make_report(loaded: Loaded) -> Report:
     if said.comparison is not None and said.elsewhere:
         elsewhere = elsewhere_table(said.elsewhere, said.comparison.device)
     sections.append(glossary_section(sections, elsewhere))
-    figures = () if said.comparison is None or said.winner is None else key_figures(said.comparison, said.winner)
+    figures: tuple[KeyFigure, ...] = ()
+    if said.comparison is not None and said.winner is not None:
+        figures = key_figures(said.comparison, said.winner, fits_of(said.comparison.case, steps, roster))
     return Report(notice(loaded), said, _picture(said), figures, elsewhere, tuple(sections), tuple(records))
 
 

@@ -12,6 +12,7 @@ from densebench.records import Record
 from densebench.report.blocks import Prose
 from densebench.report.comparison_tables import main_table
 from densebench.report.figure_answer import answer_picture, paint_answer
+from densebench.report.fits import Fit
 from densebench.report.key_figures import KeyFigure, key_figures
 from densebench.report.report import make_report
 from densebench.report.sections import naive_section
@@ -70,6 +71,19 @@ def test_the_smallest_the_fastest_and_the_best_of_the_others() -> None:
             f"at 711 img/s; fused_recompute: 0.25{CROSS} its memory, 1.50{CROSS} its speed",
         ),
     )
+
+
+def test_what_fits_a_card_is_told_where_it_was_tried() -> None:
+    comparison = _comparison(_run())
+    winner = next(row for row in comparison.rows if row.name == "fused_recompute")
+    sizes = {"naive": 191, "fused": 868, "fused_recompute": 1581}
+    fitting = [Fit(name, name, {24: (batch,)}, True, None, "") for name, batch in sizes.items()]
+    (found,) = [one for one in key_figures(comparison, winner, fitting) if "24 GiB" in one.term]
+    assert found == KeyFigure(
+        "largest batch in 24 GiB, predicted, fused_recompute", "1,581", "instead of 191 of naive; fused 868"
+    )
+    for less in (fitting[1:], fitting[:2]):
+        assert not [one for one in key_figures(comparison, winner, less) if "24 GiB" in one.term]
 
 
 def test_an_incorrect_peer_is_not_the_fastest() -> None:
