@@ -225,7 +225,7 @@ def _refuse_batches(grad: Tensor) -> None:
     """Of `is_grads_batched` and `vectorize`: kernels take addresses, and what is batched has none."""
     if torch._C._functorch.is_batchedtensor(grad) or torch._C._functorch.is_legacy_batchedtensor(grad):
         raise NotImplementedError(
-            "gradients in batches (is_grads_batched, vectorize) work with strategies 'naive' and 'checkpointed' only"
+            "is_grads_batched and vectorize=True work with strategies 'naive' and 'checkpointed' only"
         )
 
 
