@@ -61,7 +61,7 @@ def _check_input(plan: StagePlan, x: Tensor) -> None:
     if x.shape[1] != plan.start:
         raise ValueError(f"input has {x.shape[1]} channels, the dense block takes {plan.start}")
     weight = plan.parameters[plan.layers[0].units[0].first + 2]
-    autocast = not x.is_meta and torch.is_autocast_enabled(x.device.type)
+    autocast = x.device.type != "meta" and torch.is_autocast_enabled(x.device.type)
     if weight is not None and weight.dtype != x.dtype and not autocast:
         raise TypeError(f"input is {x.dtype}, the dense block {weight.dtype}; cast one, or use torch.autocast")
 

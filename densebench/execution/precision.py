@@ -11,7 +11,7 @@ from torch import Tensor
 
 def without_autocast(x: Tensor) -> contextlib.AbstractContextManager[object]:
     """Autocast off on x's device; where that only imagines tensors there is none."""
-    return contextlib.nullcontext() if x.is_meta else torch.autocast(x.device.type, enabled=False)
+    return contextlib.nullcontext() if x.device.type == "meta" else torch.autocast(x.device.type, enabled=False)
 
 
 def compute_dtype(x: Tensor) -> torch.dtype:
@@ -20,7 +20,7 @@ def compute_dtype(x: Tensor) -> torch.dtype:
     Autocast leaves float64 alone.
     """
     device = x.device.type
-    if not x.is_meta and torch.is_autocast_enabled(device) and x.dtype != torch.float64:
+    if device != "meta" and torch.is_autocast_enabled(device) and x.dtype != torch.float64:
         return torch.get_autocast_dtype(device)
     return x.dtype
 

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING
 import torch
 import torch.fx
 from torch import Tensor, nn
-from torch.overrides import handle_torch_function, has_torch_function
+from torch.overrides import handle_torch_function
 
 from densebench.models.dimensions import BatchNorm, MaxPool
 from densebench.registry import Part, Strategy, UnsupportedError, get_strategy
@@ -108,7 +108,7 @@ class Stage:
         computes = strategy.bypasses != "nothing"
         if computes:
             _refuse_graphs(strategy, maps[-1])
-            if type(maps[-1]) is not Tensor and has_torch_function(maps[-1:]):
+            if _is_of_its_own(type(maps[-1])):
                 # A kind of tensor of its own (MONAI's MetaTensor): a stage is to it what an operator is.
                 return handle_torch_function(self._run_plain, maps[-1:], maps.pop())
         if computes and not maps[-1].numel():
@@ -165,6 +165,11 @@ class Stage:
         objection = strategy.missing() or strategy.objection(self)
         if objection:
             raise UnsupportedError(f"strategy {strategy.name!r} cannot run {self.name}: {objection}")
+
+
+def _is_of_its_own(kind: type[Tensor]) -> bool:
+    """Whether tensors of a kind say themselves what functions do with them, as parameters and fake ones do not."""
+    return kind is not Tensor and kind.__torch_function__ is not torch._C._disabled_torch_function_impl
 
 
 def _refuse_graphs(strategy: Strategy, x: object) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 
 from densebench.contenders import get_contender
+from densebench.kernels.products import multiplies_halves
 from densebench.records import Case
 from tests.conftest import lack
 from tests.prediction.table import HEADER, TOLERANCE, combinations, compare, describe, nightly
@@ -15,6 +16,8 @@ def test_peak(case: Case, request: pytest.FixtureRequest) -> None:
     missing = get_contender(case.strategy).missing()
     if missing:
         lack(request.config, missing)
+    if "bfloat16" in (case.dtype, case.autocast) and not multiplies_halves():
+        pytest.skip("what PyTorch converts of bfloat16 where a processor does not multiply it is not predicted")
     comparison = compare(case)
     assert abs(comparison.error) <= TOLERANCE, f"\n{HEADER}\n{comparison.row()}"
 
