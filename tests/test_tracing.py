@@ -87,6 +87,7 @@ def test_a_block_is_a_graph_before_anything_else_is_known() -> None:
 
 
 def test_maps_of_a_graph() -> None:
+    theirs(torchvision)  # imported as it can be on a CPU build
     extraction: Any = pytest.importorskip("torchvision.models.feature_extraction")
     network = small().eval()
     wanted = {"features.denseblock1": "first", "classifier": "last"}
