@@ -191,9 +191,16 @@ stage_compiled() {
 compile_ahead() {
     local target
     target=sm_$("$PYTHON" -c 'import torch; print(*torch.cuda.get_device_capability(), sep="")')
-    CAP=$((LIMIT / 4)) run "compiling $target" "$PYTHON" -m densebench.kernels.compile_report --targets "$target" \
+    CAP=$((LIMIT / 4)) run compiling "$PYTHON" -m densebench.kernels.compile_report --targets "$target" \
         --growth-rates 32,12 --dtypes bfloat16,float32,float32-ieee --jobs "$(nproc 2>/dev/null || echo 4)"
     FAILED='' STOPPED=''
+    not_for_others compiling
+}
+
+# What fills a cache of this machine: another, where the archive is unpacked, has yet to do it.
+not_for_others() {  # NAME
+    rm -f "$FOLDER/$1.done"
+    archive
 }
 
 stage_networks() {
@@ -219,6 +226,7 @@ stage_sanitizer() {
     "$PYTHON" -c 'import xdist' 2>/dev/null && parallel=(-n "$WORKERS")
     CAP=$((LIMIT / 3)) run unwatched "$PYTHON" -m pytest tests/gpu/test_operators.py -q -p no:cacheprovider \
         --require-gpu -m gpu -k "$chosen" "${parallel[@]}"  # compiles: under a tool that is one after another
+    not_for_others unwatched
     for tool in memcheck racecheck synccheck; do
         checked=(compute-sanitizer --tool "$tool" --error-exitcode 86)
         # Without PyTorch's cache every tensor is an allocation of its own, whose bounds can be checked; it costs a

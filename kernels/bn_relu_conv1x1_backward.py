@@ -94,8 +94,9 @@ def _by_tiles(
                 grad_weight += tile.t() @ grad_rows
         if sums is not None:
             torch.mm(grad_rows, weight, out=tile)
+        del grad_rows  # before what the pass converts, and before the next is made
+        if sums is not None:
             relu_norm_backward(tile, x[rows], norm, sums, None if grad_x is None else grad_x[rows], accumulate)
-        del grad_rows  # before the next is made
     return grad_weight.t().contiguous()
 
 
@@ -292,7 +293,7 @@ def _fake(grad: Tensor, x: Tensor, mean: Tensor, *arguments: object) -> tuple[Te
 
 def _workspace(grad: Tensor, x: Tensor, mean: Tensor, *arguments: Any) -> int:
     """Compiled, its scratch; else one tile of x's columns, the weight's gradient once more, and what the norm's
-    backward takes; where they have to be converted, a tile of the outputs and the weight, too.
+    backward takes; where they have to be converted, the weight, too, and a tile of the outputs before that.
     """
     given, grad_x, needs_weight = arguments[5], arguments[6], arguments[10]
     if library(grad, x, given, grad_x) is not None:
@@ -300,9 +301,10 @@ def _workspace(grad: Tensor, x: Tensor, mean: Tensor, *arguments: Any) -> int:
         return table + multiply_backward_bytes(x, given, needs_weight) + sum_bytes(x)
     dtype = tile_dtype(grad, x, given, grad_x)
     tile, weight = tile_bytes(x, dtype), x.shape[1] * grad.shape[1] * mean.element_size()
-    converted = 0 if grad.dtype == dtype else tile_rows(x) * grad.shape[1] * mean.element_size() + weight
-    beside = grad if grad.dtype == dtype else None
-    return tile + weight + converted + backward_bytes(tile, beside, x, grad_x)
+    if grad.dtype == dtype:
+        return tile + weight + backward_bytes(tile, grad, x, grad_x)
+    outputs = tile_rows(x) * grad.shape[1] * mean.element_size()
+    return tile + 2 * weight + max(outputs + sum_bytes(x), backward_bytes(tile, None, x, grad_x))
 
 
 def _flops(grad: Tensor, x: Tensor, *arguments: object, out_val: object = None) -> int:

@@ -60,6 +60,8 @@ def main(arguments: list[str] | None = None) -> int:
     unknown = set(options.targets.split(",")) - set(TARGETS)
     if unknown:
         parser.error(f"unknown target {', '.join(sorted(unknown))}; known: {', '.join(TARGETS)}")
+    if options.jobs < 1:
+        parser.error(f"--jobs {options.jobs}: give 1 or more")
     rates = [int(rate) for rate in options.growth_rates.split(",")]
     tasks = list(tasks_of(options.targets.split(","), rates, options.dtypes.split(","), options.kernels))
     table = []

@@ -8,12 +8,28 @@ import pytest
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from densebench.execution import autograd
 from densebench.execution.parts import LAYERS_A_NODE
 from densebench.prediction.networks import trace_network
+from densebench.replay.tracks import Plain
 from tests.comparison import upstream
 from tests.networks import images, lone_block
 
 BUFFERS = {"features", "gradient", "scratch", "statistics"}
+
+
+@pytest.fixture(autouse=True)
+def backwards(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
+    """All that were started, which an error's traceback would keep alive, too."""
+    started: list[Any] = []
+
+    class Noted(autograd._Backward):
+        def __init__(self, *arguments: Any) -> None:
+            super().__init__(*arguments)
+            started.append(self)
+
+    monkeypatch.setattr(autograd, "_Backward", Noted)
+    return started
 
 
 def _forward(output: Tensor) -> Any:
@@ -24,19 +40,22 @@ def _forward(output: Tensor) -> Any:
     return node.run
 
 
-def _assert_released(forward: Any) -> None:
+def _assert_released(forward: Any, backwards: list[Any]) -> None:
     assert not forward.backwards
-    assert not BUFFERS & vars(forward.computation).keys()
+    assert backwards
+    for computation in (forward.computation, *(one.computation for one in backwards)):
+        assert not BUFFERS & vars(computation).keys()
+    assert {type(one.passing) for one in backwards} == {Plain}
 
 
-def test_after_backward(strategy: str) -> None:
+def test_after_backward(strategy: str, backwards: list[Any]) -> None:
     output = lone_block(strategy)(images(2, 4, 5).requires_grad_())
     forward = _forward(output)
     output.backward(upstream(output))
-    _assert_released(forward)
+    _assert_released(forward, backwards)
 
 
-def test_after_backward_to_a_frozen_boundary(strategy: str) -> None:
+def test_after_backward_to_a_frozen_boundary(strategy: str, backwards: list[Any]) -> None:
     """Nothing before the boundary needs a gradient, so the node that enters the stage never runs."""
     network = lone_block(strategy, layers=2 * LAYERS_A_NODE + 1)
     for layer in network.denseblock1.layers[: LAYERS_A_NODE + 1]:
@@ -44,7 +63,7 @@ def test_after_backward_to_a_frozen_boundary(strategy: str) -> None:
     output = network(images(2, 4, 5))
     forward = _forward(output)
     output.backward(upstream(output))
-    _assert_released(forward)
+    _assert_released(forward, backwards)
 
 
 class _Failing(TorchDispatchMode):
@@ -56,12 +75,12 @@ class _Failing(TorchDispatchMode):
         return function(*args, **(kwargs or {}))
 
 
-def test_after_a_backward_that_failed(strategy: str) -> None:
+def test_after_a_backward_that_failed(strategy: str, backwards: list[Any]) -> None:
     output = lone_block(strategy)(images(2, 4, 5).requires_grad_())
     forward = _forward(output)
     with pytest.raises(RuntimeError, match="announced"), _Failing():
         output.backward(upstream(output))
-    _assert_released(forward)
+    _assert_released(forward, backwards)
 
 
 @pytest.mark.parametrize("shape", [(2, 3, 64, 64), (2, 3, 32, 32, 32)], ids=["images", "volumes"])

@@ -143,8 +143,10 @@ class _Forward:
         return self.backwards[task]
 
     def release(self, task: int) -> None:
-        """Nothing more of this backward will come."""
-        self.backwards.pop(task, None)
+        """Nothing more of this backward will come; its buffers go even if an error's traceback holds on to it."""
+        if backward := self.backwards.pop(task, None):
+            backward.computation.release()
+            backward.passing = Plain()
 
 
 class _Backward:

@@ -166,7 +166,8 @@ def naive_section(comparisons: Sequence[Comparison]) -> Section:
         )
     else:
         text = (
-            f"In none of {settings}: everywhere a strategy is faster, or as fast and smaller.{_closest(compared)}"
+            f"In none of {settings}: everywhere a strategy is faster, or smaller and not found slower."
+            f"{_closest(compared)}"
         )
     return Section(id, title, (Prose(text), *([Sheet(naive_table(found))] if found else [])))
 

@@ -154,3 +154,10 @@ def test_unknown_target_is_refused() -> None:
     assert done.returncode == 2
     assert "sm_13" in done.stderr
     assert "sm_90" in done.stderr
+
+
+def test_no_jobs_are_refused() -> None:
+    command = [sys.executable, "-m", "densebench.kernels.compile_report", "--jobs", "0"]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert (done.returncode, done.stderr.count("Traceback")) == (2, 0)
+    assert "--jobs 0: give 1 or more" in done.stderr

@@ -165,6 +165,16 @@ def test_the_sanitizer_runs_values_alone(campaign: Campaign, tmp_path: Path) -> 
     assert all(limit <= 300 for limit in seconds)
 
 
+def test_another_machine_compiles_anew(campaign: Campaign) -> None:
+    """What is done says nothing of its caches; nor does a target that is unknown fail the stage."""
+    campaign.run("networks")
+    assert "networks/compiling.log" in campaign.kept()
+    assert "networks/compiling.done" not in campaign.kept()
+    (started,) = campaign.run("networks")[0]
+    assert "compile_report" in started
+    assert "networks: ok" in campaign.run("networks", FAKE_EXIT="1")[2]
+
+
 def test_no_predictions_are_made_on_the_gpu(campaign: Campaign) -> None:
     (ahead, *started), seconds, _ = campaign.run("networks")
     assert ahead.split()[1:4] == ["densebench.kernels.compile_report", "--targets", "sm_90"]

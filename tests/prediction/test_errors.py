@@ -16,8 +16,10 @@ def test_peak(case: Case, request: pytest.FixtureRequest) -> None:
     missing = get_contender(case.strategy).missing()
     if missing:
         lack(request.config, missing)
-    if "bfloat16" in (case.dtype, case.autocast) and not multiplies_halves():
-        pytest.skip("what PyTorch converts of bfloat16 where a processor does not multiply it is not predicted")
+    if case.dtype == "bfloat16" and case.strategy == "naive" and not multiplies_halves():
+        pytest.skip(
+            "what PyTorch's own operators convert where a processor multiplies no bfloat16 is not predicted"
+        )
     comparison = compare(case)
     assert abs(comparison.error) <= TOLERANCE, f"\n{HEADER}\n{comparison.row()}"
 
