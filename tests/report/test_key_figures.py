@@ -112,6 +112,16 @@ def test_the_line_joins_what_none_beats_and_peers_share_a_label() -> None:
     assert {"naive", "fused", "fused_recompute"} <= set(texts)
 
 
+def test_what_is_incorrect_is_not_on_the_line() -> None:
+    """However small and fast."""
+    wrong = timed(make_case("torchvision"), GIB // 16, [0.01] * 20)
+    comparison = _comparison([*_run()[:3], dataclasses.replace(wrong, status="incorrect")])
+    with matplotlib.rc_context(RC):
+        axes = paint_answer(comparison).figure.axes[0]
+        (line,) = [line for line in axes.lines if len(line.get_xdata()) == 2 and line.get_zorder() == 1.5]
+    assert list(line.get_ydata()) == [GIB // 8, GIB // 4]
+
+
 def test_what_is_incorrect_says_why_and_has_no_verdict() -> None:
     records = _run()
     wrong = dataclasses.replace(records[3], status="incorrect", reason="buffers off by 6.9e-02 (naive: 2.0e-07)")
