@@ -159,6 +159,9 @@ class Record:
         """
         try:
             data = json.loads(line, parse_constant=_refuse_constant)
+            if "\\ud" in line.lower():  # half a character, as names of files may hold: no page can
+                whole = json.dumps(data, ensure_ascii=False).encode(errors="replace")
+                data = json.loads(whole)
         except json.JSONDecodeError as error:
             raise RecordError(f"not JSON ({error.msg})") from None
         if not isinstance(data, dict) or "case" not in data:

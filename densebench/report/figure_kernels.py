@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import statistics
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from matplotlib.axes import Axes
 
@@ -52,9 +52,13 @@ class Scale:
     log: bool = False
 
     def values(self, line: Line) -> list[float]:
+        return [value for value, _ in self.points(line)]
+
+    def points(self, line: Line) -> list[tuple[float, bool]]:
+        """The values of a line, and whether they are noisy."""
         operator, contender = line
         runs = [] if contender is None else operator.by(contender)
-        return [value for run in runs if (value := self.value(run)) is not None]
+        return [(value, run.noisy) for run in runs if (value := self.value(run)) is not None]
 
     def beyond(self, line: Line) -> str:
         """The values of a line that lie beyond the ends, in words; empty if there are none."""
@@ -84,7 +88,7 @@ def _caption(machine: Machine) -> str:
         "One point a shape, a bar at the median. First panel: share of the rate that PyTorch's own copy or matmul "
         f"reached on this machine{rates}, whichever share is larger; further right is better. Second: time over "
         "that of eager, on a logarithmic scale; further left is faster. Arrows and numbers at the edge: what lies "
-        "beyond."
+        "beyond." + (" Hollow: noisy." if any(run.noisy for run in machine.runs) else "")
     )
 
 
@@ -166,8 +170,8 @@ def _panel(page: Canvas, axes: Axes, scale: Scale, lines: Sequence[Line]) -> Non
         va="bottom",
     )
     for at, line in enumerate(lines):
-        if values := scale.values(line):
-            _points(axes, scale, at, _LOOKS.get(line[1] or "", _OTHER), values)
+        if points := scale.points(line):
+            _points(axes, scale, at, _LOOKS.get(line[1] or "", _OTHER), points)
         if beyond := scale.beyond(line):
             axes.annotate(
                 beyond,
@@ -180,10 +184,13 @@ def _panel(page: Canvas, axes: Axes, scale: Scale, lines: Sequence[Line]) -> Non
             )
 
 
-def _points(axes: Axes, scale: Scale, at: int, look: Look, values: Sequence[float]) -> None:
-    """A point a value, an arrow at the edge for those beyond; a bar at the median, if that is in the panel."""
-    within = [value for value in values if scale.low <= value <= scale.high]
-    axes.plot(within, [at] * len(within), linestyle="", alpha=0.75, clip_on=False, **look.marker_style(7))
+def _points(axes: Axes, scale: Scale, at: int, look: Look, points: Sequence[tuple[float, bool]]) -> None:
+    """A point a value, hollow if noisy; arrows at the edge for those beyond; a bar at the median, if within."""
+    values = [value for value, _ in points]
+    for hollow in (True, False):
+        within = [value for value, noisy in points if noisy == hollow and scale.low <= value <= scale.high]
+        style = replace(look, hollow=hollow).marker_style(7)
+        axes.plot(within, [at] * len(within), linestyle="", alpha=0.75, clip_on=False, **style)
     for edge, arrow, is_there in (
         (scale.low, "<", min(values) < scale.low),
         (scale.high, ">", max(values) > scale.high),

@@ -56,7 +56,7 @@ _ENTRIES: tuple[tuple[str, str, str], ...] = (
         "error against reference",
         "Largest difference from the reference, as a share of it.",
     ),
-    ("notes", "notes", "Throttling, or other processes on the GPU."),
+    ("notes", "notes", "Throttling, other processes on the GPU, or times that are noisy."),
     ("reason", "reason", "Why a case has no figure, or is not to be relied on."),
     ("setting", "setting", "What was run: mode, network, batch, image size, precision."),
     ("device", "device", "What it ran on: a GPU, or a CPU and the threads used."),

@@ -9,7 +9,7 @@ from typing import Any
 from densebench.records import Record
 from densebench.report.kernels import Machine, Operator, Run
 from densebench.report.tables import Column, Table, build
-from densebench.report.units import number, times
+from densebench.report.units import STATUS_WORDS, number, times
 
 SHAPE = ("block", "layer", "rows", "columns", "outputs")
 
@@ -29,6 +29,7 @@ def operator_table(operator: Operator) -> Table:
         Column[Run]("of copy rate", lambda run: share(run.copy_share)),
         Column[Run]("of matmul rate", lambda run: share(run.matmul_share)),
         Column[Run]("time against eager", lambda run: run.against),
+        Column[Run]("notes", lambda run: STATUS_WORDS["noisy"] if run.noisy else None, numeric=False),
     ]
     order = {name: at for at, name in enumerate(operator.contenders)}
     runs = sorted(operator.runs, key=lambda run: (_shape_order(run.record), order[run.contender]))

@@ -44,6 +44,10 @@ class Run:
         return self.record.case.strategy
 
     @property
+    def noisy(self) -> bool:
+        return self.record.status == "noisy"
+
+    @property
     def gb_s(self) -> float | None:
         moved = self.record.bytes_moved
         return None if not moved else moved / self.seconds / 1e9

@@ -67,6 +67,7 @@ def _block(runs: list[Path], samples: Path) -> str:
 
 
 def _conditions(run: Path) -> str:
+    from densebench.report.units import device_words
     from densebench.store import read_records
 
     record = read_records([run / RECORDS])[0]
@@ -75,7 +76,7 @@ def _conditions(run: Path) -> str:
     words = [f"{name} {packages[name]}" for name in ("torch", "triton") if packages.get(name)]
     commit = str(facts.get("commit") or "unknown")[:10]
     return (
-        f"* {record.created[:10]}, {facts.get('device')}, {', '.join(words)}, commit {commit}; "
+        f"* {record.created[:10]}, {device_words(str(facts.get('device')))}, {', '.join(words)}, commit {commit}; "
         f"records: [`{run.as_posix()}/{RECORDS}`]({run.as_posix()}/{RECORDS})."
     )
 

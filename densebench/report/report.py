@@ -31,6 +31,7 @@ from densebench.report.selection import comparisons
 from densebench.report.sources import MAKE_SOME, Loaded
 from densebench.report.style import Roster
 from densebench.report.tables import Table
+from densebench.report.units import device_words
 
 
 @dataclass(frozen=True)
@@ -128,7 +129,7 @@ def _origin(records: Sequence[Record]) -> str:
 
 
 def _measured(record: Record) -> str:
-    device = record.environment.get("device") or "an unknown machine"
+    device = device_words(str(record.environment.get("device") or "an unknown machine"))
     commit = str(record.environment.get("commit") or "unknown")[:10]
     date = record.created[:10] or "an unknown date"
     return f"measured on {device} on {date} at commit {commit}"

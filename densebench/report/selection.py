@@ -10,7 +10,7 @@ from functools import cached_property
 from densebench.records import Case, Record
 from densebench.report.console import fastest_naive
 from densebench.report.style import Look, Roster, display_name
-from densebench.report.units import MODES, Unit, memory_unit, setting_words
+from densebench.report.units import MODES, Unit, device_words, memory_unit, setting_words
 from densebench.statistics import Ratio, ratio_of
 
 USABLE = ("ok", "noisy")
@@ -206,8 +206,8 @@ def _interest(comparison: Comparison) -> tuple[object, ...]:
 
 
 def device_of(record: Record) -> str:
-    """The name of the device that a record was measured on."""
-    return str(record.environment.get("device") or record.case.device)
+    """The name of the device that a record was measured on, in words."""
+    return device_words(str(record.environment.get("device") or record.case.device))
 
 
 def need_names(records: Iterable[Record], title: Callable[[Record], str] = _place) -> bool:

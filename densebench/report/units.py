@@ -118,7 +118,19 @@ def condition_words(case: Case, with_batch: bool = True) -> str:
     return f"{model_name(case.model)}{_option_words(case)}, {size}, {precision(case)}"
 
 
+def device_words(name: str) -> str:
+    """A device as one speaks of it: no trademarks, nor what every processor's name says."""
+    name = re.sub(r"\((?:R|TM)\)", "", name, flags=re.IGNORECASE)
+    name = re.sub(r"(?: CPU| Processor)? @ ([\d.]+)GHz", r" \1 GHz", name)
+    return re.sub(r" Processor\b", "", name).strip()
+
+
 def _option_words(case: Case) -> str:
-    if not case.options:
-        return ""
-    return " (" + ", ".join(f"{key}={value}" for key, value in sorted(case.options.items())) + ")"
+    """What a network was asked for beyond its name: its dimensions and channels in words, the rest as it is."""
+    words, others = [], dict(sorted(case.options.items()))
+    if dimensions := others.pop("spatial_dims", None):
+        words.append(f"{dimensions}-D")
+    if channels := others.pop("in_channels", None):
+        words.append("1 channel" if channels == 1 else f"{channels} channels")
+    words += [f"{key}={value}" for key, value in others.items()]
+    return f" ({', '.join(words)})" if words else ""

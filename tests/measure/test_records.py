@@ -71,6 +71,13 @@ def test_a_wrong_value_is_told_or_harmless(field: str, value: Any) -> None:
     assert Record.from_json(record.to_json()) == record
 
 
+def test_half_a_character_is_replaced_and_whole_ones_stay() -> None:
+    """Python reads bytes of a file's name that are no text as halves of characters, which no file can hold."""
+    facts = {"argv": ["caf\udce9.py", "\N{GRINNING FACE}"]}
+    record = Record.from_json(dataclasses.replace(small_record(), environment=facts).to_json())
+    assert record.environment == {"argv": ["caf?.py", "\N{GRINNING FACE}"]}
+
+
 @pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
 def test_no_record_holds_nan(value: float, tmp_path: Path) -> None:
     store = RunStore(tmp_path)

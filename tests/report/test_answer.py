@@ -196,7 +196,7 @@ def test_volumes_have_their_line_after_images() -> None:
     assert f"0.20{CROSS} the activation memory" in said.sentence
     (line,) = _elsewhere(said).rows
     assert f"0.30{CROSS}" in line
-    assert "spatial_dims=3), batch" in str(line[0])
+    assert "(3-D, 1 channel), batch" in str(line[0])
     assert CROSS.join(["512"] * 3) in str(line[0])
 
 

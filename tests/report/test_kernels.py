@@ -15,9 +15,10 @@ from densebench.report.blocks import Block, Folded, Items, Plot, Prose, Sheet
 from densebench.report.context_sections import kernels_section, run_facts
 from densebench.report.drawing import NARROW, WIDE, canvas
 from densebench.report.figure_kernels import LEAST, MOST, kernels_picture, paint_kernels
+from densebench.report.kernel_tables import operator_table
 from densebench.report.kernel_words import beyond, clauses, code_words, finding
 from densebench.report.kernels import Machine, machines
-from densebench.report.style import RC
+from densebench.report.style import PAPER, RC
 from densebench.report.units import CROSS
 from tests.report.records import CODE, kernel_records
 
@@ -138,6 +139,27 @@ def test_nothing_measured_is_called_a_ceiling() -> None:
     )
     assert "ceiling" not in words
     assert "copy 800 GB/s and matmul 100 TFLOP/s" in picture.caption
+
+
+def test_noisy_times_are_hollow_and_noted() -> None:
+    quiet = _on("Machine")
+    at = next(i for i, record in enumerate(quiet) if record.case.strategy == "ours")
+    noisy = [*quiet]
+    noisy[at] = dataclasses.replace(quiet[at], status="noisy")
+    for records, count in ((quiet, 0), (noisy, 1)):
+        machine = _one(records)
+        picture = kernels_picture(machine)
+        assert picture is not None
+        assert picture.caption.endswith(" Hollow: noisy.") == bool(count)
+        hollow = [
+            len(line.get_xdata())
+            for axes in paint_kernels(machine).figure.axes
+            for line in axes.lines
+            if line.get_markerfacecolor() == PAPER
+        ]
+        assert sum(hollow) == 2 * count  # in each panel
+        cells = [cell for one in machine.operators for row in operator_table(one).rows for cell in row]
+        assert cells.count("noisy") == count
 
 
 def test_the_section_begins_with_what_was_found() -> None:
