@@ -1,4 +1,4 @@
-"""What equal means: the one definition, used by the tests and by anyone with a strategy of their own.
+"""What equal means for two runs of a network: used by the tests and by anyone with a strategy of their own.
 
 Two runs are equal if outputs, loss, input gradient, every parameter gradient by name, every buffer and, after
 optimizer steps, every parameter agree, and both leave what they were given as it was. In float64 the gate is
@@ -18,7 +18,15 @@ import torch
 from torch import Tensor, nn
 
 from densebench.models.features import stages_in
-from densebench.quantities import COUNTER, Quantities, Run, is_buffer, is_computed, of_a_step
+from densebench.quantities import (
+    COUNTER,
+    Quantities,
+    Run,
+    in_order_of_computation,
+    is_buffer,
+    is_computed,
+    of_a_step,
+)
 
 # Norm of the difference over norm of the reference. Buffers are plain averages of what the forward computed.
 GATE_FLOAT64 = 1e-11
@@ -76,9 +84,10 @@ def assert_equivalent(
         Every quantity compared, with its error and gate: what was measured, for reports.
 
     Raises:
-        AssertionError: naming the worst quantity, its index, both values, its error and its gate.
-        ValueError: if the reference has been converted, too, or what comes out holds anything but tensors; and as
-            `densebench.set_strategy`.
+        AssertionError: naming the worst quantity, its index, both values, its error and its gate, and the quantity
+            that differs first in the order of computation.
+        ValueError: if there are no inputs, the reference has been converted, too, or what comes out holds anything
+            but tensors; and as `densebench.set_strategy`.
         UnsupportedError: as `densebench.set_strategy`.
     """
     if isinstance(reference, nn.Module) and stages_in(reference):
@@ -87,6 +96,8 @@ def assert_equivalent(
             "before convert, which works in place; copy.deepcopy makes one that stays"
         )
     steps = [inputs] if isinstance(inputs, Tensor) else list(inputs)
+    if not steps:
+        raise ValueError("there are no inputs to compare runs on: give a tensor, or several for as many steps")
     run = Run(model, steps, autocast, input_gradient, learning_rate, seed)
     expected, actual = run.by(reference), run.by(strategy)
     _assert_comparable(expected, actual)
@@ -94,19 +105,37 @@ def assert_equivalent(
     differences = _compare_exactly(run, reference, expected, actual) if exact else None
     if differences is None:
         differences = _compare_errors(run, reference, expected, actual)
-    wrong = [difference for difference in differences if not difference.within]
+    wrong = {difference.name: difference for difference in differences if not difference.within}
     if wrong:
-        worst = max(wrong, key=lambda d: d.error / d.gate if d.error == d.error else float("inf"))
-        twice = worst.name.endswith(COUNTER) and not isinstance(reference, str)
-        hint = "; checkpoints (memory_efficient) move running statistics twice: switch them off" if twice else ""
-        more = f" ({len(wrong) - 1} more quantities differ)" if len(wrong) > 1 else ""
-        where = _first_difference(expected[worst.name], actual[worst.name])
         other = repr(reference) if isinstance(reference, str) else f"the {type(reference).__name__} given"
+        hint = _hint(wrong, isinstance(reference, str))
         raise AssertionError(
-            f"strategy {strategy!r} differs from {other} in {worst.name}: relative error "
-            f"{worst.error:.2e} against a gate of {worst.gate:.2e}; {where}{more}{hint}"
+            f"strategy {strategy!r} differs from {other} in {_told(wrong, expected, actual)}{hint}"
         )
     return differences
+
+
+def _told(wrong: dict[str, Difference], expected: Quantities, actual: Quantities) -> str:
+    """The worst difference, and the first: where to look, for what comes later inherits it."""
+    worst = max(wrong.values(), key=_excess)
+    more = f" ({len(wrong) - 1} more quantities differ)" if len(wrong) > 1 else ""
+    first = wrong[next(name for name in in_order_of_computation(expected) if name in wrong)]
+    begins = "" if first is worst else f"; the first in the order of computation: {first.name}, {first.error:.2e}"
+    return (
+        f"{worst.name}: relative error {worst.error:.2e} against a gate of {worst.gate:.2e}; "
+        f"{_largest_difference(expected[worst.name], actual[worst.name])}{more}{begins}"
+    )
+
+
+def _excess(difference: Difference) -> float:
+    """How many gates an error is; NaN is more than any."""
+    return difference.error / difference.gate if difference.error == difference.error else float("inf")
+
+
+def _hint(wrong: dict[str, Difference], is_strategy: bool) -> str:
+    """What is usual where a converted network counts batches differently from its original."""
+    twice = max(wrong.values(), key=_excess).name.endswith(COUNTER) and not is_strategy
+    return "; checkpoints (memory_efficient) move running statistics twice: switch them off" if twice else ""
 
 
 def _compare_exactly(
@@ -172,24 +201,31 @@ def _compare_errors(
 
 def _assert_comparable(expected: Quantities, actual: Quantities) -> None:
     """Both runs have the same quantities, dtypes and Nones, and share no memory."""
-    assert expected.keys() == actual.keys(), f"different quantities: {expected.keys() ^ actual.keys()}"
+    _require(expected.keys() == actual.keys(), f"different quantities: {expected.keys() ^ actual.keys()}")
     storages = {t.untyped_storage().data_ptr() for t in expected.values() if t is not None and t.numel()}
     for name, value in expected.items():
         other = actual[name]
-        assert (value is None) == (other is None), (
+        _require(
+            (value is None) == (other is None),
             f"{name} is {'missing' if other is None else 'there'} and should "
-            f"{'not be' if value is None else 'be there'}"
+            f"{'not be' if value is None else 'be there'}",
         )
         if value is None or other is None:
             continue
-        assert value.dtype == other.dtype, f"{name} is {other.dtype}, the reference's {value.dtype}"
-        assert value.shape == other.shape, f"{name} has shape {other.shape}, the reference's {value.shape}"
+        _require(value.dtype == other.dtype, f"{name} is {other.dtype}, the reference's {value.dtype}")
+        _require(value.shape == other.shape, f"{name} has shape {other.shape}, the reference's {value.shape}")
         if other.numel():
             shared = other.untyped_storage().data_ptr() in storages
-            assert not shared, f"{name} lies in memory of the reference's run: it would be compared with itself"
+            _require(not shared, f"{name} lies in memory of the reference's run: it would be compared with itself")
     computed = [value for name, value in expected.items() if value is not None and is_computed(name)]
     size = sum(float(value.double().abs().nan_to_num().sum()) for value in computed)
-    assert size > 0, "the reference's run is all zeros: nothing could differ"
+    _require(size > 0, "the reference's run is all zeros: nothing could differ")
+
+
+def _require(holds: bool, otherwise: str) -> None:
+    """An assertion that `python -O` keeps."""
+    if not holds:
+        raise AssertionError(otherwise)
 
 
 def _relative(value: Tensor, reference: Tensor) -> float:
@@ -207,7 +243,7 @@ def _relative(value: Tensor, reference: Tensor) -> float:
     return float(difference / size) if size > 0 else float(difference)
 
 
-def _first_difference(expected: Tensor | None, actual: Tensor | None) -> str:
+def _largest_difference(expected: Tensor | None, actual: Tensor | None) -> str:
     """Where two tensors differ most, in words."""
     assert expected is not None
     assert actual is not None

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import copy
 import re
+from collections.abc import Iterable
 from dataclasses import dataclass
 
 import torch
@@ -119,6 +120,33 @@ class Run:
 def of_a_step(name: str) -> str:
     """A quantity's name without its step's: output, output['out'], loss, input, input gradient, buffer x.y."""
     return re.sub(r"^step \d+: ", "", name)
+
+
+def in_order_of_computation(names: Iterable[str]) -> list[str]:
+    """The names of a run's quantities, earlier steps first: what a layer gets wrong, all that comes after it inherits.
+
+    Buffers as the layers follow each other, for a forward writes them on its way; outputs; gradients from the last
+    layer's back to the input's; parameters, and what must not change at all.
+    """
+    names = list(names)
+
+    def place(at: int) -> tuple[int, int, int]:
+        name = of_a_step(names[at])
+        step = re.match(r"step (\d+): ", names[at])
+        number = int(step[1]) if step else 0
+        if name.startswith("parameter "):
+            return len(names), 4, at
+        if name.startswith("buffer "):
+            return number, 0, at
+        if name == "loss" or name.startswith("output"):
+            return number, 1, at
+        if name == "input gradient":
+            return number, 3, at
+        if name.startswith("gradient ") and not name.startswith("gradient of the output"):
+            return number, 2, -at
+        return number, 4, at
+
+    return [names[at] for at in sorted(range(len(names)), key=place)]
 
 
 def is_buffer(name: str) -> bool:

@@ -14,7 +14,9 @@ from torch import Tensor, nn
 
 import tests.faults_of_execution  # noqa: F401 - registers its faults
 from densebench import assert_equivalent
-from densebench.models import Transition
+from densebench.equivalence import FLOORS
+from densebench.models import Stage, Transition
+from densebench.quantities import in_order_of_computation
 from tests.faults import FAULTS
 from tests.networks import architecture, draw_norms, images, lone_block, norms, small, temporary_strategy
 from tests.rewritten import RIGHT
@@ -168,6 +170,53 @@ def test_message_names_quantity_place_values_and_gate() -> None:
         assert_equivalent(lone_block(), name, images(channels=5))
     assert re.fullmatch(
         r"strategy 'doubled' differs from 'naive' in [\w. ]+: relative error \S+ against a gate of \S+; "
-        r"at \[.*\] it is \S+, the reference \S+ \(\d+ more quantities differ\)",
+        r"at \[.*\] it is \S+, the reference \S+ \(\d+ more quantities differ\)"
+        r"(; the first in the order of computation: [\w. ]+, \S+)?",
         str(caught.value),
     ), str(caught.value)
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
+def test_message_names_the_layer_that_is_wrong(dtype: torch.dtype) -> None:
+    """Everything after it differs too, and in float32 something there is the worst."""
+
+    def mirrored(stage: Stage, x: Tensor) -> Tensor:
+        x = stage.run_head(x)
+        x = x.flip(1) if stage.name == "denseblock2" else x
+        return stage.run_tail(stage.run_block(x))
+
+    with temporary_strategy("mirrored", mirrored), pytest.raises(AssertionError) as caught:
+        assert_equivalent(small().to(dtype), "mirrored", images(dtype=dtype))
+    first = "buffer features.denseblock2.denselayer1.norm1.running_"
+    assert f"in {first}" in str(caught.value) or f"order of computation: {first}" in str(caught.value)
+
+
+def test_order_of_computation() -> None:
+    names = ["output", "loss", "input gradient", "input", "gradient a", "gradient b", "buffer a", "buffer b"]
+    steps = [f"step {number}: {name}" for number in (1, 2) for name in names]
+    ordered = ["buffer a", "buffer b", "output", "loss", "gradient b", "gradient a", "input gradient", "input"]
+    expected = [f"step {number}: {name}" for number in (1, 2) for name in ordered]
+    assert in_order_of_computation([*steps, "parameter a"]) == [*expected, "parameter a"]
+
+
+OFF = {torch.float32: 4e-6, torch.float16: 4e-3, torch.bfloat16: 3e-2}
+
+
+@pytest.mark.parametrize("dtype", FLOORS)
+def test_floors_excuse_little(dtype: torch.dtype) -> None:
+    """Four times what needs no excuse is found; the reference itself errs less than half of that here."""
+
+    def off(stage: Stage, x: Tensor) -> Tensor:
+        x = stage.run_tail(stage.run_block(stage.run_head(x)))
+        return x * (1 + OFF[dtype]) if stage.tail is not None and stage.name == "denseblock2" else x
+
+    x = images(dtype=torch.float32)
+    autocast = None if dtype == torch.float32 else dtype
+    with temporary_strategy("off", off), pytest.raises(AssertionError, match="differs from 'naive'"):
+        assert_equivalent(small().float().eval(), "off", x, autocast=autocast)
+
+
+@pytest.mark.parametrize("inputs", [[], ()])
+def test_nothing_to_compare_on(inputs: Any) -> None:
+    with pytest.raises(ValueError, match="no inputs to compare runs on"):
+        assert_equivalent(small(), "naive", inputs)
