@@ -123,7 +123,7 @@ def of_a_step(name: str) -> str:
 
 
 def in_order_of_computation(names: Iterable[str]) -> list[str]:
-    """The names of a run's quantities, earlier steps first: what a layer gets wrong, all that comes after it inherits.
+    """The names of a run's quantities, earlier steps first: what comes after a wrong one inherits its error.
 
     Buffers as the layers follow each other, for a forward writes them on its way; outputs; gradients from the last
     layer's back to the input's; parameters, and what must not change at all.

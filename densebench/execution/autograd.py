@@ -21,7 +21,8 @@ from torch.autograd.variable import Variable
 from densebench.execution.computation import StageComputation
 from densebench.execution.parts import Part, parts_of
 from densebench.execution.plan import StagePlan
-from densebench.execution.precision import without_autocast
+from densebench.execution.precision import casts, without_autocast
+from densebench.execution.requirements import require_dtypes, require_one_device, require_plain, require_shapes
 from densebench.replay.recording import Tensors
 from densebench.replay.tracks import Pass, Plain, Track, described, replayable, tracks_of
 
@@ -61,8 +62,7 @@ def _check_input(plan: StagePlan, x: Tensor) -> None:
     if x.shape[1] != plan.start:
         raise ValueError(f"input has {x.shape[1]} channels, the dense block takes {plan.start}")
     weight = plan.parameters[plan.layers[0].units[0].first + 2]
-    autocast = x.device.type != "meta" and torch.is_autocast_enabled(x.device.type)
-    if weight is not None and weight.dtype != x.dtype and not autocast:
+    if weight is not None and weight.dtype != x.dtype and not casts(x):
         raise TypeError(f"input is {x.dtype}, the dense block {weight.dtype}; cast one, or use torch.autocast")
 
 
@@ -88,6 +88,7 @@ class _Forward:
         output: until the last node is made.
         track: on which forward runs, and backward after it; None where nothing is recorded.
         hooked: whether hooks see what is saved; what comes back may lie in memory in any way.
+        autocast: whether it was on around this forward.
         origin: stands for x in gradients that must not be differentiated again; None where x needs none.
         backwards: by the task of autograd that each is part of; threads may go back through one graph at a time.
     """
@@ -99,6 +100,7 @@ class _Forward:
         self.output: list[Tensor] = []
         self.track: Track | None = None
         self.hooked = torch._C._autograd._top_saved_tensors_default_hooks(True) is not None
+        self.autocast = False
         self.origin: Tensor | None = None
         self.backwards: dict[int, _Backward] = {}
 
@@ -106,6 +108,7 @@ class _Forward:
         """Compute; takes x out of the values."""
         plan = self.computation.plan
         inputs: Tensors = [values.pop(), *plan.parameters, *plan.buffers]
+        self.autocast = casts(inputs[0])
         self.track = self._track(inputs)
         passing = Plain() if self.track is None else self.track.start()
         with without_autocast(inputs[0]):
@@ -125,7 +128,11 @@ class _Forward:
 
     def _compute(self, inputs: Tensors) -> tuple[Tensors, list[list[int]]]:
         """The output and what is kept, one after the other; and of how many tensors each step of each part."""
-        _require_one_device(inputs)
+        require_plain(self.computation.plan)
+        require_one_device(inputs)
+        require_shapes(self.computation.plan)
+        if not self.autocast:
+            require_dtypes(self.computation.plan, inputs[0])
         values = inputs[:1]
         inputs.clear()
         kept = [part.forward(self.computation, values, self.keep) for part in self.parts]
@@ -163,14 +170,6 @@ class _Backward:
         if forward.track is not None and not forward.hooked and replayable(grad, (), self.computation.compute):
             key = (described(grad), self.computation.settings())
             self.passing = forward.track.following.of(key).start()
-
-
-def _require_one_device(tensors: Sequence[Tensor | None]) -> None:
-    """Kernels take addresses. As in PyTorch single values may lie elsewhere: a norm's counter."""
-    devices = {tensor.device for tensor in tensors if tensor is not None and tensor.dim() > 0}
-    if len(devices) > 1:
-        named = " and ".join(sorted(map(str, devices)))
-        raise RuntimeError(f"input, parameters and buffers have to be on one device, and are on {named}")
 
 
 class _Node(torch.autograd.Function):

@@ -95,7 +95,7 @@ def call_norm(norm: BatchNorm, before: int = 0) -> NormCall:
     if norm.eps <= 0.0:  # which of these are refused, and how, differs between PyTorch's versions
         F.batch_norm(torch.ones(2, 1), torch.ones(1), torch.ones(1), training=by_batch, eps=norm.eps)
     used = not norm.training or norm.track_running_stats
-    momentum = 0.0 if norm.momentum is None else norm.momentum
+    momentum = 0.0 if norm.momentum is None else float(norm.momentum)  # which may be a tensor
     if norm.momentum is None and norm.training and used and norm.num_batches_tracked is not None:
         momentum = 1.0 / float(norm.num_batches_tracked + 1 + before)  # cumulative average
     mean, var = (norm.running_mean, norm.running_var) if used else (None, None)

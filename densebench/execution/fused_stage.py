@@ -67,8 +67,8 @@ class FusedStage(StageComputation):
         return (self.recompute, dtypes, self.format, pools, self.given, self.plan.signature)
 
     def settings(self) -> Hashable:
-        precision, library = matmul_precision(self.compute), torch.backends.cudnn.enabled
-        return precision, library, torch.get_num_threads(), compiled.settings()
+        libraries = torch.backends.cudnn.enabled, torch.backends.mkldnn.enabled
+        return matmul_precision(self.compute), libraries, torch.get_num_threads(), compiled.settings()
 
     # Forward
 

@@ -58,6 +58,7 @@ class ConvUnit(NormUnit):
     """norm-ReLU-convolution; the convolution's weight stands at `first + 2`."""
 
     options: ConvOptions
+    conv: Conv
 
     def weight(self, flat: Flat) -> Any:
         """What stands for the convolution's weight."""
@@ -121,7 +122,7 @@ class StagePlan:
         self.parameters: list[Tensor | None] = []
         self.calls: list[NormCall] = []
         self._copied = copied
-        self._copies: dict[BatchNorm, NormCall] = {}  # one a norm, which two layers may share
+        self._copies: dict[tuple[int, int], NormCall] = {}  # of the tensors, which norms and layers may share
         self.start = stage.block.in_channels
         self.channels = stage.block.out_channels
         self.head = self._unit(stage.head.norm) if whole and stage.head is not None else None
@@ -157,6 +158,14 @@ class StagePlan:
         kinds = (type(self.head), type(self.tail))
         return tuple(call.signature for call in self.calls), layers, convolutions, kinds
 
+    def units(self) -> Iterator[NormUnit]:
+        """Every unit in turn."""
+        if self.head is not None:
+            yield self.head
+        yield from self._conv_units()
+        if self.tail is not None:
+            yield self.tail
+
     def _conv_units(self) -> Iterator[ConvUnit]:
         for layer in self.layers:
             yield from layer.units
@@ -171,7 +180,7 @@ class StagePlan:
         return unit
 
     def _conv_unit(self, norm: BatchNorm, conv: Conv) -> ConvUnit:
-        unit = ConvUnit(self._call(norm), len(self.parameters), ConvOptions.of(conv))
+        unit = ConvUnit(self._call(norm), len(self.parameters), ConvOptions.of(conv), conv)
         self.parameters += [norm.weight, norm.bias, conv.weight]
         return unit
 
@@ -180,7 +189,8 @@ class StagePlan:
         before = 0 if norm.momentum is not None else sum(call.norm is norm for call in self.calls)
         call = call_norm(norm, before)
         if self._copied:
-            held = self._copies.setdefault(norm, call.copied())
+            mean, var = call.running
+            held = self._copies.setdefault((id(mean), id(var)), call.copied())
             call = call._replace(running_mean=held.running_mean, running_var=held.running_var)
         self.calls.append(call)
         return call

@@ -14,14 +14,18 @@ def without_autocast(x: Tensor) -> contextlib.AbstractContextManager[object]:
     return contextlib.nullcontext() if x.device.type == "meta" else torch.autocast(x.device.type, enabled=False)
 
 
+def casts(x: Tensor) -> bool:
+    """Whether autocast is on where x is."""
+    return x.device.type != "meta" and torch.is_autocast_enabled(x.device.type)
+
+
 def compute_dtype(x: Tensor) -> torch.dtype:
     """The dtype that autocast would cast a convolution's operands to now; x's own without autocast.
 
     Autocast leaves float64 alone.
     """
-    device = x.device.type
-    if device != "meta" and torch.is_autocast_enabled(device) and x.dtype != torch.float64:
-        return torch.get_autocast_dtype(device)
+    if casts(x) and x.dtype != torch.float64:
+        return torch.get_autocast_dtype(x.device.type)
     return x.dtype
 
 

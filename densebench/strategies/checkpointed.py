@@ -47,8 +47,8 @@ def _first_half(layer: DenseLayer) -> Callable[..., Tensor]:
     What it works with is settled now: neither the modes, parameters or running statistics that the modules have
     at the time of backward (`torch.func.functional_call` puts others back by then) may change what is recomputed.
     """
-    norm, conv, call = layer.norm1, layer.conv1, call_norm(layer.norm1).copied()
-    gamma, beta, weight, options = norm.weight, norm.bias, conv.weight, ConvOptions.of(conv)
+    conv, call = layer.conv1, call_norm(layer.norm1).copied()
+    gamma, beta, weight, options = call.norm.weight, call.norm.bias, conv.weight, ConvOptions.of(conv)
     versions: list[int] = []
 
     def run(*features: Tensor) -> Tensor:
@@ -57,7 +57,7 @@ def _first_half(layer: DenseLayer) -> Callable[..., Tensor]:
         _check_versions(used, versions)
         x = torch.cat(features, 1)
         # `call.running` are copies: recomputing may move them again, the module's own are stored once.
-        x = F.batch_norm(x, *call.running, gamma, beta, call.by_batch, call.momentum, norm.eps)
+        x = F.batch_norm(x, *call.running, gamma, beta, call.by_batch, call.momentum, call.eps)
         if not recomputing:
             commit_copies([call])
         x = F.relu(x, inplace=not torch.is_grad_enabled())
