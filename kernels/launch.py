@@ -56,11 +56,12 @@ def launch(
 ) -> None:
     """Start a kernel on the current stream; the only place where one is started.
 
-    Triton's launcher works out at every call what each argument specializes the kernel for: 17 us, seven hundred
-    times a training step. What it looks at - dtypes, the alignment of addresses, numbers - is the key under which
-    the compiled kernel is found here, in 4 us. Knobs that are turned after the first launch are not looked at
-    again, and Triton's own launch hooks (Proton's) are not called; PyTorch's profiler and NVIDIA's need none. Nor,
-    on AMD, is it looked at whether a storage is beyond 2 GiB, since numbers bound every offset.
+    Triton's launcher works out at every call what each argument specializes the kernel for: 17 us, seven
+    hundred times a training step. What it looks at - dtypes, the alignment of addresses, numbers - is the key
+    under which the compiled kernel is found here, in 4 us (both against a driver that does nothing). Knobs that
+    are turned after the first launch are not looked at again, and Triton's own launch hooks (Proton's) are not
+    called; PyTorch's profiler and NVIDIA's need none. Nor, on AMD, is it looked at whether a storage is beyond
+    2 GiB, since numbers bound every offset.
 
     Args:
         kernel: takes pointers, then numbers, then constants.

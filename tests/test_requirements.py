@@ -11,6 +11,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.testing._internal.two_tensor import TwoTensor
 
+from densebench import UnsupportedError
+from densebench.models.layers import DenseLayer
 from tests.comparison import upstream
 from tests.networks import images, norms, small
 
@@ -124,6 +126,26 @@ def test_saved_tensors_that_may_be_changed(variant: str) -> None:
         torch.autograd.graph.allow_mutation_on_saved_tensors(),
         pytest.raises(NotImplementedError, match="allow_mutation_on_saved_tensors works with"),
     ):
+        network(images())
+
+
+class DropsChannels(DenseLayer):
+    def dropout(self, new: Tensor) -> Tensor:
+        return F.dropout2d(new, 0.5, self.training)
+
+
+@pytest.mark.parametrize("on", ["instance", "class"])
+@pytest.mark.parametrize("variant", ["checkpointed", *ON_BUFFERS])
+def test_dropout_of_ones_own(variant: str, on: str) -> None:
+    network = small(variant)
+    layer = network.features.denseblock1.denselayer2
+    if on == "class":
+        layer.__class__ = DropsChannels
+        reason = "is DropsChannels, which has a dropout of its own; use 'naive'"
+    else:
+        layer.dropout = nn.Dropout2d(0.5).forward
+        reason = "has a replaced dropout; remove it, or use strategy 'naive'"
+    with pytest.raises(UnsupportedError, match=rf"denseblock1\.denselayer2,? (which )?{reason}"):
         network(images())
 
 

@@ -240,7 +240,7 @@ def _refuse_to_lose_anything(name: str, old: nn.Module, new: nn.Module) -> None:
     """Hooks on what is replaced; parameters and buffers that are not a DenseNet's."""
     kept = set(new.modules())
     for own, module in old.named_modules(prefix=name):
-        reason = why_not_bypass(module)
+        reason = why_not_bypass(module) or _replaced_method(module)
         if any(getattr(module, hooks, None) for hooks in _STATE_HOOKS):
             reason = "a hook on its state"
         elif type(module).get_extra_state is not nn.Module.get_extra_state:
@@ -253,6 +253,13 @@ def _refuse_to_lose_anything(name: str, old: nn.Module, new: nn.Module) -> None:
     if [(key, id(value)) for key, value in before.items()] != [(key, id(value)) for key, value in after.items()]:
         extra = next((key for key in before if after.get(key) is not before[key]), "other tensors")
         raise UnsupportedError(f"{name or 'the network'} has {extra}, which is not a DenseNet's")
+
+
+def _replaced_method(module: nn.Module) -> str | None:
+    """What an instance puts in the place of a method of its class; None where there is nothing."""
+    replaced = (name for name in vars(module) if callable(getattr(type(module), name, None)))
+    found = next(replaced, None)
+    return None if found is None else f"a replaced {found}"
 
 
 def _tensors(module: nn.Module) -> dict[str, Tensor]:

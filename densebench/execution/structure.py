@@ -91,6 +91,8 @@ def _reason(module: nn.Module) -> str | None:
         return f"is {kind.__name__}; it takes BatchNorm2d, ReLU and Conv2d, or BatchNorm3d, ReLU and Conv3d"
     if kind.forward is not container.forward:
         return f"is {kind.__name__}, which has a forward of its own"
+    if issubclass(kind, DenseLayer) and kind.dropout is not DenseLayer.dropout:
+        return f"is {kind.__name__}, which has a dropout of its own"
     return _reason_of_parts(module)
 
 

@@ -181,6 +181,9 @@ def _refuse_graphs(strategy: Strategy, x: object) -> None:
         )
 
 
+_METHODS = ("forward", "_conv_forward", "dropout")  # of the parts, that a strategy does not call
+
+
 def why_not_bypass(module: nn.Module) -> str | None:
     """What makes running around this module's `forward` wrong, or None where nothing does."""
     state = module.__dict__
@@ -191,8 +194,9 @@ def why_not_bypass(module: nn.Module) -> str | None:
         or state["_backward_pre_hooks"]
     ):
         return "a hook (pruning and weight norm are hooks too)"
-    if "forward" in state or "_conv_forward" in state:
-        return f"a replaced {'forward' if 'forward' in state else '_conv_forward'}"
+    for method in _METHODS:
+        if method in state and callable(state[method]):
+            return f"a replaced {method}"
     if "parametrizations" in state["_modules"]:
         return "a parametrization"
     return None

@@ -70,6 +70,11 @@ def _another_forward(network: nn.Module) -> None:
     network.features.denseblock1.denselayer1.forward = lambda features: features[0]
 
 
+def _another_method(network: nn.Module) -> None:
+    layer = network.features.denseblock1.denselayer1
+    layer.bn_function = lambda features: layer.conv1(torch.cat(features, 1))
+
+
 def _another_name(network: nn.Module) -> None:
     network.target = network.features.denseblock2.denselayer1
 
@@ -112,6 +117,7 @@ def _state_of_its_own(network: nn.Module) -> None:
         (_another_block, "features.denseblock1 is a tests.conversion.test_refusals.ScaledBlock"),
         (_another_layer, "features.denseblock1.denselayer2 is a tests.conversion.test_refusals.GatedLayer"),
         (_another_forward, "features.denseblock1.denselayer1 has a replaced forward"),
+        (_another_method, "features.denseblock1.denselayer1 has a replaced bn_function; convert before that"),
         (_another_name, "also DenseNet.target"),
     ],
 )

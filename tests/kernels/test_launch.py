@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import importlib.util
+
 import pytest
 import torch
 
 from densebench.kernels import bn_relu_conv1x1_backward
+from densebench.kernels.compiled import FOLDER
 from densebench.kernels.launch import H100, Device, compiling_for, loadable
 from densebench.kernels.library import require_dense_rows
 from densebench.kernels.rows import as_rows
@@ -75,3 +78,12 @@ def test_a_norms_values_that_lie_apart_are_refused() -> None:
     require_dense_rows("bn_relu", (torch.empty(4, 1).expand(4, 1)[:, 0][:1], torch.empty(0)[::2]))
     with pytest.raises(ValueError, match=r"densebench::bn_relu .* shape \[4\] with strides \(2,\)"):
         require_dense_rows("bn_relu", (torch.empty(4, 6), torch.empty(8)[::2]))
+
+
+def test_the_folder_is_imported_under_one_name() -> None:
+    """Operators can be registered once."""
+    spec = importlib.util.spec_from_file_location("kernels", FOLDER / "__init__.py")
+    assert spec is not None
+    assert spec.loader is not None
+    with pytest.raises(ImportError, match=r"import densebench\.kernels, which is this folder, instead of kernels"):
+        spec.loader.exec_module(importlib.util.module_from_spec(spec))
