@@ -200,7 +200,7 @@ def _cuda_backward_into(
     return reduce_terms(partial, norm, deferred, x.shape[0])
 
 
-def _fake_sums(grad: Tensor, x: Tensor, mean: Tensor, *_: object) -> tuple[Tensor, Tensor]:
+def _fake_sums(mean: Tensor) -> tuple[Tensor, Tensor]:
     return torch.empty_like(mean), torch.empty_like(mean)
 
 
@@ -213,7 +213,7 @@ bn_relu_backward = operator(
     cpu=_cpu_backward,
     cuda=_cuda_backward,
     fake=_fake_sums,
-    workspace=lambda grad, x, *_: backward_bytes(tile_bytes(x), grad, x, None),
+    workspace=lambda grad, x: backward_bytes(tile_bytes(x), grad, x, None),
 )
 
 bn_relu_backward_into = operator(
@@ -227,5 +227,5 @@ bn_relu_backward_into = operator(
     cpu=_cpu_backward_into,
     cuda=_cuda_backward_into,
     fake=_fake_sums,
-    workspace=lambda grad, x, *rest: backward_bytes(tile_bytes(x), grad, x, rest[6]),
+    workspace=lambda grad, x, grad_x: backward_bytes(tile_bytes(x), grad, x, grad_x),
 )

@@ -248,19 +248,17 @@ def packed(weight: Tensor) -> Tensor:
     return F.pad(weight, (0, missing)) if missing else weight.contiguous()
 
 
-def _fake(x: Tensor, *arguments: Tensor) -> None:
-    weight, out = arguments[5:7]
+def _fake(x: Tensor, weight: Tensor, out: Tensor) -> None:
     torch._check(weight.shape[1] == x.shape[1])
     torch._check(out.shape == (x.shape[0], weight.shape[0]))
 
 
-def _flops(x: Tensor, *arguments: Tensor, out_val: object = None) -> int:
-    return 2 * x.shape[0] * x.shape[1] * arguments[5].shape[0]
+def _flops(x: Tensor, weight: Tensor) -> int:
+    return 2 * x.shape[0] * weight.numel()
 
 
-def _workspace(x: Tensor, *arguments: Tensor) -> int:
+def _workspace(x: Tensor, mean: Tensor, weight: Tensor, out: Tensor, out_mean: Tensor | None) -> int:
     """Compiled, its scratch; else one tile of x, and tiles of the product and the weight if they are converted."""
-    mean, weight, out, out_mean = arguments[0], *arguments[5:8]
     if _at_once(x, weight, out):
         tables = 4 * (x.shape[1] + weight.shape[0]) * mean.element_size()
         return tables + multiply_bytes(x, weight) + (0 if out_mean is None else sum_bytes(out))

@@ -7,8 +7,6 @@ norm's sums and the buffer's update come from it, and what the sums decide is de
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 from torch import Tensor
 
@@ -285,32 +283,31 @@ def _cuda_backward(
     return *reduce_terms(joined, norm, deferred, rows), grad_weight
 
 
-def _fake(grad: Tensor, x: Tensor, mean: Tensor, *arguments: object) -> tuple[Tensor, Tensor, Tensor]:
-    needs_weight = arguments[-1]
-    weight = mean.new_empty(grad.shape[1] if needs_weight else 0, x.shape[1])
-    return torch.empty_like(mean), torch.empty_like(mean), weight
+def _fake(grad: Tensor, x: Tensor, mean: Tensor, needs_weight: bool) -> tuple[Tensor, Tensor, Tensor]:
+    grad_weight = mean.new_empty(grad.shape[1] if needs_weight else 0, x.shape[1])
+    return torch.empty_like(mean), torch.empty_like(mean), grad_weight
 
 
-def _workspace(grad: Tensor, x: Tensor, mean: Tensor, *arguments: Any) -> int:
+def _workspace(
+    grad: Tensor, x: Tensor, mean: Tensor, weight: Tensor, grad_x: Tensor | None, needs_weight: bool
+) -> int:
     """Compiled, its scratch; else one tile of x's columns, the weight's gradient once more, and what the norm's
     backward takes; where they have to be converted, the weight, too, and a tile of the outputs before that.
     """
-    given, grad_x, needs_weight = arguments[5], arguments[6], arguments[10]
-    if library(grad, x, given, grad_x) is not None:
+    if library(grad, x, weight, grad_x) is not None:
         table = 4 * x.shape[1] * mean.element_size()
-        return table + multiply_backward_bytes(x, given, needs_weight) + sum_bytes(x)
-    dtype = tile_dtype(grad, x, given, grad_x)
-    tile, weight = tile_bytes(x, dtype), x.shape[1] * grad.shape[1] * mean.element_size()
+        return table + multiply_backward_bytes(x, weight, needs_weight) + sum_bytes(x)
+    dtype = tile_dtype(grad, x, weight, grad_x)
+    tile, gradient = tile_bytes(x, dtype), weight.numel() * mean.element_size()
     if grad.dtype == dtype:
-        return tile + weight + backward_bytes(tile, grad, x, grad_x)
+        return tile + gradient + backward_bytes(tile, grad, x, grad_x)
     outputs = tile_rows(x) * grad.shape[1] * mean.element_size()
-    return tile + 2 * weight + max(outputs + sum_bytes(x), backward_bytes(tile, None, x, grad_x))
+    return tile + 2 * gradient + max(outputs + sum_bytes(x), backward_bytes(tile, None, x, grad_x))
 
 
-def _flops(grad: Tensor, x: Tensor, *arguments: object, out_val: object = None) -> int:
-    grad_x, needs_affine, needs_weight = arguments[7], arguments[10], arguments[11]
-    products = int(grad_x is not None or bool(needs_affine)) + int(bool(needs_weight))
-    return products * 2 * x.shape[0] * x.shape[1] * grad.shape[1]
+def _flops(x: Tensor, weight: Tensor, grad_x: Tensor | None, needs_affine: bool, needs_weight: bool) -> int:
+    products = int(grad_x is not None or needs_affine) + int(needs_weight)
+    return products * 2 * x.shape[0] * weight.numel()
 
 
 bn_relu_conv1x1_backward = operator(

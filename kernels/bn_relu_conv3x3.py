@@ -65,18 +65,24 @@ def _cpu(
     convolve(x, Maps(size, dilation), Norm(mean, var, gamma, beta, eps).folded(), weight, out, statistics)
 
 
-def _fake(x: Tensor, size: Sequence[int], dilation: int, *arguments: Tensor) -> None:
-    weight, out = arguments[5:7]
+def _fake(x: Tensor, weight: Tensor, out: Tensor) -> None:
     torch._check(weight.shape[1] == x.shape[1])
     torch._check(out.shape == (x.shape[0], weight.shape[0]))
 
 
-def _flops(x: Tensor, size: Sequence[int], dilation: int, *arguments: Tensor, out_val: object = None) -> int:
-    return 2 * x.shape[0] * arguments[5].numel()
+def _flops(x: Tensor, weight: Tensor) -> int:
+    return 2 * x.shape[0] * weight.numel()
 
 
-def _workspace(x: Tensor, size: Sequence[int], dilation: int, *arguments: Tensor) -> int:
-    mean, weight, out, out_mean = arguments[0], *arguments[5:8]
+def _workspace(
+    x: Tensor,
+    size: Sequence[int],
+    dilation: int,
+    mean: Tensor,
+    weight: Tensor,
+    out: Tensor,
+    out_mean: Tensor | None,
+) -> int:
     statistics = 0 if out_mean is None else sum_bytes(out) + out_mean.nbytes
     return 4 * mean.nbytes + convolve_bytes(x, Maps(size, dilation), weight) + statistics
 

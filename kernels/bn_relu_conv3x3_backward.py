@@ -68,23 +68,18 @@ def _cpu(
     return gradients.gamma, gradients.beta, grad_weight
 
 
-def _fake(
-    grad: Tensor, x: Tensor, size: Sequence[int], dilation: int, mean: Tensor, *arguments: Tensor
-) -> tuple[Tensor, Tensor, Tensor]:
-    weight, needs_weight = arguments[5], arguments[7]
+def _fake(mean: Tensor, weight: Tensor, needs_weight: bool) -> tuple[Tensor, Tensor, Tensor]:
     made = torch.empty_like(weight) if needs_weight else weight.new_empty(0)
     return torch.empty_like(mean), torch.empty_like(mean), made
 
 
-def _flops(
-    grad: Tensor, x: Tensor, size: Sequence[int], dilation: int, *arguments: Tensor, out_val: object = None
-) -> int:
-    weight, grad_x, needs_weight = arguments[6:9]
+def _flops(x: Tensor, weight: Tensor, grad_x: Tensor | None, needs_weight: bool) -> int:
     return (int(grad_x is not None) + int(needs_weight)) * 2 * x.shape[0] * weight.numel()
 
 
-def _workspace(grad: Tensor, x: Tensor, size: Sequence[int], dilation: int, *arguments: Tensor) -> int:
-    mean, weight, needs_weight = arguments[0], arguments[6], bool(arguments[8])
+def _workspace(
+    x: Tensor, size: Sequence[int], dilation: int, mean: Tensor, weight: Tensor, needs_weight: bool
+) -> int:
     scratch = convolve_backward_bytes(x, Maps(size, dilation), weight, needs_weight)
     return 6 * mean.nbytes + scratch + sum_bytes(x)
 

@@ -191,19 +191,19 @@ def _cuda_avg(
     launch_pool(x, Norm(mean, var, gamma, beta, eps), "avg", out, None)
 
 
-def _fake(x: Tensor, *arguments: Tensor) -> None:
-    torch._check(arguments[5].shape[-1] == x.shape[-1])
+def _fake(x: Tensor, out: Tensor) -> None:
+    torch._check(out.shape[-1] == x.shape[-1])
 
 
-def _workspace(x: Tensor, *arguments: Tensor) -> int:
+def _workspace(x: Tensor, out: Tensor) -> int:
     """Compiled, a norm; else the activations, and a quarter of them pooled, in the accumulating dtype."""
-    return pool_bytes(x) if pools.library(x, arguments[5]) is not None else scratch_bytes(x) * 5 // 4
+    return pool_bytes(x) if pools.library(x, out) is not None else scratch_bytes(x) * 5 // 4
 
 
-def _max_workspace(x: Tensor, mean: Tensor, *arguments: Tensor) -> int:
+def _max_workspace(x: Tensor, mean: Tensor, out: Tensor) -> int:
     """The same, and of what is pooled the places in 8 bytes each."""
-    compiled_form = pools.library(x, arguments[4]) is not None
-    return _workspace(x, mean, *arguments) + (0 if compiled_form else scratch_bytes(x) * 2 // mean.element_size())
+    compiled_form = pools.library(x, out) is not None
+    return _workspace(x, out) + (0 if compiled_form else scratch_bytes(x) * 2 // mean.element_size())
 
 
 bn_relu_max_pool = operator(

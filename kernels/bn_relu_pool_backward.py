@@ -7,7 +7,6 @@ reader of its input, so its terms are settled at once: one pass over x for the s
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -275,25 +274,25 @@ def _cuda_avg_backward(
     return reduce_terms(partial, norm, pending if by_batch else None, x.numel() // x.shape[-1], adds=True)
 
 
-def _fake_backward(grad: Tensor, x: Tensor, mean: Tensor, *_: object) -> tuple[Tensor, Tensor]:
+def _fake_backward(mean: Tensor) -> tuple[Tensor, Tensor]:
     return torch.empty_like(mean), torch.empty_like(mean)
 
 
-def _workspace(grad: Tensor, x: Tensor, mean: Tensor, *arguments: Any) -> int:
+def _workspace(grad: Tensor, x: Tensor, grad_x: Tensor) -> int:
     """Compiled, little; else the gradient before the pooling, and what the norm's backward takes."""
-    if pools.library(grad, x, arguments[5]) is not None:
+    if pools.library(grad, x, grad_x) is not None:
         return pool_backward_bytes(x, "avg")
-    return scratch_bytes(x) + backward_bytes(scratch_bytes(x), None, x, arguments[5])
+    return scratch_bytes(x) + backward_bytes(scratch_bytes(x), None, x, grad_x)
 
 
-def _max_workspace(grad: Tensor, x: Tensor, mean: Tensor, *arguments: Any) -> int:
+def _max_workspace(grad: Tensor, x: Tensor, mean: Tensor, grad_x: Tensor) -> int:
     """Before the norm's backward, the maxima with their places, 8 bytes each; their gradient, if converted."""
-    if pools.library(grad, x, arguments[5]) is not None:
+    if pools.library(grad, x, grad_x) is not None:
         return pool_backward_bytes(x, "max")
     windows = scratch_bytes(x) // mean.element_size() // 4
     converted = 0 if grad.dtype == mean.dtype else mean.element_size()
     unpooling = scratch_bytes(x) + windows * (mean.element_size() + 8 + converted)
-    return max(unpooling, _workspace(grad, x, mean, *arguments))
+    return max(unpooling, _workspace(grad, x, grad_x))
 
 
 bn_relu_max_pool_backward = operator(

@@ -158,7 +158,7 @@ def _cuda(x: Tensor, mean: Tensor, var: Tensor, out: Tensor | None = None) -> No
     merge_partial_statistics(partial, rows, shared, mean, var, pivot=x)
 
 
-def _fake(x: Tensor, mean: Tensor, var: Tensor, out: Tensor | None = None) -> None:
+def _fake(x: Tensor, mean: Tensor, var: Tensor, out: Tensor | None) -> None:
     torch._check(mean.shape == var.shape == x.shape[1:])
     torch._check(out is None or out.shape == x.shape)
 
@@ -172,5 +172,5 @@ channel_statistics = operator(
     cpu=_cpu,
     cuda=_cuda,
     fake=_fake,
-    workspace=lambda x, mean, *_: pass_bytes(tile_bytes(x), x, operator_tiles=1) + sum_bytes(x) + 8 * mean.nbytes,
+    workspace=lambda x, mean: pass_bytes(tile_bytes(x), x, operator_tiles=1) + sum_bytes(x) + 8 * mean.nbytes,
 )

@@ -149,6 +149,6 @@ settled_gradient = operator(
     """,
     cpu=settle_rows,
     cuda=_cuda,
-    fake=lambda grad, x, mean, pending, out: torch._check(out.shape == grad.shape == x.shape),
-    workspace=lambda grad, x, *_: pass_bytes(tile_bytes(x), grad, x, operator_tiles=1),
+    fake=lambda grad, x, out: torch._check(out.shape == grad.shape == x.shape),
+    workspace=lambda grad, x: pass_bytes(tile_bytes(x), grad, x, operator_tiles=1),
 )

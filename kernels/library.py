@@ -7,6 +7,7 @@ of calls of a training step is as much as the step itself.
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any, NamedTuple
 
@@ -47,9 +48,11 @@ def operator(
         schema: name, arguments and results; `Tensor(a!)` marks what is written.
         doc: the operator's docstring.
         cpu, cuda: implementations; without one for CUDA, PyTorch refuses its tensors (NotImplementedError).
-        fake: shapes and dtypes of the results.
-        workspace: `(*arguments) -> bytes` that the CPU implementation allocates inside.
-        flops: `(*arguments) -> int` on tensors, 2 x multiply-adds; None for what does not multiply matrices.
+        fake: the results without values, and what has to be true of shapes.
+        workspace: bytes that the CPU implementation allocates inside.
+        flops: 2 x multiply-adds; None for what does not multiply matrices.
+
+    The last three name the arguments that they need, as the schema does, and are given no others.
     """
     name = schema.split("(", 1)[0]
     LIBRARY.define(schema, tags=(torch.Tag.pt2_compliant_tag,))
@@ -58,12 +61,12 @@ def operator(
     LIBRARY.impl(name, _told_to_autograd(name, written, cpu), "CPU")
     if cuda is not None:
         LIBRARY.impl(name, _told_to_autograd(name, written, _on_its_device(name, cuda)), "CUDA")
-    torch.library.register_fake(f"densebench::{name}", fake, lib=LIBRARY)
+    torch.library.register_fake(f"densebench::{name}", _by_name(packet, fake), lib=LIBRARY)
     IMPLEMENTATIONS[name] = Implementations(cpu, cuda)
     packet.__doc__ = packet.default.__doc__ = doc
-    WORKSPACE[packet] = workspace
+    WORKSPACE[packet] = _by_name(packet, workspace)
     if flops is not None:
-        register_flop_formula(packet, get_raw=True)(flops)
+        register_flop_formula(packet, get_raw=True)(_by_name(packet, flops))
     return packet.default
 
 
@@ -74,6 +77,22 @@ def implementation(function: Any, x: torch.Tensor) -> Callable[..., Any]:
         return cpu
     assert cuda is not None
     return _on_its_device(function._opname, cuda)
+
+
+def _by_name(packet: torch._ops.OpOverloadPacket, function: Callable[..., Any]) -> Callable[..., Any]:
+    """The function of some of an operator's arguments as one of all of them."""
+    arguments = packet.default._schema.arguments
+    wanted = inspect.signature(function).parameters
+    defaults = {argument.name: argument.default_value for argument in arguments if argument.has_default_value()}
+    names = [argument.name for argument in arguments]
+    if unknown := [name for name in wanted if name not in names]:
+        raise TypeError(f"{packet} has no argument {', '.join(unknown)}")
+
+    def called(*given: Any, **named: Any) -> Any:
+        values = {**defaults, **dict(zip(names, given, strict=False)), **named}
+        return function(**{name: values[name] for name in wanted})
+
+    return called
 
 
 def _told_to_autograd(name: str, written: Sequence[int], function: Callable[..., Any]) -> Callable[..., Any]:

@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
 from densebench.kernels import compiled
-from densebench.kernels.library import IMPLEMENTATIONS, WORKSPACE
+from densebench.kernels.library import IMPLEMENTATIONS, WORKSPACE, _by_name
 from densebench.kernels.products import tile_dtype
 from densebench.kernels.rows import tile_rows
 from densebench.measure.memory import measure_peak
@@ -147,3 +147,12 @@ def test_backward_skips_what_is_not_needed(needs_x: bool, needs_weight: bool) ->
         torch.ops.densebench.bn_relu_conv1x1_backward(*arguments)
     shape = Shape()
     assert counter.get_total_flops() == 2 * shape.rows * shape.columns * shape.outputs
+
+
+def test_what_an_operator_does_not_have_cannot_be_asked_for() -> None:
+    """Faked results, bytes and FLOPs are functions of arguments by name: one more in a schema shifts nothing."""
+    with pytest.raises(TypeError, match=r"densebench\.bn_relu has no argument weight$"):
+        _by_name(torch.ops.densebench.bn_relu, lambda x, weight: 0)
+    double = _by_name(torch.ops.densebench.channel_statistics, lambda out, var: (var, out))
+    assert double(1, 2, 3) == (3, None)
+    assert double(1, 2, 3, out=4, out_val=5) == (3, 4)
