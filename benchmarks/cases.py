@@ -179,17 +179,14 @@ def _without_compilers() -> list[str]:
 
 
 def _has(name: str, case: Case) -> bool:
-    """Whether a contender has the case's network, or is the yardstick to show beside it."""
+    """Whether a contender is worth measuring in a case: its network, or a yardstick to show beside it."""
     contender = get_contender(name)
-    if contender.family == "yardstick":  # once, beside the network of its size
+    if contender.network is not None:  # once, beside the network of its size
         return case.input_shape == IMAGE and case.model == "densenet121"
-    if name == "offloaded" and (case.mode == "infer" or case.device == "cpu"):
-        return False  # nothing to offload, or nowhere
-    if name == "checkpointed_blocks" and case.mode == "infer":
-        return False  # naive
+    if case.mode not in contender.modes or case.device not in contender.devices:
+        return False
     return contender.has(case.model) and (contender.volumes or len(case.input_shape) == 3)
 
 
 def _with(case: Case, contender: str) -> Case:
-    model = "resnet50" if get_contender(contender).family == "yardstick" else case.model
-    return replace(case, strategy=contender, model=model)
+    return replace(case, strategy=contender, model=get_contender(contender).network or case.model)
