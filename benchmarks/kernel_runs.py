@@ -22,12 +22,12 @@ from densebench.kernels.convolutions import not_compiled
 from densebench.measure.ceilings import measure_ceilings
 from densebench.measure.deadline import TIMEOUT_SECONDS, deadline
 from densebench.measure.device import LOST, DeviceLostError, release_memory, was_never_tried
-from densebench.measure.environment import environment, identity
+from densebench.measure.environment import environment
 from densebench.measure.nvml import Nvml, facts_while_repeating
 from densebench.measure.outcome import Outcome
 from densebench.measure.timing import Effort, Turns, host_seconds, time_in_turns
 from densebench.measure.validation import FLOORS, Verdict, first_algorithms
-from densebench.records import Case, Record
+from densebench.records import Case, Record, identity
 from densebench.statistics import summarize, unsteady
 from densebench.store import RunStore, latest
 

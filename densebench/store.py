@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import IO, TYPE_CHECKING
 
 from densebench.counting import counted
-from densebench.records import Record, RecordError
+from densebench.records import Record, RecordError, identity
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -137,10 +137,6 @@ def _lines(path: Path) -> Iterator[tuple[int, str]]:
                 yield number, line
 
 
-# What tells code and machine apart, of a record's environment.
-_SAME = ("source", "device", "threads", "packages", "torch_git", "cuda", "flags", "allocator")
-
-
 def latest(records: Iterable[Record]) -> list[Record]:
     """The last record of each case and run: a case that was measured again replaces its older self.
 
@@ -158,7 +154,7 @@ def latest(records: Iterable[Record]) -> list[Record]:
 def _only_lacks_the_time(record: Record, older: Record) -> bool:
     if older.time_s is None or record.time_s is not None or record.status == "incorrect":
         return False
-    return all(record.environment.get(name) == older.environment.get(name) for name in _SAME)
+    return identity(record.environment) == identity(older.environment)
 
 
 def to_frame(records: Iterable[Record]) -> pd.DataFrame:

@@ -20,6 +20,7 @@ from densebench import predict
 from densebench.prediction import Prediction, PredictionError, cache, command, networks
 from densebench.prediction.sizes import parse_size, size_note
 from densebench.records import Case, Record
+from densebench.source_code import hash_of
 from tests.report.records import timing_of
 
 SMALL = ["densenet_d2l", "--size", "64", "--strategy", "naive"]
@@ -195,6 +196,12 @@ def test_answers_are_kept(monkeypatch: pytest.MonkeyPatch, own_cache: Path) -> N
     monkeypatch.setattr(cache, "versions", lambda: {"sources": "another"})
     with pytest.raises(AssertionError, match="traced again"):
         densebench.predict_memory("densenet_d2l", (4, 1, 64, 64), "checkpointed")
+
+
+def test_an_answer_depends_on_the_sources_of_this_package(monkeypatch: pytest.MonkeyPatch) -> None:
+    before = cache.versions()["sources"]
+    monkeypatch.setattr(cache, "package_files", lambda: {Path(__file__)})
+    assert cache.versions.__wrapped__()["sources"] == hash_of([Path(__file__)]) != before
 
 
 def test_a_damaged_or_forbidden_cache_costs_time_only(own_cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
