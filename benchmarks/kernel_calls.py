@@ -26,7 +26,6 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-import densebench.strategies.fused  # noqa: F401  (registers the operators)
 from benchmarks.kernel_cases import (
     CONVOLUTION_BACKWARD,
     CONVOLUTIONS,
@@ -40,6 +39,9 @@ from benchmarks.kernel_cases import (
 from benchmarks.kernel_operands import EPS, Operands
 from densebench.kernels import channel_statistics, deferred
 from densebench.models.layers import ReLU
+from densebench.operators import load_all
+
+load_all()
 
 Results = dict[str, Tensor]
 SUMS = ("grad_gamma", "grad_beta", "grad_weight")
