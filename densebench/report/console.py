@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 
+from densebench.capacities import MIB
 from densebench.records import Record
 from densebench.report.style import Roster
-from densebench.report.units import MIB
 from densebench.statistics import ratio_of
 
 _ROW = "{:<25}{:>10}{:>9}{:>9}{:>9}{:>18}"

@@ -7,10 +7,9 @@ import re
 from collections.abc import Iterable
 from dataclasses import dataclass
 
+from densebench.capacities import GIB, MIB
 from densebench.records import Case
 
-MIB = 2**20
-GIB = 2**30
 CROSS = "\N{MULTIPLICATION SIGN}"
 GIB_FROM = 8 * GIB  # where MiB would need five digits, or nearly
 

@@ -5,8 +5,8 @@ from __future__ import annotations
 import pytest
 
 from benchmarks.cases import DEPTHS
-from benchmarks.conftest import _name
 from benchmarks.profiles import Profile, profile
+from benchmarks.suite import short_name
 from densebench.contenders import get_contender
 from densebench.registry import list_strategies
 from densebench.workload import model_options
@@ -108,5 +108,5 @@ def test_naive_runs_in_both_formats_on_a_gpu() -> None:
 def test_names_of_tests_tell_the_formats_apart() -> None:
     for device in ("cpu", "cuda"):
         for group in profile("full", device).groups:
-            names = [_name(case) for case in group.cases]
+            names = [short_name(case) for case in group.cases]
             assert len(set(names)) == len(names), group.name

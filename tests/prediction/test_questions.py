@@ -174,6 +174,34 @@ def test_a_network_that_branches_on_values() -> None:
         densebench.predict_memory(model, (2, 3, 8, 8))
 
 
+class UnsupportedError(RuntimeError):
+    """Somebody else's of that name."""
+
+
+@pytest.mark.parametrize("ours", [False, True])
+def test_only_a_refusal_of_ours_is_passed_on(ours: bool) -> None:
+    """It names the remedy itself; what a network raises is explained."""
+
+    def refuse(x: Tensor) -> Tensor:
+        raise (densebench.UnsupportedError if ours else UnsupportedError)("no")
+
+    with pytest.raises(densebench.UnsupportedError if ours else PredictionError, match="no"):
+        densebench.predict_memory(_Calls(refuse), (2, 3, 8, 8))
+
+
+def test_neither_predictions_nor_reports_reach_into_what_measures() -> None:
+    """Data flows one way: what measures uses predictions, and a report reads records."""
+    code = (
+        "import importlib, pkgutil, sys\n"
+        "for room in ('densebench.prediction', 'densebench.report'):\n"
+        "    for module in pkgutil.iter_modules(importlib.import_module(room).__path__):\n"
+        "        importlib.import_module(f'{room}.{module.name}')\n"
+        "print([name for name in sys.modules if name.startswith('densebench.measure')])\n"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout == "[]\n"
+
+
 def test_nothing_to_train() -> None:
     with pytest.raises(PredictionError, match="mode='infer'"):
         densebench.predict_memory(_Calls(lambda x: x.detach()), (2, 3, 8, 8))
