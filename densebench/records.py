@@ -51,7 +51,6 @@ class Case:
     dtype: str = "float32"
     autocast: str | None = None
     memory_format: str = "contiguous"
-    compiled: str | None = None
     cuda_graph: bool = False
     device: str = "cpu"
     source: str = "measured"

@@ -44,9 +44,7 @@ class Reference:
     """
 
     def __init__(self, case: Case, strategy: str = "naive") -> None:
-        self.case = dataclasses.replace(
-            case, batch=min(case.batch, IMAGES), strategy=strategy, compiled=None, cuda_graph=False
-        )
+        self.case = dataclasses.replace(case, batch=min(case.batch, IMAGES), strategy=strategy, cuda_graph=False)
         work = build_workload(self.case)
         self.state = {name: tensor.cpu() for name, tensor in work.model.state_dict().items()}
         self.input = work.input
@@ -169,7 +167,7 @@ def changed(first: Tensor, last: Tensor, case: Case) -> str | None:
 
 
 def _network(case: Case) -> str:
-    same = dataclasses.replace(case, strategy="", batch=0, memory_format="", compiled=None, cuda_graph=False)
+    same = dataclasses.replace(case, strategy="", batch=0, memory_format="", cuda_graph=False)
     return same.key()
 
 

@@ -206,6 +206,5 @@ def display_name(record: Record, family: str) -> str:
     case = record.case
     name = model_name(case.model) if family == "yardstick" else case.strategy
     extras = ["contiguous"] if case.memory_format == "contiguous" else []
-    extras += [f"compiled: {case.compiled}"] if case.compiled else []
     extras += ["CUDA graph"] if case.cuda_graph else []
     return f"{name} ({', '.join(extras)})" if extras else name
