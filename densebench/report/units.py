@@ -61,7 +61,11 @@ def memory(value: float, unit: Unit | None = None) -> str:
 
 
 def number(value: float, digits: int = 3) -> str:
-    """At least so many significant digits, never an exponent, thousands set apart."""
+    """At least so many significant digits, never an exponent, thousands set apart.
+
+    Raises:
+        ValueError: for NaN or infinity.
+    """
     if not math.isfinite(value):
         raise ValueError(f"{value} is not a number to print")
     if value == 0:

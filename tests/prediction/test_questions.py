@@ -18,6 +18,7 @@ from torch import Tensor, nn
 import densebench
 from densebench import predict
 from densebench.prediction import Prediction, PredictionError, cache, command, networks
+from densebench.prediction.gpus import get_gpu, list_gpus
 from densebench.prediction.sizes import parse_size, size_note
 from densebench.records import Case, Record
 from densebench.source_code import hash_of
@@ -200,6 +201,17 @@ def test_neither_predictions_nor_reports_reach_into_what_measures() -> None:
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout == "[]\n"
+
+
+@pytest.mark.parametrize("name", list_gpus())
+def test_rates_of_gpus_are_in_the_ratio_of_their_tensor_cores(name: str) -> None:
+    """TF32 takes two passes of 16 bits (data sheets round); before Ampere there is none, and float32 counts."""
+    gpu = get_gpu(name)
+    if gpu.capability >= (8, 0):
+        assert gpu.half == pytest.approx(2 * gpu.tf32, rel=0.02)
+    else:
+        assert gpu.tf32 == gpu.single
+    assert gpu.half > gpu.tf32 >= gpu.single >= gpu.double
 
 
 def test_nothing_to_train() -> None:
