@@ -14,9 +14,9 @@ import torch
 from benchmarks.cases import Group
 from benchmarks.kernel_cache import Rotation, cold_clock, copies, other_operand
 from benchmarks.kernel_calls import Call, Results, compiled, eager, given_statistics, ours
-from benchmarks.kernel_cases import CONVOLUTIONS, WITH_WEIGHT
 from benchmarks.kernel_cudnn import cudnn
 from benchmarks.kernel_cudnn import missing as cudnn_missing
+from benchmarks.kernel_facts import CONVOLUTIONS, OPERATORS
 from benchmarks.kernel_operands import Operands
 from densebench.kernels.convolutions import not_compiled
 from densebench.measure.ceilings import measure_ceilings
@@ -264,11 +264,11 @@ def _fill(one: Outcome, turns: Turns, group: str) -> None:
 
 def _flops(case: Case) -> int | None:
     """Of the products: one forward, two backward; the rest of an operator multiplies no matrices."""
-    if case.model not in WITH_WEIGHT:
+    facts = OPERATORS[case.model]
+    if not facts.taps:
         return None
-    products = 2 if case.model.endswith("backward") else 1
-    taps = 9 if case.model in CONVOLUTIONS else 1
-    return products * 2 * case.options["rows"] * case.options["columns"] * taps * case.options["outputs"]
+    products = 2 if facts.is_gradient else 1
+    return products * 2 * case.options["rows"] * case.options["columns"] * facts.taps * case.options["outputs"]
 
 
 def _attempt(one: Outcome, work: Callable[[Outcome], object]) -> None:
