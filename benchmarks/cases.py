@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 
+from densebench.capacities import CAPACITIES_GIB
 from densebench.contenders import get_contender, list_contenders
 from densebench.records import Case
 from densebench.registry import list_strategies
@@ -14,7 +15,6 @@ from densebench.registry import list_strategies
 DEPTHS = (48, 68, 96, 136, 192)  # log-spaced
 IMAGE = (3, 224, 224)
 VOLUME = (1, 64, 64, 64)
-CAPACITIES_GIB = (8, 16, 24, 40, 80)
 CIFAR_DEPTHS = (100, 196, 292, 508, 700, 1000)  # 6n + 4, log-spaced
 
 
@@ -133,14 +133,14 @@ def cifar_depths() -> list[Case]:
     ]
 
 
-def largest_batches(checked: bool) -> tuple[Limit, ...]:
+def limits_of_batch(checked: bool) -> tuple[Limit, ...]:
     """The largest batch of DenseNet-121 at 224 in float32, under every strategy."""
     case = Case("fit", "densenet121", "naive", "train", 64, IMAGE, device="cuda", source="predicted")
     case = replace(case, memory_format="channels_last")
     return tuple(Limit(replace(case, strategy=name), CAPACITIES_GIB, checked) for name in list_strategies())
 
 
-def deepest_networks() -> tuple[Limit, ...]:
+def limits_of_depth() -> tuple[Limit, ...]:
     """The deepest DenseNet-BC (k = 40, batch 64) that trains in 12, 24 and 80 GiB, up to 1,000 layers."""
     case = replace(_cifar("naive"), options={"growth_rate": 40})
     return tuple(Limit(replace(case, strategy=name), (12, 24, 80), True) for name in list_strategies())
@@ -179,17 +179,14 @@ def _without_compilers() -> list[str]:
 
 
 def _has(name: str, case: Case) -> bool:
-    """Whether a contender has the case's network, or is the yardstick to show beside it."""
+    """Whether a contender is worth measuring in a case: its network, or a yardstick to show beside it."""
     contender = get_contender(name)
-    if contender.family == "yardstick":  # once, beside the network of its size
+    if contender.network is not None:  # once, beside the network of its size
         return case.input_shape == IMAGE and case.model == "densenet121"
-    if name == "offloaded" and (case.mode == "infer" or case.device == "cpu"):
-        return False  # nothing to offload, or nowhere
-    if name == "checkpointed_blocks" and case.mode == "infer":
-        return False  # naive
+    if case.mode not in contender.modes or case.device not in contender.devices:
+        return False
     return contender.has(case.model) and (contender.volumes or len(case.input_shape) == 3)
 
 
 def _with(case: Case, contender: str) -> Case:
-    model = "resnet50" if get_contender(contender).family == "yardstick" else case.model
-    return replace(case, strategy=contender, model=model)
+    return replace(case, strategy=contender, model=get_contender(contender).network or case.model)

@@ -13,18 +13,17 @@ import torch
 
 from benchmarks.cases import Group
 from benchmarks.profiles import Profile, profile
-from benchmarks.suite import DATA, Suite, choose_device, run_folder
+from benchmarks.suite import DATA, DEVICE, PROFILE, PROFILE_NAME, Suite, choose_device, run_folder, short_name
 from densebench.contenders import get_contender
 from densebench.counting import counted
 from densebench.measure.device import DeviceLostError, tune
 from densebench.measure.environment import device_name
-from densebench.records import Case, Record
+from densebench.records import Case
 from densebench.report.console import ended_in_words, summary_table
 from densebench.store import RunStore, StoreError, latest
 
 PROFILES = ("quick", "default", "full", "tiny")
-_DEVICE, _NAME = pytest.StashKey[str](), pytest.StashKey[str]()
-_PROFILE, _SUITE = pytest.StashKey[Profile](), pytest.StashKey[Suite]()
+_SUITE = pytest.StashKey[Suite]()
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
@@ -51,21 +50,21 @@ def pytest_configure(config: pytest.Config) -> None:
     tune(device)
     config.option.benchmark_columns = ["median", "iqr", "rounds"]
     name = config.getoption("densebench_profile") or ("quick" if device == "cpu" else "default")
-    config.stash[_DEVICE] = device
-    config.stash[_PROFILE] = profile(name, device)
-    config.stash[_NAME] = name
+    config.stash[DEVICE] = device
+    config.stash[PROFILE] = profile(name, device)
+    config.stash[PROFILE_NAME] = name
 
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
-    chosen = metafunc.config.stash[_PROFILE]
+    chosen = metafunc.config.stash[PROFILE]
     if "timed" in metafunc.fixturenames:
         pairs = _pairs(chosen, timed=True)
-        metafunc.parametrize("timed", pairs, ids=[f"{group.name} {_name(case)}" for group, case in pairs])
+        metafunc.parametrize("timed", pairs, ids=[f"{group.name} {short_name(case)}" for group, case in pairs])
     if "untimed" in metafunc.fixturenames:
         pairs = _pairs(chosen, timed=False)
-        metafunc.parametrize("untimed", pairs, ids=[f"{case.kind} {_name(case)}" for _, case in pairs])
+        metafunc.parametrize("untimed", pairs, ids=[f"{case.kind} {short_name(case)}" for _, case in pairs])
     if "predicted" in metafunc.fixturenames:
-        ids = [f"{case.kind} {_name(case)}" for case in chosen.predicted]
+        ids = [f"{case.kind} {short_name(case)}" for case in chosen.predicted]
         metafunc.parametrize("predicted", chosen.predicted, ids=ids)
 
 
@@ -80,15 +79,15 @@ def pytest_collection_finish(session: pytest.Session) -> None:
     selected = _ours(session.items)
     if not selected or config.option.collectonly:
         return
-    resume = config.getoption("densebench_resume")
-    folder = config.getoption("densebench_out") or run_folder(config.stash[_NAME], config.stash[_DEVICE], resume)
+    resume, name = config.getoption("densebench_resume"), config.stash[PROFILE_NAME]
+    folder = config.getoption("densebench_out") or run_folder(name, config.stash[DEVICE], resume)
     try:
         store = RunStore(folder)
         store.claim()
     except StoreError as error:
         raise pytest.UsageError(str(error)) from None
     suite = Suite(
-        config.stash[_PROFILE], store, config.getoption("densebench_isolate"), resume, _progress_of(config)
+        config.stash[PROFILE], store, config.getoption("densebench_isolate"), resume, _progress_of(config)
     )
     for item in selected:
         parameters = getattr(getattr(item, "callspec", None), "params", {})
@@ -151,11 +150,11 @@ def pytest_report_collectionfinish(config: pytest.Config, items: list[pytest.Ite
 
 def _header(config: pytest.Config, items: list[pytest.Item]) -> str:
     """Where, what and how long in one line, and what is not run and why."""
-    chosen, device = config.stash[_PROFILE], config.stash[_DEVICE]
+    chosen, device = config.stash[PROFILE], config.stash[DEVICE]
     where = "one GPU" if device == "cuda" else device_name(torch.device("cpu"))
     minutes = f"about {chosen.minutes:.0f} min" if chosen.minutes >= 1 else "less than a minute"
     cases = counted(len(_ours(items)), "case")
-    line = f"densebench: {where}, {config.stash[_NAME]} profile, {cases}, {minutes} for all"
+    line = f"densebench: {where}, {config.stash[PROFILE_NAME]} profile, {cases}, {minutes} for all"
     names = {case.strategy for group in chosen.groups for case in group.cases}
     absent = sorted(reason for name in names if (reason := get_contender(name).missing()))
     notes = [f"not run: {'; '.join(absent)}"] if absent else []
@@ -207,29 +206,3 @@ def _figures(suite: Suite) -> bool:
     """Whether there is any; what fits into a card is a predicted peak alone."""
     known = ((r.peak_delta_bytes, r.predicted_peak_bytes, r.time_s) for r in suite.store.read())
     return any(figure is not None for figures in known for figure in figures)
-
-
-def _name(case: Case) -> str:
-    """A contender, and what sets a case apart from the others of its group."""
-    contiguous = "contiguous" if case.memory_format == "contiguous" else ""
-    graph = "graph" if case.cuda_graph else ""
-    options = case.options
-    depth = str(options.get("depth", sum(options.get("block_config", [])))) if case.kind == "depth" else ""
-    return " ".join(part for part in (case.strategy, contiguous, graph, depth) if part)
-
-
-def describe(benchmark: Any, group: str, case: Case) -> None:
-    """Short names for pytest-benchmark's table, and parameters that its files can hold."""
-    benchmark.group = group
-    benchmark.name = _name(case)
-    benchmark.params = {"model": case.model, "contender": case.strategy, "mode": case.mode, "batch": case.batch}
-
-
-def end(record: Record, benchmark: Any) -> None:
-    """End a test as its record says; a case without a figure never passes in silence."""
-    benchmark.extra_info["status"] = record.status
-    benchmark.extra_info["peak_delta_bytes"] = record.peak_delta_bytes
-    if record.status in ("unsupported", "skipped", "oom"):
-        pytest.skip(f"{record.status}: {record.reason}")
-    if record.status not in ("ok", "noisy") and record.time_s is None:
-        pytest.fail(f"{record.status}: {record.reason}", pytrace=False)

@@ -26,11 +26,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-import densebench.strategies.fused  # noqa: F401  (registers the operators)
-from benchmarks.kernel_cases import (
+from benchmarks.kernel_facts import (
     CONVOLUTION_BACKWARD,
     CONVOLUTIONS,
     OF_NEW_CHANNELS,
+    OPERATORS,
     POOLS,
     PRODUCT_BACKWARD,
     STEM_POOLS,
@@ -40,6 +40,9 @@ from benchmarks.kernel_cases import (
 from benchmarks.kernel_operands import EPS, Operands
 from densebench.kernels import channel_statistics, deferred
 from densebench.models.layers import ReLU
+from densebench.operators import load_all
+
+load_all()
 
 Results = dict[str, Tensor]
 SUMS = ("grad_gamma", "grad_beta", "grad_weight")
@@ -82,7 +85,7 @@ def _our_call(operator: str, operands: Operands) -> Call:
         return _our_statistics(function, operands)
     if operator == "settled_gradient":
         return _our_settling(function, operands)
-    if operator.endswith("backward"):
+    if OPERATORS[operator].is_gradient:
         return _our_backward(operator, function, operands)
     return _our_forward(operator, function, operands)
 
@@ -200,7 +203,7 @@ def _plain_call(operator: str, operands: Operands, plain: Any) -> Call:
     if operator in OF_NEW_CHANNELS:
         return _plain_function(operator, operands, plain)
     x = operands.map(operands.x).requires_grad_()
-    if operator.endswith("backward"):
+    if OPERATORS[operator].is_gradient:
         return _plain_backward(operator, operands, plain, x)
     found: list[Tensor] = []
 

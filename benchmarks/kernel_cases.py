@@ -6,24 +6,23 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 
 from benchmarks.cases import Group
+from benchmarks.kernel_facts import (
+    CONVOLUTIONS,
+    OF_BOTTLENECKS,
+    OF_NEW_CHANNELS,
+    OPERATORS,
+    PRODUCT,
+    PRODUCTS,
+    STEM_POOLS,
+    TRANSITION_POOLS,
+    WITH_GIVEN_STATISTICS,
+)
 from densebench.measure.timing import Effort
 from densebench.records import Case
 
 BLOCKS = ((6, 64, 56), (12, 128, 28), (24, 256, 14), (16, 512, 7))  # layers, first channels, side of the map
 GROWTH_RATE, BOTTLENECK = 32, 128
 STEM_CHANNELS, STEM_SIDE = 64, 112
-
-PRODUCT, PRODUCT_BACKWARD = "bn_relu_conv1x1", "bn_relu_conv1x1_backward"
-PRODUCTS = (PRODUCT, PRODUCT_BACKWARD)  # of every layer
-CONVOLUTION, CONVOLUTION_BACKWARD = "bn_relu_conv3x3", "bn_relu_conv3x3_backward"
-CONVOLUTIONS = (CONVOLUTION, CONVOLUTION_BACKWARD)  # 3x3, of every layer; on a CPU only
-WITH_WEIGHT = (*PRODUCTS, *CONVOLUTIONS)
-OF_BOTTLENECKS = ("bn_relu", "bn_relu_backward", *CONVOLUTIONS)  # what reads a bottleneck's output, [M, 128]
-OF_NEW_CHANNELS = ("channel_statistics", "settled_gradient")  # [M, 32], columns of the block's buffer
-WITH_GIVEN_STATISTICS = (*PRODUCTS, *OF_BOTTLENECKS)  # operators that are also timed against a norm given its own
-STEM_POOLS = ("bn_relu_max_pool", "bn_relu_max_pool_backward")
-TRANSITION_POOLS = ("bn_relu_avg_pool", "bn_relu_avg_pool_backward")
-POOLS = (*STEM_POOLS, *TRANSITION_POOLS)
 
 
 @dataclass(frozen=True)
@@ -151,12 +150,11 @@ def _case(
     options = {**where, "rows": batch * height * width, "columns": columns}
     if outputs is not None:
         options["outputs"] = outputs
-    mode = "train" if operator.endswith("backward") or operator == "settled_gradient" else "forward"
     return Case(
         "kernel",
         operator,
         "ours",
-        mode,
+        OPERATORS[operator].mode,
         batch,
         shape,
         dtype,

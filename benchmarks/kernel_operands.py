@@ -8,7 +8,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from benchmarks.kernel_cases import CONVOLUTIONS, POOLS, WITH_WEIGHT, Geometry, geometry
+from benchmarks.kernel_cases import Geometry, geometry
+from benchmarks.kernel_facts import CONVOLUTIONS, POOLS, WITH_WEIGHT
 from densebench.kernels import channel_statistics
 from densebench.kernels.norm import Norm
 from densebench.kernels.rows import accumulate_dtype

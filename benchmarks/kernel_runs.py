@@ -14,20 +14,20 @@ import torch
 from benchmarks.cases import Group
 from benchmarks.kernel_cache import Rotation, cold_clock, copies, other_operand
 from benchmarks.kernel_calls import Call, Results, compiled, eager, given_statistics, ours
-from benchmarks.kernel_cases import CONVOLUTIONS, WITH_WEIGHT
 from benchmarks.kernel_cudnn import cudnn
 from benchmarks.kernel_cudnn import missing as cudnn_missing
+from benchmarks.kernel_facts import CONVOLUTIONS, OPERATORS
 from benchmarks.kernel_operands import Operands
 from densebench.kernels.convolutions import not_compiled
 from densebench.measure.ceilings import measure_ceilings
 from densebench.measure.deadline import TIMEOUT_SECONDS, deadline
 from densebench.measure.device import LOST, DeviceLostError, release_memory, was_never_tried
-from densebench.measure.environment import environment, identity
+from densebench.measure.environment import environment
 from densebench.measure.nvml import Nvml, facts_while_repeating
 from densebench.measure.outcome import Outcome
 from densebench.measure.timing import Effort, Turns, host_seconds, time_in_turns
 from densebench.measure.validation import FLOORS, Verdict, first_algorithms
-from densebench.records import Case, Record
+from densebench.records import Case, Record, identity
 from densebench.statistics import summarize, unsteady
 from densebench.store import RunStore, latest
 
@@ -264,11 +264,11 @@ def _fill(one: Outcome, turns: Turns, group: str) -> None:
 
 def _flops(case: Case) -> int | None:
     """Of the products: one forward, two backward; the rest of an operator multiplies no matrices."""
-    if case.model not in WITH_WEIGHT:
+    facts = OPERATORS[case.model]
+    if not facts.taps:
         return None
-    products = 2 if case.model.endswith("backward") else 1
-    taps = 9 if case.model in CONVOLUTIONS else 1
-    return products * 2 * case.options["rows"] * case.options["columns"] * taps * case.options["outputs"]
+    products = 2 if facts.is_gradient else 1
+    return products * 2 * case.options["rows"] * case.options["columns"] * facts.taps * case.options["outputs"]
 
 
 def _attempt(one: Outcome, work: Callable[[Outcome], object]) -> None:

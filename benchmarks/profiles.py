@@ -12,12 +12,12 @@ from benchmarks.cases import (
     Limit,
     cifar_depths,
     compiled_group,
-    deepest_networks,
     depth_group,
     depth_predicted,
     full_size,
     graph_group,
-    largest_batches,
+    limits_of_batch,
+    limits_of_depth,
     network_group,
     timelines,
 )
@@ -70,7 +70,7 @@ def _quick_cpu() -> Profile:
         ),
         (*full_size(), *timelines()),
         minutes=2,
-        limits=largest_batches(checked=False),
+        limits=limits_of_batch(checked=False),
     )
 
 
@@ -85,7 +85,7 @@ def _default_cpu() -> Profile:
         ),
         (*full_size(), *timelines(), *depth_predicted()),
         minutes=15,
-        limits=largest_batches(checked=False),
+        limits=limits_of_batch(checked=False),
     )
 
 
@@ -105,7 +105,7 @@ def _full_cpu() -> Profile:
         ),
         (*full_size(), *timelines(), *depth_predicted(), *cifar_depths()),
         minutes=57,
-        limits=(*largest_batches(checked=True), *deepest_networks()),
+        limits=(*limits_of_batch(checked=True), *limits_of_depth()),
     )
 
 
@@ -119,7 +119,7 @@ def _quick_cuda() -> Profile:
         ),
         (*timelines(), *depth_predicted()),
         minutes=3,
-        limits=largest_batches(checked=False),
+        limits=limits_of_batch(checked=False),
     )
 
 
@@ -137,7 +137,7 @@ def _default_cuda() -> Profile:
         ),
         (*timelines(), *depth_predicted()),
         minutes=10,
-        limits=largest_batches(checked=False),
+        limits=limits_of_batch(checked=False),
     )
 
 

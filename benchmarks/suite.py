@@ -9,6 +9,7 @@ from datetime import datetime
 from pathlib import Path
 from typing import Any
 
+import pytest
 import torch
 
 from benchmarks.cases import Group
@@ -19,6 +20,9 @@ from densebench.measure.worker import run_isolated
 from densebench.records import Case, Record
 from densebench.store import RunStore
 
+# What the options chose, for all files of benchmarks: the device, a profile and its name.
+DEVICE, PROFILE_NAME = pytest.StashKey[str](), pytest.StashKey[str]()
+PROFILE = pytest.StashKey[Profile]()
 DATA = Path(__file__).resolve().parents[1] / "reports" / "data"
 
 
@@ -133,3 +137,29 @@ def run_folder(profile: str, device: str, resume: bool) -> Path:
         if existing:
             return existing[-1]
     return DATA / f"{datetime.now():%Y%m%d-%H%M%S}-{os.getpid()}{suffix}"  # two at once are two runs
+
+
+def short_name(case: Case) -> str:
+    """A contender, and what sets a case apart from the others of its group."""
+    contiguous = "contiguous" if case.memory_format == "contiguous" else ""
+    graph = "graph" if case.cuda_graph else ""
+    options = case.options
+    depth = str(options.get("depth", sum(options.get("block_config", [])))) if case.kind == "depth" else ""
+    return " ".join(part for part in (case.strategy, contiguous, graph, depth) if part)
+
+
+def describe(benchmark: Any, group: str, case: Case) -> None:
+    """Short names for pytest-benchmark's table, and parameters that its files can hold."""
+    benchmark.group = group
+    benchmark.name = short_name(case)
+    benchmark.params = {"model": case.model, "contender": case.strategy, "mode": case.mode, "batch": case.batch}
+
+
+def end(record: Record, benchmark: Any) -> None:
+    """End a test as its record says; a case without a figure never passes in silence."""
+    benchmark.extra_info["status"] = record.status
+    benchmark.extra_info["peak_delta_bytes"] = record.peak_delta_bytes
+    if record.status in ("unsupported", "skipped", "oom"):
+        pytest.skip(f"{record.status}: {record.reason}")
+    if record.status not in ("ok", "noisy") and record.time_s is None:
+        pytest.fail(f"{record.status}: {record.reason}", pytrace=False)

@@ -11,18 +11,17 @@ from typing import Any
 import pytest
 
 from benchmarks.cases import Group
-from benchmarks.conftest import _DEVICE, _NAME, end
 from benchmarks.kernel_cases import kernel_effort, kernel_groups
 from benchmarks.kernel_runs import KernelRunner
-from benchmarks.suite import Suite, clock
+from benchmarks.suite import DEVICE, PROFILE_NAME, Suite, clock, end
 from densebench.records import Case
 
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
     config = metafunc.config
-    groups = kernel_groups(config.stash[_NAME], config.stash[_DEVICE])
+    groups = kernel_groups(config.stash[PROFILE_NAME], config.stash[DEVICE])
     if not groups:
-        pytest.skip(f"the {config.stash[_NAME]} profile times no kernels", allow_module_level=True)
+        pytest.skip(f"the {config.stash[PROFILE_NAME]} profile times no kernels", allow_module_level=True)
     pairs = [(group, case) for group in groups for case in (*group.cases, *group.left_out)]
     metafunc.parametrize("kernel", pairs, ids=[f"{group.name} {case.strategy}" for group, case in pairs])
 
@@ -30,7 +29,7 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
 @pytest.fixture(scope="module")
 def kernels(suite: Suite, pytestconfig: pytest.Config) -> KernelRunner:
     """Measures kernels into the records of this run."""
-    effort = kernel_effort(pytestconfig.stash[_NAME], pytestconfig.stash[_DEVICE])
+    effort = kernel_effort(pytestconfig.stash[PROFILE_NAME], pytestconfig.stash[DEVICE])
     return KernelRunner(suite.store, effort, pytestconfig.getoption("densebench_resume"), suite.progress)
 
 

@@ -5,8 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from benchmarks.cases import Group
-from benchmarks.conftest import describe, end
-from benchmarks.suite import Suite
+from benchmarks.suite import Suite, describe, end
 from densebench.records import Case
 
 

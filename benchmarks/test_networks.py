@@ -7,8 +7,7 @@ from typing import Any
 import pytest
 
 from benchmarks.cases import Group
-from benchmarks.conftest import describe, end
-from benchmarks.suite import Suite, clock
+from benchmarks.suite import Suite, clock, describe, end
 from densebench.records import Case
 
 

@@ -10,15 +10,14 @@ from typing import Any
 import pytest
 
 from benchmarks.cases import Limit
-from benchmarks.conftest import _PROFILE, describe
-from benchmarks.suite import Suite
-from densebench.prediction.limits import deepest_networks, largest_batches
+from benchmarks.suite import PROFILE, Suite, describe
+from densebench.measure.limits import deepest_networks, largest_batches
 from densebench.records import Record
 from densebench.registry import UnsupportedError
 
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
-    limits = metafunc.config.stash[_PROFILE].limits
+    limits = metafunc.config.stash[PROFILE].limits
     metafunc.parametrize("limit", limits, ids=[f"{limit.case.kind} {limit.case.strategy}" for limit in limits])
 
 

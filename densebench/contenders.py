@@ -10,7 +10,7 @@ import functools
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 import torch
 from torch import Tensor, nn
@@ -24,6 +24,7 @@ from densebench.registry import get_strategy, list_strategies
 
 Family = Literal["strategy", "peer", "yardstick"]
 Build = Callable[..., nn.Module]
+MODES, DEVICES = ("train", "forward", "infer"), ("cpu", "cuda")
 
 
 @dataclass(frozen=True)
@@ -36,8 +37,12 @@ class Contender:
         build: `(model_name, **options) -> nn.Module`.
         needs: a Python package that must be installed, or None.
         models: name prefix of the models it has; `only` these of them, if not None.
+        reference: the strategy that computes the same from the same weights, against which it is checked before it
+            is timed; None for another network, which nothing here can be a reference of.
+        network: the one network of a yardstick, whatever it is shown beside; None for all others.
         compiles: whether its first step compiles.
         volumes: whether it takes `spatial_dims=3`.
+        modes, devices: those in which it differs from naive, and so is worth measuring.
     """
 
     name: str
@@ -47,8 +52,12 @@ class Contender:
     needs: str | None = None
     models: str = "densenet"
     only: tuple[str, ...] | None = None
+    reference: str | None = "naive"
+    network: str | None = None
     compiles: bool = False
     volumes: bool = True
+    modes: tuple[str, ...] = MODES
+    devices: tuple[str, ...] = DEVICES
 
     @property
     def module(self) -> str:
@@ -70,16 +79,42 @@ class Contender:
 _peers: dict[str, Contender] = {}
 
 
-def contender(name: str, *, summary: str, **facts: Any) -> Callable[[Build], Build]:
-    """Register the decorated build function as a peer or yardstick; `facts` as in `Contender`."""
+def contender(name: str, *, summary: str, family: Family = "peer", **facts: Any) -> Callable[[Build], Build]:
+    """Register the decorated build function as a peer or yardstick; `facts` as in `Contender`.
+
+    Raises:
+        ValueError: if the name is taken or is not an identifier, the summary is empty, or a fact is impossible.
+        TypeError: if a fact is unknown.
+    """
+    if not name.isidentifier():
+        raise ValueError(f"contender name {name!r} is not an identifier; use letters, digits and underscores")
+    if not summary.strip():
+        raise ValueError(f"contender {name!r} needs a summary: one line for the tables")
 
     def register(build: Build) -> Build:
         if name in _peers:
             raise ValueError(f"contender {name!r} is already registered")
-        _peers[name] = Contender(name, summary, facts.pop("family", "peer"), build, **facts)
+        made = Contender(name, summary, family, build, **facts)
+        _require_possible(made)
+        _peers[name] = made
         return build
 
     return register
+
+
+def _require_possible(made: Contender) -> None:
+    """Refuse facts that would be misread later: a family of none, a yardstick that would be checked."""
+    families = [family for family in get_args(Family) if family != "strategy"]  # `registry.strategy` makes those
+    if made.family not in families:
+        raise ValueError(f"contender {made.name!r}: family={made.family!r} is not one of {families}")
+    for fact, known in (("modes", MODES), ("devices", DEVICES)):
+        given = getattr(made, fact)
+        if not given or not set(given) <= set(known):
+            raise ValueError(f"contender {made.name!r}: {fact}={given!r} are not some of {known}")
+    if made.family == "yardstick" and (made.reference is not None or made.network is None):
+        raise ValueError(f"contender {made.name!r}: a yardstick needs its network, and reference=None")
+    if made.family == "peer" and made.network is not None:
+        raise ValueError(f"contender {made.name!r}: network={made.network!r} is for yardsticks only")
 
 
 def list_contenders() -> list[str]:
@@ -91,8 +126,10 @@ def get_contender(name: str) -> Contender:
     """The contender of that name.
 
     Raises:
-        ValueError: if there is none; the message lists the known names.
+        ValueError: if there is none, or two; the message lists the known names.
     """
+    if name in _peers and name in list_strategies():  # one of them would hide the other
+        raise ValueError(f"{name!r} is a strategy and a contender of {_peers[name].module}; rename one")
     if name in _peers:
         return _peers[name]
     if name in list_strategies():
@@ -101,12 +138,20 @@ def get_contender(name: str) -> Contender:
     raise ValueError(f"unknown contender {name!r}; known: {', '.join(list_contenders())}")
 
 
-@contender("eager", summary="the network as it is", family="yardstick", models="resnet", volumes=False)
+@contender(
+    "eager",
+    summary="the network as it is",
+    family="yardstick",
+    models="resnet",
+    network="resnet50",
+    reference=None,
+    volumes=False,
+)
 def _eager(model: str, **options: Any) -> nn.Module:
     return build_model(model, **options)
 
 
-_TORCHVISION = {
+_TORCHVISION: dict[str, Any] = {
     "needs": "torchvision",
     "only": ("densenet121", "densenet161", "densenet169", "densenet201"),
     "volumes": False,
@@ -141,7 +186,10 @@ def _monai(
     return build(spatial_dims=spatial_dims, in_channels=in_channels, out_channels=num_classes, **options)
 
 
-@contender("checkpointed_blocks", summary="naive, each dense block recomputed as a whole")
+_WITH_GRAPH = ("train", "forward")  # nothing is kept for backward in the other mode
+
+
+@contender("checkpointed_blocks", summary="naive, each dense block recomputed as a whole", modes=_WITH_GRAPH)
 def _checkpointed_blocks(model: str, **options: Any) -> nn.Module:
     network = build_model(model, strategy="naive", **options)
     for block in [module for module in network.modules() if isinstance(module, DenseBlock)]:
@@ -165,7 +213,12 @@ def _compiled_budget(model: str, **options: Any) -> nn.Module:
     return network
 
 
-@contender("offloaded", summary="naive, what backward needs kept in host memory")
+@contender(
+    "offloaded",
+    summary="naive, what backward needs kept in host memory",
+    modes=_WITH_GRAPH,
+    devices=("cuda",),  # on a CPU it is in host memory already
+)
 def _offloaded(model: str, **options: Any) -> nn.Module:
     return _Offloaded(build_model(model, strategy="naive", **options))
 

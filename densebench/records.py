@@ -11,6 +11,7 @@ import hashlib
 import json
 import types
 import typing
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal, get_args, get_type_hints
 
@@ -30,7 +31,8 @@ class Case:
     """What was run: the key of a record.
 
     Attributes:
-        kind: "step" (a whole network), "depth" (one block of a chosen depth), "timeline" or "kernel".
+        kind: "step" (a whole network), "depth" (one block of a chosen depth), "timeline" or "kernel"; "fit" (the
+            largest batch that a card holds) and "deepest" (the most layers) are predicted only.
         model: a name of `densebench.list_models()`, or of an operator for kernels.
         strategy: a strategy's name, or that of another contender.
         mode: "train" (forward and backward), "forward" (with graph) or "infer" (without).
@@ -49,7 +51,6 @@ class Case:
     dtype: str = "float32"
     autocast: str | None = None
     memory_format: str = "contiguous"
-    compiled: str | None = None
     cuda_graph: bool = False
     device: str = "cpu"
     source: str = "measured"
@@ -175,6 +176,30 @@ class Record:
         if record.status not in STATUSES:
             raise RecordError(f"unknown status {record.status!r}")
         return record
+
+
+# Of the facts in a record's environment: what tells machines and code apart.
+_MACHINE = ("device", "threads", "flags", "allocator", "cpu_kernels")
+_CODE = ("source", "python", "packages", "torch_git", "cuda", "compilers", "assembler")
+_GPU = ("driver", "cudnn")  # not which board of a model: what is timed in turns, and so compared, is on one
+
+
+def identity(facts: Mapping[str, Any]) -> str:
+    """What must agree for two records to count as measured in the same place, on the same code.
+
+    The code is known by its hash: a commit that changes none of it, or is not known, changes no measurement.
+    """
+    gpu = facts.get("gpu", {})
+    same = [*(facts.get(name) for name in (*_MACHINE, *_CODE)), *(gpu.get(name) for name in _GPU)]
+    return json.dumps(same, sort_keys=True)
+
+
+def differences(facts: Mapping[str, Any], others: Mapping[str, Any]) -> tuple[list[str], list[str]]:
+    """Names of the facts that give two environments another `identity`: those of the machine, and of the code."""
+    gpu, other_gpu = facts.get("gpu", {}), others.get("gpu", {})
+    machine = [name.replace("_", " ") for name in _MACHINE if facts.get(name) != others.get(name)]
+    machine += [f"GPU {name}" for name in _GPU if gpu.get(name) != other_gpu.get(name)]
+    return machine, [name.replace("_", " ") for name in _CODE if facts.get(name) != others.get(name)]
 
 
 def _build(kind: Any, value: Any, where: str) -> Any:

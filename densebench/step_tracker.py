@@ -32,9 +32,6 @@ class Allocation:
     born: int
     died: int | None = None
 
-    def alive_at(self, event: int) -> bool:
-        return self.born <= event and (self.died is None or self.died > event)
-
 
 @dataclass(frozen=True, slots=True)
 class Operation:
@@ -115,10 +112,6 @@ class StepTracker(TorchDispatchMode):
             elif key not in before:  # else it is older than the tracker
                 self._record(key, storage, str(func))
         return out
-
-    def allocation_of(self, tensor: Tensor) -> Allocation | None:
-        """The allocation behind a tensor; None if it was made outside the tracker."""
-        return self._known.get(storage_key(tensor))
 
     def _note(self, func: Any, args: Any, kwargs: Any, out: Any, before: dict[int, Tensor]) -> None:
         for key in before:  # the last of them: in a fused norm and convolution, the convolution's

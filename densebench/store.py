@@ -10,13 +10,10 @@ import sys
 from collections.abc import Iterable, Iterator
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import IO, TYPE_CHECKING
+from typing import IO
 
 from densebench.counting import counted
-from densebench.records import Record, RecordError
-
-if TYPE_CHECKING:
-    import pandas as pd
+from densebench.records import Record, RecordError, identity
 
 
 class StoreError(OSError):
@@ -137,10 +134,6 @@ def _lines(path: Path) -> Iterator[tuple[int, str]]:
                 yield number, line
 
 
-# What tells code and machine apart, of a record's environment.
-_SAME = ("source", "device", "threads", "packages", "torch_git", "cuda", "flags", "allocator")
-
-
 def latest(records: Iterable[Record]) -> list[Record]:
     """The last record of each case and run: a case that was measured again replaces its older self.
 
@@ -158,11 +151,4 @@ def latest(records: Iterable[Record]) -> list[Record]:
 def _only_lacks_the_time(record: Record, older: Record) -> bool:
     if older.time_s is None or record.time_s is not None or record.status == "incorrect":
         return False
-    return all(record.environment.get(name) == older.environment.get(name) for name in _SAME)
-
-
-def to_frame(records: Iterable[Record]) -> pd.DataFrame:
-    """One row a record, one column a field; nested fields as `case.model`, `time_s.median`."""
-    import pandas as pd
-
-    return pd.json_normalize([dataclasses.asdict(record) for record in records], max_level=1)
+    return identity(record.environment) == identity(older.environment)

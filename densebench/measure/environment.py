@@ -4,14 +4,11 @@ from __future__ import annotations
 
 import contextlib
 import functools
-import hashlib
-import json
 import os
 import platform
 import re
 import subprocess
 import sys
-from collections.abc import Mapping
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -22,6 +19,7 @@ from densebench.counting import counted
 from densebench.kernels import compiled
 from densebench.measure.nvml import Nvml
 from densebench.replay import tracks
+from densebench.source_code import benchmark_files, hash_of, package_files
 
 _PACKAGES = ("densebench", "torch", "triton", "numpy", "torchvision", "timm", "monai", "pytest-benchmark")
 
@@ -52,7 +50,7 @@ def environment(device_type: str) -> dict[str, Any]:
         "compilers": {k: v for k, v in sorted(os.environ.items()) if _COMPILERS.search(k)} or None,
         "assembler": _assembler() if device.type == "cuda" else None,
         "commit": _git("rev-parse", "HEAD"),
-        "source": _source(),
+        "source": hash_of(package_files() | benchmark_files()),  # so that changes not committed tell, too
         "dirty": _dirty(),
         "argv": sys.argv,
     }
@@ -68,29 +66,6 @@ def environment(device_type: str) -> dict[str, Any]:
             **{key: value for key, value in Nvml(device).describe().items() if value is not None},
         }
     return facts
-
-
-_MACHINE = ("device", "threads", "flags", "allocator", "cpu_kernels")
-_CODE = ("source", "python", "packages", "torch_git", "cuda", "compilers", "assembler")
-_GPU = ("driver", "cudnn")  # not which board of a model: what is timed in turns, and so compared, is on one
-
-
-def identity(facts: Mapping[str, Any]) -> str:
-    """What must agree for two records to count as measured in the same place, on the same code.
-
-    The code is known by its hash: a commit that changes none of it, or is not known, changes no measurement.
-    """
-    gpu = facts.get("gpu", {})
-    same = [*(facts.get(name) for name in (*_MACHINE, *_CODE)), *(gpu.get(name) for name in _GPU)]
-    return json.dumps(same, sort_keys=True)
-
-
-def differences(facts: Mapping[str, Any], others: Mapping[str, Any]) -> tuple[list[str], list[str]]:
-    """Names of the facts that give two environments another `identity`: those of the machine, and of the code."""
-    gpu, other_gpu = facts.get("gpu", {}), others.get("gpu", {})
-    machine = [name.replace("_", " ") for name in _MACHINE if facts.get(name) != others.get(name)]
-    machine += [f"GPU {name}" for name in _GPU if gpu.get(name) != other_gpu.get(name)]
-    return machine, [name.replace("_", " ") for name in _CODE if facts.get(name) != others.get(name)]
 
 
 def device_name(device: torch.device) -> str:
@@ -131,23 +106,6 @@ def _dirty() -> bool | None:
     """Whether tracked files differ from the commit; None where git does not say."""
     changes = _git("status", "--porcelain", "--untracked-files=no")
     return None if changes is None else bool(changes)
-
-
-def _source() -> str:
-    """A hash of the code that measures and is measured, so that changes not committed tell, too."""
-    digest = hashlib.sha256()
-    for path in sorted(_sources()):
-        digest.update(path.name.encode() + b"\0" + path.read_bytes())
-    return digest.hexdigest()[:16]
-
-
-def _sources() -> set[Path]:
-    package = Path(__file__).resolve().parents[1]
-    folders = [package, (package / "kernels").resolve()]  # a link, which rglob does not follow
-    sources = {path for folder in folders for path in folder.rglob("*") if path.suffix in (".py", ".c", ".h")}
-    # Rooms that nothing measured comes through.
-    rooms = {path for room in ("report", "training") for path in (package / room).rglob("*")}
-    return sources - rooms - {package / "train.py"}
 
 
 def _processor() -> str:

@@ -8,9 +8,9 @@ from itertools import chain
 
 from densebench.counting import counted
 from densebench.measure.device import was_never_tried
-from densebench.measure.environment import differences, environment, identity
+from densebench.measure.environment import environment
 from densebench.measure.outcome import Fields
-from densebench.records import Record
+from densebench.records import Record, differences, identity
 from densebench.store import latest
 
 # A case that hung or took the process with it is left alone until the source changes; an error is tried again.

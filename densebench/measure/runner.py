@@ -203,8 +203,8 @@ class Runner:
         """FLOPs and predicted peak, where the network runs on fake tensors; the reason where it does not."""
         contender = get_contender(case.strategy)
         try:
-            naive = dataclasses.replace(case, strategy="naive") if contender.models == "densenet" else case
-            facts: Fields = {"flops_model": self._trace(naive).flops}
+            plain = dataclasses.replace(case, strategy=contender.reference or case.strategy)
+            facts: Fields = {"flops_model": self._trace(plain).flops}
             if not contender.compiles:  # what a compiler makes of it shows only when it runs
                 trace = self._trace(case)
                 facts |= {"flops_executed": trace.flops, "predicted_peak_bytes": trace.peak_bytes}

@@ -36,16 +36,15 @@ class Verdict:
 
 
 class Reference:
-    """Naive on one case's first images, in the case's precision and in a higher one.
+    """Naive, or another strategy, on one case's first images, in the case's precision and in a higher one.
 
     Args:
         case: any case of the network; its strategy does not matter.
+        strategy: what is taken to be right.
     """
 
-    def __init__(self, case: Case) -> None:
-        self.case = dataclasses.replace(
-            case, batch=min(case.batch, IMAGES), strategy="naive", compiled=None, cuda_graph=False
-        )
+    def __init__(self, case: Case, strategy: str = "naive") -> None:
+        self.case = dataclasses.replace(case, batch=min(case.batch, IMAGES), strategy=strategy, cuda_graph=False)
         work = build_workload(self.case)
         self.state = {name: tensor.cpu() for name, tensor in work.model.state_dict().items()}
         self.input = work.input
@@ -64,7 +63,8 @@ class Reference:
             gate = max(2 * self.own_error[name], _floor(case))
             if not error <= gate:  # a NaN is wrong, too
                 known = error if math.isfinite(error) else None
-                return Verdict(known, f"{name} off by {error:.1e} (naive: {self.own_error[name]:.1e})")
+                own = f"{self.case.strategy}: {self.own_error[name]:.1e}"
+                return Verdict(known, f"{name} off by {error:.1e} ({own})")
         return Verdict(max(errors.values()), None)
 
     def _run(self, case: Case) -> Quantities:
@@ -109,7 +109,7 @@ def first_algorithms() -> Iterator[None]:
 
 
 class NoReferenceError(RuntimeError):
-    """There is nothing to check a contender against: naive itself failed."""
+    """There is nothing to check a contender against: the reference itself failed."""
 
 
 class Checks:
@@ -122,18 +122,19 @@ class Checks:
 
     def __init__(self, one_network: bool = False) -> None:
         self.one_network = one_network
-        self._references: dict[str, Reference | str] = {}
+        self._references: dict[tuple[str, str], Reference | str] = {}
         self._verdicts: dict[str, Verdict] = {}
 
     def check(self, case: Case) -> Verdict | None:
-        """Judge a contender; None where naive is no reference for it.
+        """Judge a contender by its reference; None where it has none.
 
         Raises:
-            NoReferenceError: if naive fails on this network.
+            NoReferenceError: if the reference fails on this network.
         """
-        if case.mode == "forward" or not can_be_checked(case):
+        strategy = get_contender(case.strategy).reference
+        if case.mode == "forward" or strategy is None:
             return None
-        reference = self._reference(case)
+        reference = self._reference(case, strategy)
         if self.one_network:
             case = dataclasses.replace(reference.case, strategy=case.strategy)
         key = case.key()
@@ -141,16 +142,16 @@ class Checks:
             self._verdicts[key] = reference.check(case)
         return self._verdicts[key]
 
-    def _reference(self, case: Case) -> Reference:
-        network = "" if self.one_network else _network(case)
-        if network not in self._references:
+    def _reference(self, case: Case, strategy: str) -> Reference:
+        key = strategy, "" if self.one_network else _network(case)
+        if key not in self._references:
             try:
-                self._references[network] = Reference(case)
+                self._references[key] = Reference(case, strategy)
             except Exception as error:  # the next contender gets the same answer, without a second attempt
-                self._references[network] = f"{type(error).__name__}: {str(error)[:200]}"
-        found = self._references[network]
+                self._references[key] = f"{type(error).__name__}: {str(error)[:200]}"
+        found = self._references[key]
         if isinstance(found, str):
-            raise NoReferenceError(f"naive failed as the reference ({found})")
+            raise NoReferenceError(f"{strategy} failed as the reference ({found})")
         return found
 
 
@@ -166,17 +167,12 @@ def changed(first: Tensor, last: Tensor, case: Case) -> str | None:
 
 
 def _network(case: Case) -> str:
-    same = dataclasses.replace(case, strategy="", batch=0, memory_format="", compiled=None, cuda_graph=False)
+    same = dataclasses.replace(case, strategy="", batch=0, memory_format="", cuda_graph=False)
     return same.key()
 
 
 def _floor(case: Case) -> float:
     return FLOORS[getattr(torch, case.autocast or case.dtype)]
-
-
-def can_be_checked(case: Case) -> bool:
-    """Whether the case runs a DenseNet of ours by other means, so that naive is its reference."""
-    return get_contender(case.strategy).models == "densenet"
 
 
 def _errors(values: Quantities, exact: Quantities) -> dict[str, float]:

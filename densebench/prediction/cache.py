@@ -17,10 +17,10 @@ from typing import Any
 
 import torch
 
-import densebench
 from densebench.cache_folder import cache_folder
 from densebench.kernels import compiled
 from densebench.kernels.products import multiplies_halves
+from densebench.source_code import hash_of, package_files
 
 
 def cached(question: dict[str, Any], answer: Callable[[], dict[str, Any]]) -> dict[str, Any]:
@@ -60,17 +60,6 @@ def versions() -> dict[str, Any]:
     return {
         "python": list(sys.version_info[:2]),
         "torch": torch.__version__,
-        "sources": _hash_of_sources(),
+        "sources": hash_of(package_files()),
         "cpu": torch.backends.cpu.get_cpu_capability(),
     }
-
-
-def _hash_of_sources() -> str:
-    root = Path(densebench.__file__).parent
-    digest = hashlib.sha256()
-    for path in sorted(
-        (*root.rglob("*.py"), *(root / "kernels").glob("*.py"), *(root / "kernels").glob("*.[ch]"))
-    ):
-        digest.update(str(path.relative_to(root)).encode())
-        digest.update(path.read_bytes())
-    return digest.hexdigest()

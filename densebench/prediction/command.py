@@ -11,6 +11,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import densebench
+from densebench.capacities import GIB
 from densebench.counting import counted
 from densebench.models import list_models
 from densebench.models.config import DenseNetConfig
@@ -23,7 +24,6 @@ from densebench.registry import UnsupportedError, list_strategies
 from densebench.store import read_records
 
 WIDTH = 80
-GIB = 2**30
 _SMALL_IMAGES = ("densenet_bc", "densenet_cifar")
 
 

@@ -22,6 +22,7 @@ from densebench.formats import CHANNELS_LAST
 from densebench.models import build_model, list_models, set_strategy
 from densebench.models.features import stages_in
 from densebench.prediction.trace import StepTrace, trace_step
+from densebench.registry import UnsupportedError
 from densebench.workload import Workload, fake_model
 
 Model = str | nn.Module
@@ -190,7 +191,7 @@ def _explained(name: str, shape: Sequence[int]) -> Iterator[None]:
     except (NotImplementedError, RuntimeError, TypeError) as error:
         if "fake impl" in str(error) or "'Meta' backend" in str(error):
             raise PredictionError(_without_fake(_operator_in(str(error)))) from error
-        if type(error).__name__ == "UnsupportedError":
+        if isinstance(error, UnsupportedError):
             raise
         raise PredictionError(f"{name} cannot run an input of {list(shape)}: {_line(error)}") from error
 

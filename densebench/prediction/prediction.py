@@ -6,6 +6,7 @@ import dataclasses
 from dataclasses import dataclass
 from typing import Any
 
+from densebench.capacities import GIB, MIB
 from densebench.records import Timeline
 
 
@@ -64,9 +65,9 @@ class Prediction:
         )
         if self.device_memory is not None and self.largest_batch is not None:
             verdict = "fits" if self.fits else "does not fit"
-            memory = f"{self.device_memory / 2**30:,.2f} GiB"
+            memory = f"{self.device_memory / GIB:,.2f} GiB"
             if self.reserved_bytes:
-                memory += f", of which {self.reserved_bytes / 2**30:.1f} GiB are left to the driver"
+                memory += f", of which {self.reserved_bytes / GIB:.1f} GiB are left to the driver"
             lines.append(f"{verdict} in {memory}; largest batch: {self.largest_batch:,}")
         return "\n".join(lines)
 
@@ -93,4 +94,4 @@ class Prediction:
 
 
 def _in_mib(count: int) -> str:
-    return f"{count / 2**20:10,.1f} MiB"
+    return f"{count / MIB:10,.1f} MiB"

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import re
 
+from densebench.capacities import GIB
+
 _UNITS = {
     "": 1, "B": 1,
     "KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12,
@@ -38,4 +40,4 @@ def size_note(text: str | int) -> str | None:
     match = re.fullmatch(r"\s*[\d.]+\s*([A-Za-z]+)\s*", str(text))
     if match is None or match[1].upper() not in _DECIMAL:
         return None
-    return f"{str(text).strip()} = {parse_size(text) / 2**30:.2f} GiB"
+    return f"{str(text).strip()} = {parse_size(text) / GIB:.2f} GiB"

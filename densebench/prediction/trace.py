@@ -22,7 +22,6 @@ from densebench.records import Case, Timeline
 from densebench.step_tracker import Allocation, Operation, StepTracker, storage_key
 from densebench.workload import Workload, fake_workload
 
-CATEGORIES = ("parameters", "gradients", "buffers", "input", "activations", "temporaries")
 Bytes = NDArray[np.int64]
 
 

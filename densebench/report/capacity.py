@@ -6,6 +6,7 @@ import json
 from collections.abc import Iterable, Sequence
 from dataclasses import replace
 
+from densebench.capacities import CAPACITIES_GIB, GIB
 from densebench.counting import counted
 from densebench.records import Case, Record
 from densebench.report.agreement import relative, within
@@ -15,9 +16,8 @@ from densebench.report.fits import BEYOND, DIGITS, Fit, driver_bytes, fits, work
 from densebench.report.sources import MAKE_SOME
 from densebench.report.style import Roster
 from densebench.report.tables import Column, Table, build
-from densebench.report.units import GIB, MODES, condition_words, memory, percent
+from densebench.report.units import MODES, condition_words, memory, percent
 
-CAPACITIES_GIB = (8, 16, 24, 40, 80)
 Setting = tuple[str, Sequence[Fit]]  # a network and its setting in words, and what fits of it
 
 

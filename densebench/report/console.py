@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 
+from densebench.capacities import MIB
 from densebench.records import Record
+from densebench.report.style import Roster
 from densebench.statistics import ratio_of
 
-MIB = 2**20
-YARDSTICK = "eager"  # another network, shown beside a DenseNet of its size
 _ROW = "{:<25}{:>10}{:>9}{:>9}{:>9}{:>18}"
 
 
@@ -28,19 +28,22 @@ def summary_table(records: Iterable[Record]) -> list[str]:
 
 
 def _tables(steps: list[Record]) -> list[str]:
+    yardsticks = {entry.name for entry in Roster.of(steps) if entry.family == "yardstick"}
     models: dict[str, str] = {}  # of each setting, the first network: ResNet stands beside it
     for record in steps:
-        if record.case.strategy != YARDSTICK:
+        if record.case.strategy not in yardsticks:
             models.setdefault(_setting(record), record.case.model)
     groups: dict[str, list[Record]] = {}
     for record in steps:
-        own = record.case.strategy != YARDSTICK
+        own = record.case.strategy not in yardsticks
         model = record.case.model if own else models.get(_setting(record), record.case.model)
         groups.setdefault(_group(record, model), []).append(record)
     lines: list[str] = []
     for group, members in groups.items():
         lines += ["", group, _ROW.format("", "peak MiB", "ms", "img/s", "GFLOP", "x naive's time")]
-        lines += [_line(record, fastest_naive(members, record.group)) for record in members]
+        for record in members:
+            name = record.case.model if record.case.strategy in yardsticks else record.case.strategy
+            lines.append(_line(name, record, fastest_naive(members, record.group)))
     return lines
 
 
@@ -70,10 +73,8 @@ def _setting(record: Record) -> str:
     return f"{source}{case.mode} {size} {case.autocast or case.dtype} {case.device}{graph}"
 
 
-def _line(record: Record, baseline: Record | None) -> str:
-    case = record.case
-    name = case.model if case.strategy == YARDSTICK else case.strategy
-    name += " (contiguous)" if case.memory_format == "contiguous" else ""
+def _line(name: str, record: Record, baseline: Record | None) -> str:
+    name += " (contiguous)" if record.case.memory_format == "contiguous" else ""
     if record.peak_delta_bytes is None and (record.time_s is None or record.reason is not None):
         return f"{name:<26}{ended_in_words(record)}"[:80]
     memory = "" if record.peak_delta_bytes is None else f"{record.peak_delta_bytes / MIB:.0f}"

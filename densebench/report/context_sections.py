@@ -10,7 +10,7 @@ from densebench.records import Record
 from densebench.report.blocks import Block, Folded, Items, Plot, Prose, Section, Sheet
 from densebench.report.figure_kernels import kernels_picture
 from densebench.report.glossary import explain
-from densebench.report.kernel_tables import code_table, operator_table, overview_table
+from densebench.report.kernel_tables import CODE_CAPTION, code_table, operator_table, overview_table
 from densebench.report.kernel_words import beyond, clauses, code_words, finding, gist
 from densebench.report.kernels import Machine, failures, machines
 from densebench.report.sources import MAKE_SOME as COMMAND
@@ -168,7 +168,7 @@ def glossary_section(sections: Iterable[Section], beside_the_answer: Table | Non
     """Every column of every table of the report, in the order of appearance."""
     tables = [] if beside_the_answer is None else [beside_the_answer]
     tables += [table for section in sections if section.id != "environment" for table in section.tables()]
-    columns = dict.fromkeys(name for table in tables for name in table.columns)
-    entries = dict(explain(name) for name in columns)
+    columns = dict.fromkeys((name, table.caption == CODE_CAPTION) for table in tables for name in table.columns)
+    entries = dict(explain(name, of_code) for name, of_code in columns)
     rows = [Column[str]("column", lambda name: name, numeric=False), Column[str]("meaning", entries.get, False)]
     return Section("glossary", "Glossary", (Sheet(build("What each column means", rows, entries)),))

@@ -10,6 +10,7 @@ from matplotlib.axes import Axes
 from matplotlib.lines import Line2D
 from matplotlib.ticker import FixedLocator, FuncFormatter
 
+from densebench.capacities import GIB
 from densebench.report.drawing import (
     WIDE,
     Canvas,
@@ -26,7 +27,7 @@ from densebench.report.figure_strategies import device_memory
 from densebench.report.selection import Comparison, Row
 from densebench.report.style import INK, MUTED
 from densebench.report.tables import Column, Table, build
-from densebench.report.units import CROSS, GIB, MODES, memory_unit, number, setting_words
+from densebench.report.units import CROSS, MODES, memory_unit, number, setting_words
 
 TITLE = "Throughput and memory against batch"
 Value = Callable[[Row], float | None]

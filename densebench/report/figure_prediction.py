@@ -6,13 +6,14 @@ from collections.abc import Callable, Sequence
 
 from matplotlib.ticker import FixedLocator, FuncFormatter
 
+from densebench.capacities import GIB
 from densebench.counting import counted
 from densebench.report.comparison_tables import measured_peak, prediction_error
 from densebench.report.drawing import WIDE, Canvas, Picture, canvas, draw, round_step
 from densebench.report.selection import Comparison, Row, device_of
 from densebench.report.style import GRID, INK, MUTED, Roster
 from densebench.report.tables import Column, Table, build
-from densebench.report.units import GIB, Unit, memory, memory_unit, percent
+from densebench.report.units import Unit, memory, memory_unit, percent
 
 TITLE = "Error of the predicted peak"
 SUBTITLE = "Predicted peak over measured peak, less one; library workspaces apart"

@@ -11,10 +11,10 @@ import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
+from densebench.capacities import GIB
 from densebench.records import Case, Record
 from densebench.report.selection import device_of
 from densebench.report.style import Roster, display_name
-from densebench.report.units import GIB
 
 BEYOND = 100  # times the largest known batch: from there on an estimate has
 DIGITS = 2  # significant digits and no more

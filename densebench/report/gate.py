@@ -8,9 +8,10 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from densebench.capacities import MIB
 from densebench.records import Record, Timing
 
-MEMORY_SLACK = 2**20  # bytes: allocator rounding, and the profiler's own small tensors
+MEMORY_SLACK = MIB  # bytes: allocator rounding, and the profiler's own small tensors
 TIME_SLACK = 50e-6  # seconds: what a timer and one launch may differ by
 DEFAULT = "mem:2%,time:10%"
 RESAMPLES = 2000
@@ -143,7 +144,7 @@ def _options(record: Record) -> str:
 
 
 def _mib(value: int) -> str:
-    return f"{value / 2**20:,.1f} MiB"
+    return f"{value / MIB:,.1f} MiB"
 
 
 def _ms(timing: Timing) -> str:

@@ -126,11 +126,20 @@ _ENTRIES: tuple[tuple[str, str, str], ...] = (
 _CODE = "Of the compiled kernel, as the compiler's output has it."
 
 
-def explain(column: str) -> tuple[str, str]:
-    """The name to show for a column, and its meaning."""
+def explain(column: str, of_code: bool = False) -> tuple[str, str]:
+    """The name to show for a column, and its meaning.
+
+    Args:
+        of_code: whether it is of the table of compiled kernels, which has what its file has, known here or not.
+
+    Raises:
+        KeyError: with the column's name, if no entry explains it.
+    """
     for pattern, name, meaning in _ENTRIES:
         if re.fullmatch(pattern, column):
             return name, meaning
+    if not of_code:
+        raise KeyError(column)
     return column, _CODE_COLUMNS.get(column, _CODE)
 
 

@@ -11,6 +11,7 @@ from densebench.report.kernels import Machine, Operator, Run
 from densebench.report.tables import Column, Table, build
 from densebench.report.units import STATUS_WORDS, number, times
 
+CODE_CAPTION = "Machine code of the kernels"
 SHAPE = ("block", "layer", "rows", "columns", "outputs")
 
 
@@ -73,7 +74,7 @@ def code_table(kernels: Sequence[dict[str, Any]]) -> Table:
         numeric = all(isinstance(kernel.get(name), int | float | None) for kernel in kernels)
         return Column(name.replace("_", " "), lambda kernel: _text(kernel.get(name)), numeric)
 
-    return build("Machine code of the kernels", [column(name) for name in names], kernels)
+    return build(CODE_CAPTION, [column(name) for name in names], kernels)
 
 
 def share(value: float | None) -> str | None:

@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from densebench.records import Record
+from densebench.records import Record, identity
 from densebench.store import latest, read_records
 
 REPORTS = Path("reports")
@@ -112,8 +112,6 @@ def _shown(files: Sequence[Path]) -> tuple[list[Record], tuple[Record, ...]]:
     for record in found:
         key = (record.run, record.case.key())
         if record.environment != by_case[key].environment:
-            from densebench.measure.environment import identity  # imports torch: seconds, and seldom needed
-
             own = identity(record.environment)
             if own != identity(by_case[key].environment):
                 out[(*key, own)] = record

@@ -125,6 +125,7 @@ _FIXED = {
     "compiled": Look(SKY_BLUE, "p", DOTTED),
     "compiled_budget": Look(SKY_BLUE, "<", DASHED),
     "offloaded": Look(SKY_BLUE, "d", DASH_DOT),
+    "checkpointed_blocks": Look(SKY_BLUE, "8", LONG_DASHED),
     "eager": Look(BLACK, "s", DOTTED, hollow=True),
 }
 _SPARE_LINES = (DASH_DOT_DOT, LONG_DASHED)
@@ -170,7 +171,11 @@ class Roster:
         wanted = set(names)
         known = [name for name in list_contenders() if name in wanted]
         entries = []
-        spare = {family: itertools.cycle(looks) for family, looks in _SPARE.items()}
+        taken = set(_FIXED.values())
+        spare = {
+            family: itertools.cycle([look for look in looks if look not in taken])
+            for family, looks in _SPARE.items()
+        }
         for name in [*known, *sorted(wanted - set(known))]:
             family: str = "peer"
             summary = "not registered in this version"
@@ -201,6 +206,5 @@ def display_name(record: Record, family: str) -> str:
     case = record.case
     name = model_name(case.model) if family == "yardstick" else case.strategy
     extras = ["contiguous"] if case.memory_format == "contiguous" else []
-    extras += [f"compiled: {case.compiled}"] if case.compiled else []
     extras += ["CUDA graph"] if case.cuda_graph else []
     return f"{name} ({', '.join(extras)})" if extras else name

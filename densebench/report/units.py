@@ -7,10 +7,9 @@ import re
 from collections.abc import Iterable
 from dataclasses import dataclass
 
+from densebench.capacities import GIB, MIB
 from densebench.records import Case
 
-MIB = 2**20
-GIB = 2**30
 CROSS = "\N{MULTIPLICATION SIGN}"
 GIB_FROM = 8 * GIB  # where MiB would need five digits, or nearly
 
@@ -62,7 +61,11 @@ def memory(value: float, unit: Unit | None = None) -> str:
 
 
 def number(value: float, digits: int = 3) -> str:
-    """At least so many significant digits, never an exponent, thousands set apart."""
+    """At least so many significant digits, never an exponent, thousands set apart.
+
+    Raises:
+        ValueError: for NaN or infinity.
+    """
     if not math.isfinite(value):
         raise ValueError(f"{value} is not a number to print")
     if value == 0:

@@ -5,10 +5,10 @@ from __future__ import annotations
 import textwrap
 from collections.abc import Mapping, Sequence
 
+from densebench.capacities import MIB
 from densebench.training.records import EpochRecord, by_strategy
 
 WIDTH = 80
-MIB = 2**20
 CROSS = "\N{MULTIPLICATION SIGN}"
 _MOST_EPOCHS = 6  # whose losses are compared one by one
 _COLUMNS = "{:<18}{:>12}{:>10}{:>12}{:>9}{:>11}{:>8}"

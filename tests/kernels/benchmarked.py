@@ -8,11 +8,8 @@ import pytest
 import torch
 
 from benchmarks.cases import Group
-from benchmarks.kernel_cases import (
-    CONVOLUTIONS,
-    POOLS,
-    kernel_groups,
-)
+from benchmarks.kernel_cases import kernel_groups
+from benchmarks.kernel_facts import CONVOLUTIONS, POOLS
 from densebench.kernels.convolutions import not_compiled
 from densebench.measure import ceilings
 from densebench.measure.timing import Effort

@@ -10,8 +10,11 @@ import torch
 
 from benchmarks import kernel_cache, kernel_runs
 from benchmarks.kernel_runs import KernelRunner
+from densebench.operators import load_all
 from densebench.store import RunStore
 from tests.kernels.benchmarked import CEILINGS, SHORT
+
+load_all()  # an operator that nothing imports yet is tested, too
 
 
 @pytest.fixture(autouse=True)

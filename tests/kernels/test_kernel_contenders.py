@@ -5,22 +5,14 @@ from __future__ import annotations
 import pytest
 import torch
 
-from benchmarks import kernel_cache
+from benchmarks import kernel_cache, kernel_facts
 from benchmarks.kernel_cache import Rotation, cold_clock, copies, other_operand
 from benchmarks.kernel_calls import Call, given_statistics, ours
-from benchmarks.kernel_cases import (
-    BLOCKS,
-    COMPILED_AT,
-    CONVOLUTIONS,
-    PRODUCT,
-    PRODUCTS,
-    WITH_GIVEN_STATISTICS,
-    geometry,
-    kernel_groups,
-)
+from benchmarks.kernel_cases import BLOCKS, COMPILED_AT, geometry, kernel_groups
+from benchmarks.kernel_facts import CONVOLUTIONS, PRODUCT, PRODUCTS, WITH_GIVEN_STATISTICS
 from benchmarks.kernel_operands import Operands
 from benchmarks.kernel_runs import Subject, exact_results, relative_errors
-from densebench.kernels.library import IMPLEMENTATIONS
+from densebench.operators import load_all
 from tests.kernels.benchmarked import OPERATORS, skip_what_is_not_compiled, small
 
 
@@ -80,9 +72,10 @@ def test_operands_are_not_compared_with_themselves(operator: str) -> None:
     assert copy.x.stride() == first.x.stride()
 
 
-def test_every_operator_of_the_fused_path_is_timed() -> None:
+def test_every_operator_is_timed() -> None:
     """But for the form of bn_relu_backward that only networks without bottleneck use."""
-    assert {*OPERATORS, "bn_relu_backward_into"} == set(IMPLEMENTATIONS)
+    assert {*OPERATORS, "bn_relu_backward_into"} == set(load_all())
+    assert set(kernel_facts.OPERATORS) == set(OPERATORS)
 
 
 @pytest.mark.parametrize("kind", ["cpu", "cuda"])

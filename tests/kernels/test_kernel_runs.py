@@ -9,10 +9,7 @@ import torch
 
 from benchmarks import kernel_runs
 from benchmarks.kernel_calls import Call, Results, eager
-from benchmarks.kernel_cases import (
-    PRODUCT,
-    PRODUCTS,
-)
+from benchmarks.kernel_facts import PRODUCT, PRODUCTS
 from benchmarks.kernel_operands import Operands
 from benchmarks.kernel_runs import CONTENDERS, NOT_RUN, KernelRunner, Subject
 from densebench.kernels import compiled

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -10,11 +11,13 @@ import torch
 from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
+from densebench import kernels
 from densebench.kernels import compiled
 from densebench.kernels.library import IMPLEMENTATIONS, WORKSPACE, _by_name
 from densebench.kernels.products import tile_dtype
 from densebench.kernels.rows import tile_rows
 from densebench.measure.memory import measure_peak
+from densebench.operators import load_all
 from tests.kernels.convolution_problems import CONVOLUTIONS
 from tests.kernels.problems import PROBLEMS, Problem, Shape, call
 
@@ -41,14 +44,29 @@ def test_opcheck(name: str, shape: str) -> None:
 
 
 def test_every_operator_is_documented() -> None:
-    for name in IMPLEMENTATIONS:
+    for name in load_all():
         packet = getattr(torch.ops.densebench, name)
         assert "[" in packet.__doc__, f"{name} says nothing of shapes"
         assert packet.default.__doc__ == packet.__doc__
 
 
 def test_every_operator_is_here() -> None:
-    assert {build(Shape()).operator for build in (PROBLEMS | CONVOLUTIONS).values()} == set(IMPLEMENTATIONS)
+    assert {build(Shape()).operator for build in (PROBLEMS | CONVOLUTIONS).values()} == set(load_all())
+
+
+def test_an_operator_that_nothing_imports_is_loaded(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """Else it would be in no test that compares with what is registered."""
+    (tmp_path / "stray.py").write_text(
+        "from densebench.kernels.library import IMPLEMENTATIONS, Implementations\n"
+        "IMPLEMENTATIONS['stray'] = Implementations(None, None)\n"
+    )
+    before = set(load_all())
+    monkeypatch.setattr(kernels, "__path__", [*kernels.__path__, str(tmp_path)])
+    try:
+        assert set(load_all()) - before == {"stray"}
+    finally:
+        IMPLEMENTATIONS.pop("stray", None)
+        sys.modules.pop("densebench.kernels.stray", None)
 
 
 @pytest.mark.parametrize("folder", [compiled.FOLDER, None], ids=["compiled", "uncompiled"])

@@ -54,7 +54,7 @@ ACTS: dict[str, Callable[[], Any]] = {
 
 
 def _register(name: str) -> None:
-    @contender(name, summary=f"{name}, for tests", models="fault")
+    @contender(name, summary=f"{name}, for tests", models="fault", reference=None)
     def build(model: str, **options: Any) -> nn.Module:
         return _Doing(ACTS[name])
 

@@ -46,6 +46,34 @@ def test_a_name_is_taken_once() -> None:
         contenders.contender("timm", summary="again")(lambda model: torch.nn.Identity())
 
 
+@pytest.mark.parametrize(
+    ("facts", "why"),
+    [
+        ({"name": "y z"}, "'y z' is not an identifier"),
+        ({"summary": " "}, "'other' needs a summary"),
+        ({"family": "strategyy"}, r"family='strategyy' is not one of \['peer', 'yardstick'\]"),
+        ({"family": "strategy"}, "family='strategy' is not one of"),  # those are of the registry
+        ({"modes": ("train", "infr")}, "are not some of"),
+        ({"devices": ()}, "are not some of"),
+        ({"family": "yardstick", "network": "resnet50"}, "needs its network, and reference=None"),
+        ({"family": "yardstick", "reference": None}, "needs its network, and reference=None"),
+        ({"network": "resnet50"}, "network='resnet50' is for yardsticks only"),
+    ],
+)
+def test_facts_that_would_be_misread_are_refused(facts: dict[str, Any], why: str) -> None:
+    before = list_contenders()
+    with pytest.raises(ValueError, match=why):
+        contenders.contender(**{"name": "other", "summary": "another", **facts})(lambda model: torch.nn.Identity())
+    assert list_contenders() == before
+
+
+def test_a_peer_does_not_hide_a_strategy(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(contenders, "_peers", dict(contenders._peers))
+    contenders.contender("naive", summary="not ours")(lambda model: torch.nn.Identity())
+    with pytest.raises(ValueError, match="'naive' is a strategy and a contender of tests"):
+        get_contender("naive")
+
+
 @pytest.mark.parametrize("name", PACKAGED)
 def test_a_missing_package_says_how_to_install_it(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     peers.why_not_importable.cache_clear()

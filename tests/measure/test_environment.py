@@ -12,10 +12,12 @@ from typing import Any
 import pytest
 import torch
 
-from densebench import kernels
+from densebench import kernels, source_code
 from densebench.measure import environment as environment_module
-from densebench.measure.environment import environment, identity
+from densebench.measure.environment import environment
 from densebench.measure.nvml import DRIVER_FIELDS, Nvml, Reading, facts_while_repeating
+from densebench.records import identity
+from densebench.source_code import benchmark_files, hash_of, package_files
 
 
 class FakeNvml:
@@ -154,17 +156,41 @@ def test_every_language_of_the_kernels_counts_as_source() -> None:
     """A record made with another header is another's."""
     folder = Path(kernels.__file__).resolve().parent
     code = {path for path in folder.iterdir() if path.is_file() and path.suffix != ".md"}
-    assert code <= environment_module._sources()
+    assert code <= package_files()
     assert {path.suffix for path in code} == {".py", ".c", ".h"}
 
 
 def test_what_is_never_measured_is_no_source() -> None:
     """A figure drawn otherwise, or another training command, leaves records what they are."""
-    sources = environment_module._sources()
+    sources = package_files()
     rooms = {path.parent.name for path in sources}
     assert {"models", "execution", "strategies", "kernels", "measure", "replay"} <= rooms
     assert rooms.isdisjoint({"report", "training"})
     assert "train.py" not in {path.name for path in sources}
+
+
+def test_what_times_kernels_counts_as_source(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """A run that goes on after an edit of it would mix times; which cases there are is in their keys."""
+    found = benchmark_files()
+    assert {"kernel_runs.py", "kernel_calls.py", "kernel_cache.py", "suite.py"} <= {path.name for path in found}
+    assert {path.name for path in found}.isdisjoint({"profiles.py", "cases.py", "test_kernels.py"})
+    assert environment("cpu")["source"] == hash_of(package_files() | found) != hash_of(package_files())
+    (tmp_path / "benchmarks").mkdir()
+    (tmp_path / "benchmarks" / "suite.py").touch()  # of somebody else: the package is installed beside it
+    monkeypatch.setattr(source_code, "_PACKAGE", tmp_path / "densebench")
+    assert benchmark_files() == set()
+
+
+def test_the_hash_of_sources_knows_names_and_contents_but_not_where_they_lie(tmp_path: Path) -> None:
+    def hashed(place: str, **files: str) -> str:
+        folder = tmp_path / place / "package"
+        folder.mkdir(parents=True)
+        for name, text in files.items():
+            (folder / name).write_text(text)
+        return hash_of(folder.iterdir())
+
+    assert hashed("one", a="x", b="y") == hashed("two", a="x", b="y")
+    assert len({hashed("three", a="y", b="x"), hashed("four", a="x", c="y"), hashed("five", a="x", b="y")}) == 3
 
 
 def test_a_gpu_that_is_not_there_is_said() -> None:

@@ -18,7 +18,7 @@ import pytest
 from benchmarks import conftest as front_end
 from benchmarks import suite as suite_module
 from benchmarks.profiles import profile
-from benchmarks.suite import Suite, choose_device, run_folder
+from benchmarks.suite import DEVICE, PROFILE, PROFILE_NAME, Suite, choose_device, run_folder
 from densebench.measure.environment import environment
 from densebench.records import Record
 from densebench.registry import list_strategies
@@ -259,7 +259,7 @@ def test_a_resumed_run_says_that_no_record_applies(resume: bool, tmp_path: Path)
     store, chosen, stash = RunStore(tmp_path / "run"), profile("tiny", "cpu"), pytest.Stash()
     store.append(small_record(environment={**environment("cpu"), "source": "changed"}))
     suite = Suite(chosen, store, isolate=False, resume=resume, progress=print)
-    stash[front_end._PROFILE], stash[front_end._DEVICE], stash[front_end._NAME] = chosen, "cpu", "tiny"
+    stash[PROFILE], stash[DEVICE], stash[PROFILE_NAME] = chosen, "cpu", "tiny"
     stash[front_end._SUITE] = suite
     config: Any = SimpleNamespace(stash=stash)
     lines = front_end.pytest_report_collectionfinish(config, [])

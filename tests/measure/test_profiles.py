@@ -5,8 +5,8 @@ from __future__ import annotations
 import pytest
 
 from benchmarks.cases import DEPTHS
-from benchmarks.conftest import _name
 from benchmarks.profiles import Profile, profile
+from benchmarks.suite import short_name
 from densebench.contenders import get_contender
 from densebench.registry import list_strategies
 from densebench.workload import model_options
@@ -62,6 +62,17 @@ def test_on_a_cpu_the_full_size_table_is_predicted(name: str) -> None:
     assert {case.source for case in full} == {"predicted"}
 
 
+def test_what_would_run_as_naive_does_is_left_out() -> None:
+    """Without a graph nothing is recomputed or offloaded; on a CPU everything is in host memory already."""
+    chosen = {where: profile("full", where) for where in ("cpu", "cuda")}
+    timed = {(where, mode): contenders_of(chosen[where], mode) for where in chosen for mode in ("train", "infer")}
+    assert {at for at, names in timed.items() if "offloaded" in names} == {("cuda", "train")}
+    assert {at for at, names in timed.items() if "checkpointed_blocks" in names} == {
+        ("cpu", "train"),
+        ("cuda", "train"),
+    }
+
+
 def test_slow_peers_are_not_in_the_quick_run() -> None:
     slow = {"monai", "checkpointed_blocks"}
     for device in ("cpu", "cuda"):
@@ -97,5 +108,5 @@ def test_naive_runs_in_both_formats_on_a_gpu() -> None:
 def test_names_of_tests_tell_the_formats_apart() -> None:
     for device in ("cpu", "cuda"):
         for group in profile("full", device).groups:
-            names = [_name(case) for case in group.cases]
+            names = [short_name(case) for case in group.cases]
             assert len(set(names)) == len(names), group.name

@@ -104,12 +104,14 @@ def test_a_wrong_strategy_is_incorrect_and_has_no_figure(name: str, runner: Call
     assert (wrong.max_error_vs_reference is None) == (name == "not_a_number")
 
 
+@pytest.mark.parametrize("models", ["densenet", "densenet_x", "dense"])
 def test_a_wrong_peer_is_measured_and_marked(
-    monkeypatch: pytest.MonkeyPatch, runner: Callable[..., Runner]
+    models: str, monkeypatch: pytest.MonkeyPatch, runner: Callable[..., Runner]
 ) -> None:
+    """Which networks it has says nothing of whether it is checked."""
     monkeypatch.setattr(contenders, "_peers", dict(contenders._peers))
 
-    @contenders.contender("shaky", summary="a peer that is not quite the same")
+    @contenders.contender("shaky", summary="a peer that is not quite the same", models=models)
     def shaky(model: str, **options: Any) -> nn.Module:
         network = build_model(model, **options)
         network.classifier.register_forward_hook(lambda module, args, out: out * 1.01)
@@ -117,6 +119,7 @@ def test_a_wrong_peer_is_measured_and_marked(
 
     (record,) = runner().measure([small_case("shaky")], "a group")
     assert record.status == "incorrect"
+    assert record.flops_model
     assert record.time_s is not None
     assert record.peak_delta_bytes
 
@@ -144,13 +147,26 @@ def test_dropout_may_move_the_output() -> None:
     assert changed(torch.ones(3), torch.zeros(3), small_case()) is not None
 
 
+def test_another_strategy_may_be_the_reference(monkeypatch: pytest.MonkeyPatch) -> None:
+    """One that is not there is no reason to time what was not checked; without any there is nothing to check."""
+    monkeypatch.setattr(contenders, "_peers", dict(contenders._peers))
+    for name, reference in {"by_fused": "fused", "by_nothing": "no_such", "by_none": None}.items():
+        contenders.contender(name, summary="naive", reference=reference)(build_model)
+    checks = Checks()
+    assert checks.check(small_case("by_fused")).error is not None  # type: ignore[union-attr]
+    assert {strategy for strategy, _ in checks._references} == {"fused"}
+    with pytest.raises(NoReferenceError, match="no_such failed as the reference"):
+        checks.check(small_case("by_nothing"))
+    assert checks.check(small_case("by_none")) is None
+
+
 def test_the_reference_of_a_group_is_made_once(monkeypatch: pytest.MonkeyPatch) -> None:
     made: list[str] = []
 
     class Counting(Reference):
-        def __init__(self, case: Any) -> None:
+        def __init__(self, case: Any, strategy: str) -> None:
             made.append(case.key())
-            super().__init__(case)
+            super().__init__(case, strategy)
 
     monkeypatch.setattr(validation, "Reference", Counting)
     checks = Checks()
@@ -166,7 +182,7 @@ def test_without_a_reference_nothing_is_timed(
 ) -> None:
     calls = 0
 
-    def broken(case: Any) -> Any:
+    def broken(case: Any, strategy: str) -> Any:
         nonlocal calls
         calls += 1
         raise RuntimeError("unable to find an engine to execute this computation")  # taken for a lack of memory

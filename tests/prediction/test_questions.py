@@ -18,8 +18,10 @@ from torch import Tensor, nn
 import densebench
 from densebench import predict
 from densebench.prediction import Prediction, PredictionError, cache, command, networks
+from densebench.prediction.gpus import get_gpu, list_gpus
 from densebench.prediction.sizes import parse_size, size_note
 from densebench.records import Case, Record
+from densebench.source_code import hash_of
 from tests.report.records import timing_of
 
 SMALL = ["densenet_d2l", "--size", "64", "--strategy", "naive"]
@@ -173,6 +175,45 @@ def test_a_network_that_branches_on_values() -> None:
         densebench.predict_memory(model, (2, 3, 8, 8))
 
 
+class UnsupportedError(RuntimeError):
+    """Somebody else's of that name."""
+
+
+@pytest.mark.parametrize("ours", [False, True])
+def test_only_a_refusal_of_ours_is_passed_on(ours: bool) -> None:
+    """It names the remedy itself; what a network raises is explained."""
+
+    def refuse(x: Tensor) -> Tensor:
+        raise (densebench.UnsupportedError if ours else UnsupportedError)("no")
+
+    with pytest.raises(densebench.UnsupportedError if ours else PredictionError, match="no"):
+        densebench.predict_memory(_Calls(refuse), (2, 3, 8, 8))
+
+
+def test_neither_predictions_nor_reports_reach_into_what_measures() -> None:
+    """Data flows one way: what measures uses predictions, and a report reads records."""
+    code = (
+        "import importlib, pkgutil, sys\n"
+        "for room in ('densebench.prediction', 'densebench.report'):\n"
+        "    for module in pkgutil.iter_modules(importlib.import_module(room).__path__):\n"
+        "        importlib.import_module(f'{room}.{module.name}')\n"
+        "print([name for name in sys.modules if name.startswith('densebench.measure')])\n"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout == "[]\n"
+
+
+@pytest.mark.parametrize("name", list_gpus())
+def test_rates_of_gpus_are_in_the_ratio_of_their_tensor_cores(name: str) -> None:
+    """TF32 takes two passes of 16 bits (data sheets round); before Ampere there is none, and float32 counts."""
+    gpu = get_gpu(name)
+    if gpu.capability >= (8, 0):
+        assert gpu.half == pytest.approx(2 * gpu.tf32, rel=0.02)
+    else:
+        assert gpu.tf32 == gpu.single
+    assert gpu.half > gpu.tf32 >= gpu.single >= gpu.double
+
+
 def test_nothing_to_train() -> None:
     with pytest.raises(PredictionError, match="mode='infer'"):
         densebench.predict_memory(_Calls(lambda x: x.detach()), (2, 3, 8, 8))
@@ -195,6 +236,12 @@ def test_answers_are_kept(monkeypatch: pytest.MonkeyPatch, own_cache: Path) -> N
     monkeypatch.setattr(cache, "versions", lambda: {"sources": "another"})
     with pytest.raises(AssertionError, match="traced again"):
         densebench.predict_memory("densenet_d2l", (4, 1, 64, 64), "checkpointed")
+
+
+def test_an_answer_depends_on_the_sources_of_this_package(monkeypatch: pytest.MonkeyPatch) -> None:
+    before = cache.versions()["sources"]
+    monkeypatch.setattr(cache, "package_files", lambda: {Path(__file__)})
+    assert cache.versions.__wrapped__()["sources"] == hash_of([Path(__file__)]) != before
 
 
 def test_a_damaged_or_forbidden_cache_costs_time_only(own_cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:

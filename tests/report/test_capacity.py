@@ -7,10 +7,11 @@ from typing import Any
 
 import pytest
 
+from densebench.capacities import CAPACITIES_GIB
 from densebench.prediction.cuda import CONTEXT_BYTES, cublas_bytes
 from densebench.records import Record
 from densebench.report.blocks import Prose
-from densebench.report.capacity import CAPACITIES_GIB, capacity_section, settings
+from densebench.report.capacity import capacity_section, settings
 from densebench.report.fits import Affine, affine, fits
 from densebench.report.style import Roster
 from densebench.report.tables import Table

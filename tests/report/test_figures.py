@@ -11,6 +11,7 @@ import pytest
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.text import Text
 
+from densebench.contenders import get_contender, list_contenders
 from densebench.records import Record
 from densebench.report.depths import depth_groups
 from densebench.report.drawing import NARROW, WIDE, Canvas, plain, round_step
@@ -24,7 +25,7 @@ from densebench.report.figure_strategies import paint_strategies
 from densebench.report.figure_timeline import paint_timelines
 from densebench.report.kernels import machines
 from densebench.report.selection import comparisons, ladders
-from densebench.report.style import RC, Roster
+from densebench.report.style import _FIXED, RC, Roster
 from densebench.report.timelines import timeline_groups
 from densebench.training.records import by_strategy
 from tests.report.records import cpu_run, gpu_run, learning_run, make_case, power_law, timed
@@ -192,3 +193,11 @@ def test_ticks_say_where_they_stand(rough: float) -> None:
     step = round_step(rough)
     for i in range(1, 10):
         assert float(plain(step * i).replace(",", "")) == pytest.approx(step * i, rel=1e-9)
+
+
+def test_every_contender_of_this_package_has_a_look_of_its_own() -> None:
+    """Else it changes with what else is shown, and figures of two runs cannot be laid side by side."""
+    ours = {name for name in list_contenders() if get_contender(name).module.startswith("densebench.")}
+    assert ours == set(_FIXED), "give what is new an entry in densebench/report/style.py"
+    looks = [entry.look for entry in Roster([*ours, "unknown", "unknown_too"])]
+    assert len(set(looks)) == len(looks) == len(ours) + 2

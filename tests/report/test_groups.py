@@ -5,6 +5,10 @@ from __future__ import annotations
 import dataclasses
 from typing import Any
 
+import pytest
+
+from densebench import contenders
+from densebench.models import build_model
 from densebench.records import Record
 from densebench.report.console import summary_table
 from densebench.report.selection import Comparison, comparisons, ladders
@@ -104,6 +108,18 @@ def test_the_console_has_a_table_for_every_network() -> None:
     assert [line.split()[0] for line in shown[small]] == ["naive", "fused", "resnet50"]
     assert [line.split()[-2:] for line in shown[small][1:]] == [["0.50", "FAST"], ["0.25", "FAST"]]
     assert shown[large][1].split()[-2:] == ["1.00", "SAME"]
+
+
+def test_the_console_shows_every_yardstick_beside_a_network(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(contenders, "_peers", dict(contenders._peers))
+    yardstick = contenders.contender(
+        "scale", summary="for scale", family="yardstick", models="vgg", network="vgg16", reference=None
+    )
+    yardstick(build_model)
+    records = [timed(make_case(name), MIB, [0.1] * 9) for name in ("naive", "fused")]
+    records.insert(0, timed(make_case("scale", model="vgg16"), MIB, [0.05] * 9))
+    (rows,) = tables(records).values()
+    assert [row.split()[0] for row in rows] == ["vgg16", "naive", "fused"]
 
 
 def test_the_console_keeps_graphs_apart() -> None:

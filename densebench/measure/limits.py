@@ -6,13 +6,13 @@ import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 
+from densebench.capacities import GIB
 from densebench.measure.environment import environment
 from densebench.prediction.batches import PeakCurve
 from densebench.prediction.cuda import CONTEXT_BYTES, cublas_bytes
 from densebench.prediction.trace import trace_case
 from densebench.records import Case, Record
 
-GIB = 2**30
 DEEPEST = 1000  # layers; a trace of more takes minutes, and nothing is said about what was not traced
 
 
