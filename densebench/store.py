@@ -10,10 +10,13 @@ import sys
 from collections.abc import Iterable, Iterator
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import IO
+from typing import IO, TYPE_CHECKING
 
 from densebench.counting import counted
 from densebench.records import Record, RecordError, identity
+
+if TYPE_CHECKING:
+    import pandas as pd
 
 
 class StoreError(OSError):
@@ -152,3 +155,10 @@ def _only_lacks_the_time(record: Record, older: Record) -> bool:
     if older.time_s is None or record.time_s is not None or record.status == "incorrect":
         return False
     return identity(record.environment) == identity(older.environment)
+
+
+def to_frame(records: Iterable[Record]) -> pd.DataFrame:
+    """One row a record, one column a field; nested fields as `case.model`, `time_s.median`."""
+    import pandas as pd
+
+    return pd.json_normalize([dataclasses.asdict(record) for record in records], max_level=1)

@@ -7,7 +7,8 @@ from pathlib import Path
 
 import pytest
 
-from densebench.store import RunStore, StoreError, latest, read_records
+from densebench.records import Timeline
+from densebench.store import RunStore, StoreError, latest, read_records, to_frame
 from tests.measure.cases import small_case, small_record, small_timing
 
 
@@ -114,6 +115,13 @@ def test_a_time_of_other_code_does_not_outlive_what_was_measured_later(fact: str
     timed = small_record(seed=1, time_s=small_timing(), environment={"device": "here", fact: "one"})
     later = small_record(seed=2, status="oom", environment={"device": "here", fact: "another"})
     assert latest([timed, later]) == [later]
+
+
+def test_a_frame_has_a_column_for_every_field() -> None:
+    timeline = Timeline((0, 1), {"activations": (1, 2)}, 1)
+    frame = to_frame([small_record(time_s=small_timing(), timeline=timeline)])
+    assert len(frame) == 1
+    assert {"case.model", "time_s.median", "peak_delta_bytes", "timeline.forward_end"} <= set(frame.columns)
 
 
 def test_reading_does_not_change_a_file(tmp_path: Path) -> None:
