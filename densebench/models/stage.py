@@ -162,7 +162,11 @@ class Stage:
                     f"strategy {strategy.name!r} does not call {self.name_of(module)}, which has {reason}; "
                     "remove it, or use strategy 'naive', which calls every module"
                 )
-        objection = strategy.missing() or strategy.objection(self)
+        from densebench.models.structure import irregularity  # it reads layers, which import this file
+
+        part = strategy.bypasses
+        irregular = None if part == "nothing" else irregularity(self, part)
+        objection = strategy.missing() or irregular or strategy.objection(self)
         if objection:
             raise UnsupportedError(f"strategy {strategy.name!r} cannot run {self.name}: {objection}")
 
