@@ -1,5 +1,5 @@
 # make bench: environment, benchmarks sized for this machine, report.   make test: environment, tests.
-# make lint: style and types.   Options: PYTHON=python3.12, PROFILE=quick|default|full, DEVICE=cpu|cuda.
+# make nightly: the tests that take minutes.   make lint: style and types.   Options: PYTHON=python3.12, PROFILE=quick|default|full, DEVICE=cpu|cuda.
 
 PYTHON ?= python3
 PROFILE ?= quick
@@ -8,7 +8,7 @@ BIN := $(VENV)/bin
 # Tests run one process a core; each then computes with one thread.
 WORKERS ?= $(shell nproc 2>/dev/null || echo 2)
 
-.PHONY: bench test lint clean
+.PHONY: bench test nightly lint clean
 
 bench: $(VENV)/.installed
 	$(BIN)/python -m pytest benchmarks/ --benchmark-only --densebench-profile $(PROFILE) \
@@ -17,6 +17,10 @@ bench: $(VENV)/.installed
 
 test: $(VENV)/.installed
 	$(BIN)/python -m pytest tests/ -n $(WORKERS) --dist worksteal -q
+
+# What takes minutes: tests marked so.
+nightly: $(VENV)/.installed
+	$(BIN)/python -m pytest tests/ -n $(WORKERS) --dist worksteal -q -m nightly
 
 lint: $(VENV)/.installed-dev
 	$(BIN)/ruff check .

@@ -12,10 +12,11 @@ import importlib
 import pkgutil
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, Literal, TypeVar
+from typing import Any, Literal, TypeVar, get_args
 
 StageFunction = Callable[..., Any]  # (Stage, Tensor) -> Tensor
 Part = Literal["nothing", "block", "stage"]
+Derivatives = Literal["first", "autograd", "all"]  # each includes those before it
 _F = TypeVar("_F", bound=StageFunction)
 
 
@@ -35,15 +36,19 @@ class Strategy:
         name: what users type.
         summary: one line for tables.
         function: `(stage, x) -> output`, the same values as the stage's own modules.
-        bypasses: the modules whose `forward` it does not call; hooks on them are refused.
+        bypasses: the modules whose `forward` it does not call; hooks on them, and other parts in the place of the
+            standard ones, are refused.
+        derivatives: "first" by backward alone; "autograd": second ones, forward-mode ones, gradients in batches
+            and torch.vmap, too; "all": also those of torch.func (grad, vjp, jacrev, hessian).
         missing: returns what this machine lacks to run it (one sentence), or None.
-        objection: `(stage) -> str | None`, a sentence on why this stage cannot be run, or None.
+        objection: `(stage) -> str | None`, a sentence on what else keeps this stage from being run, or None.
     """
 
     name: str
     summary: str
     function: StageFunction
     bypasses: Part = "nothing"
+    derivatives: Derivatives = "all"
     missing: Callable[[], str | None] = _no_objection
     objection: Callable[[Any], str | None] = _no_objection
 
@@ -57,13 +62,15 @@ def strategy(
     *,
     summary: str,
     bypasses: Part = "nothing",
+    derivatives: Derivatives = "all",
     missing: Callable[[], str | None] = _no_objection,
     objection: Callable[[Any], str | None] = _no_objection,
 ) -> Callable[[_F], _F]:
     """Register the decorated function as the strategy `name` (see `Strategy` for the arguments).
 
     Raises:
-        ValueError: if the name is taken, is not an identifier, or the summary is empty.
+        ValueError: if the name is taken or no identifier, the summary empty, another argument not a known word.
+        TypeError: if what is decorated is not a function with a name of its own (`functools.partial` has none).
     """
     if not name.isidentifier():
         raise ValueError(f"strategy name {name!r} is not an identifier; use letters, digits and underscores")
@@ -71,12 +78,19 @@ def strategy(
         raise ValueError(f"strategy {name!r} needs a summary: one line for the tables")
     if bypasses not in ("nothing", "block", "stage"):
         raise ValueError(f"strategy {name!r}: bypasses={bypasses!r} is not 'nothing', 'block' or 'stage'")
+    if derivatives not in get_args(Derivatives):
+        raise ValueError(f"strategy {name!r}: derivatives={derivatives!r} is not 'first', 'autograd' or 'all'")
 
     def register(function: _F) -> _F:
+        if not hasattr(function, "__qualname__"):  # messages and records say where a strategy comes from
+            raise TypeError(
+                f"strategy {name!r} is to be a function with a name of its own, got {type(function).__name__}; "
+                f"write def {name}(stage, x), which calls the other with its options"
+            )
         if name in _strategies:
             other = _strategies[name].function
             raise ValueError(f"strategy {name!r} is already registered by {other.__module__}")
-        _strategies[name] = Strategy(name, summary, function, bypasses, missing, objection)
+        _strategies[name] = Strategy(name, summary, function, bypasses, derivatives, missing, objection)
         return function
 
     return register
@@ -109,3 +123,11 @@ def get_strategy(name: str) -> Strategy:
         if name in _strategies:
             return _strategies[name]
     raise ValueError(f"unknown strategy {name!r}; known: {', '.join(list_strategies())}")
+
+
+def those_with(derivatives: Derivatives) -> str:
+    """The strategies that have certain derivatives, for messages: "strategies 'naive' and 'checkpointed'"."""
+    order = get_args(Derivatives)
+    able = [n for n in list_strategies() if order.index(_strategies[n].derivatives) >= order.index(derivatives)]
+    *others, last = map(repr, able)
+    return f"strategies {', '.join(others)} and {last}" if others else f"strategy {last}"

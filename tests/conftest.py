@@ -15,6 +15,9 @@ if not torch.cuda.is_available():  # before any kernel is defined: Triton decide
 
 from densebench.registry import get_strategy, list_strategies
 from tests.interpreter import index_arrays
+from tests.networks import temporary_strategy
+
+PLAIN = "plain"  # a strategy of the tests alone
 
 index_arrays()
 
@@ -57,9 +60,12 @@ def lack(config: pytest.Config, reason: str) -> None:
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
     """`strategy`: all that are held against naive. `every_strategy`: with naive, where the truth is another.
 
-    A file's own STRATEGIES are the only ones in it.
+    A file's own STRATEGIES are the only ones in it. With WITH_PLAIN there is a copy of naive, too, for what is
+    said of strategies that call every module.
     """
     names = getattr(metafunc.module, "STRATEGIES", list_strategies())
+    if getattr(metafunc.module, "WITH_PLAIN", False):
+        names = [*names, PLAIN]
     if "strategy" in metafunc.fixturenames:
         metafunc.parametrize("strategy", [name for name in names if name != "naive"], indirect=True)
     if "every_strategy" in metafunc.fixturenames:
@@ -70,23 +76,27 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
         metafunc.parametrize("device", devices, indirect=True)
 
 
-def _runnable(request: pytest.FixtureRequest) -> str:
+def _runnable(request: pytest.FixtureRequest) -> Iterator[str]:
+    if request.param == PLAIN:
+        with temporary_strategy(PLAIN, get_strategy("naive").function) as name:
+            yield name
+        return
     missing = get_strategy(request.param).missing()
     if missing:
         lack(request.config, f"{request.param}: {missing}")
-    return request.param
+    yield request.param
 
 
 @pytest.fixture
-def strategy(request: pytest.FixtureRequest) -> str:
+def strategy(request: pytest.FixtureRequest) -> Iterator[str]:
     """The name of a strategy other than naive that this machine can run."""
-    return _runnable(request)
+    yield from _runnable(request)
 
 
 @pytest.fixture
-def every_strategy(request: pytest.FixtureRequest) -> str:
+def every_strategy(request: pytest.FixtureRequest) -> Iterator[str]:
     """The name of a strategy that this machine can run."""
-    return _runnable(request)
+    yield from _runnable(request)
 
 
 @pytest.fixture

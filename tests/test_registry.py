@@ -2,19 +2,23 @@
 
 from __future__ import annotations
 
+import functools
 import os
 import shutil
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
+import torch
+from torch import nn
 
 import densebench
 from densebench import UnsupportedError, get_strategy, list_strategies, set_strategy, strategy
-from densebench.registry import Strategy
+from densebench.registry import Strategy, those_with
 from tests.comparison import buffers
-from tests.networks import images, small, temporary_strategy
+from tests.networks import images, lone_block, small, temporary_strategy
 
 TOY = """
 from densebench.models.stage import Stage
@@ -23,7 +27,7 @@ from densebench.registry import strategy
 
 @strategy("toy", summary="naive by another name")
 def toy(stage: Stage, x):
-    return stage.run_tail(stage.block(stage.run_head(x)))
+    return stage.run_tail(stage.run_block(stage.run_head(x)))
 """
 
 
@@ -71,9 +75,12 @@ def test_new_file_is_found(tree: Path) -> None:
 
 
 def test_new_file_is_tested_and_measured(tree: Path) -> None:
-    """No test and no benchmark is edited: the equivalence tests run for it, the benchmarks collect it."""
-    selected = ["-k", "toy and (four_blocks or odd or dropout)", "-p", "no:cacheprovider", "-q"]
-    tested = _python(tree, "-m", "pytest", "tests/test_equivalence.py", *selected)
+    """No test and no benchmark is edited: what is said of every strategy holds for it, benchmarks collect it."""
+    files = ("equivalence", "bad_input", "tensor_kinds", "failure_modes_framework")
+    selected = "toy and (not test_equivalence or four_blocks or odd or dropout) and not (test_36 or 35_no_map)"
+    paths = [f"tests/test_{file}.py" for file in files]
+    tested = _python(tree, "-m", "pytest", *paths, "-k", selected, "-p", "no:cacheprovider", "-v")
+    assert all(f"{path}::" in tested for path in paths)
     assert " passed" in tested
     assert "failed" not in tested
     collected = _python(
@@ -141,6 +148,20 @@ def _function(stage: object, x: object) -> object:
     return x
 
 
+class _Callable:
+    def __call__(self, stage: object, x: object) -> object:
+        return x
+
+
+@pytest.mark.parametrize("nameless", [functools.partial(_function), _Callable()], ids=["partial", "object"])
+def test_what_has_no_name_of_its_own_is_refused(nameless: object) -> None:
+    """Messages and records say where a strategy comes from: of a partial function that would be `functools`."""
+    kind = type(nameless).__name__
+    with pytest.raises(TypeError, match=f"'hybrid' is to be a function .* got {kind}; write def hybrid"):
+        strategy("hybrid", summary="anything")(nameless)
+    assert "hybrid" not in list_strategies()
+
+
 def test_duplicate_is_refused() -> None:
     with pytest.raises(ValueError, match=r"'naive' is already registered by densebench\.strategies\.naive"):
         strategy("naive", summary="another")(_function)
@@ -159,7 +180,9 @@ def test_bad_facts_are_refused() -> None:
         strategy("empty", summary="  ")
     with pytest.raises(ValueError, match="bypasses='everything' is not 'nothing', 'block' or 'stage'"):
         strategy("greedy", summary="anything", bypasses="everything")
-    assert not {"empty", "greedy"} & set(list_strategies())
+    with pytest.raises(ValueError, match="derivatives='second' is not 'first', 'autograd' or 'all'"):
+        strategy("smooth", summary="anything", derivatives="second")
+    assert not {"empty", "greedy", "smooth"} & set(list_strategies())
 
 
 @pytest.mark.parametrize("name", ["fast", "Naive", "", None, ["naive"]])
@@ -207,3 +230,75 @@ def test_objection_to_one_stage_changes_no_network() -> None:
     ):
         set_strategy(networks, name)
     assert [network.strategy for network in networks] == ["naive", "naive"]
+
+
+def test_messages_name_the_strategies_that_have_certain_derivatives() -> None:
+    """Also one that has been added."""
+    assert those_with("all") == "strategy 'naive'"
+    assert those_with("autograd") == "strategies 'naive' and 'checkpointed'"
+    with temporary_strategy("zz", _function, derivatives="autograd"):
+        assert those_with("all") == "strategy 'naive'"
+        assert those_with("autograd") == "strategies 'naive', 'checkpointed' and 'zz'"
+        message = "torch.vmap works with strategies 'naive', 'checkpointed' and 'zz' only"
+        with pytest.raises(NotImplementedError, match=message):
+            torch.vmap(small("shared_buffer").eval())(images()[:, None])
+    assert all(repr(name) in those_with("first") for name in list_strategies())
+
+
+def _without_tail(stage: Any, x: Any) -> Any:
+    return stage.run_block(stage.run_head(x))
+
+
+@pytest.mark.parametrize("bypasses", ["nothing", "block", "stage"])
+@pytest.mark.parametrize("training", [True, False])
+def test_a_strategy_that_forgets_a_part_is_named(bypasses: str, training: bool) -> None:
+    """And the stage: the norm of the next would only say how many channels it has."""
+    with temporary_strategy("hasty", _without_tail, bypasses=bypasses) as name:
+        message = "'hasty' returned 16 channels from denseblock1, whose stage has 8: .*stage.run_tail"
+        network = small(name).train(training)
+        before = buffers(network)
+        with pytest.raises(RuntimeError, match=message):
+            network(images())
+        changed = {key for key, value in buffers(network).items() if not torch.equal(value, before[key])}
+        assert not any("denseblock2" in key for key in changed)
+    message = "'lazy' returned 5 channels from denseblock1, whose stage has 17"
+    with (
+        temporary_strategy("lazy", lambda stage, x: x, bypasses=bypasses) as name,
+        pytest.raises(RuntimeError, match=message),
+    ):
+        lone_block(name).train(training)(images(channels=5))
+
+
+@pytest.mark.parametrize("bypasses", ["block", "stage"])
+def test_a_strategy_that_calls_the_block_it_runs_is_refused(bypasses: str) -> None:
+    """Each call would be run by the strategy again. The network is not spoilt by it."""
+    function = lambda stage, x: stage.run_tail(stage.block(stage.run_head(x)))  # noqa: E731
+    with temporary_strategy("circular", function, bypasses=bypasses) as name:
+        network = small(name)
+        for _ in range(2):
+            with pytest.raises(
+                RuntimeError, match=r"'circular' calls DenseBlock.*stage\.run_block\(x\)"
+            ) as caught:
+                network(images())
+            assert not isinstance(caught.value, RecursionError)
+    with temporary_strategy("by_definition", _by_definition, bypasses=bypasses) as name:
+        assert torch.equal(set_strategy(network, name).eval()(images()), set_strategy(network, "naive")(images()))
+
+
+def _by_definition(stage: Any, x: Any) -> Any:
+    return stage.run_tail(stage.run_block(stage.run_head(x)))
+
+
+@pytest.mark.parametrize("bypasses", ["block", "stage"])
+def test_parts_that_are_not_standard_are_refused_for_whoever_bypasses_them(bypasses: str) -> None:
+    """Without an objection of one's own, and before one's own."""
+    network = small()
+    network.features.denseblock1.denselayer2.norm1 = nn.GroupNorm(1, 12).double()
+    objection = {"objection": lambda stage: "has no luck"}
+    with temporary_strategy("around", _by_definition, bypasses=bypasses, **objection) as name:
+        with pytest.raises(UnsupportedError, match=r"denselayer2\.norm1 is GroupNorm; .*use 'naive'"):
+            set_strategy(network, name)
+        with pytest.raises(UnsupportedError, match="denseblock1: has no luck"):
+            set_strategy(small(), name)
+    with temporary_strategy("through", _by_definition) as name:
+        assert set_strategy(network, name)(images()).isfinite().all()

@@ -15,6 +15,8 @@ from densebench.registry import UnsupportedError, get_strategy
 from tests.comparison import assert_same, buffers, everything, upstream
 from tests.networks import images, lone_block, small
 
+WITH_PLAIN = True
+
 
 class Marked(Tensor):
     """As MONAI's MetaTensor: carries something beside its values, and makes new tensors of a tuple alone."""
@@ -72,15 +74,15 @@ def test_imagined_tensors_have_shapes(strategy: str) -> None:
     assert all(p.grad is not None and p.grad.shape == p.shape for p in network.parameters())
 
 
-def _computes(strategy: str) -> bool:
-    return strategy != "naive" and not get_strategy(strategy).function.__module__.endswith("checkpointed")
+def _first_only(strategy: str) -> bool:
+    return get_strategy(strategy).derivatives == "first"
 
 
 @pytest.mark.parametrize("grad", [True, False])
 def test_vmap_is_right_or_refused_in_a_sentence(strategy: str, grad: bool) -> None:
     network, x = small(strategy).eval(), images(3)
     with torch.set_grad_enabled(grad):
-        if _computes(strategy):
+        if _first_only(strategy):
             with pytest.raises(NotImplementedError, match=r"torch\.vmap"):
                 torch.vmap(network)(x[:, None])
         else:
@@ -92,7 +94,7 @@ def test_gradients_in_batches_are_right_or_refused_in_a_sentence(strategy: str) 
     x = images(2, 4, 5).requires_grad_()
     output = network(x)
     batch = torch.stack([torch.ones_like(output), upstream(output)])
-    if _computes(strategy):
+    if _first_only(strategy):
         with pytest.raises(NotImplementedError, match="is_grads_batched"):
             torch.autograd.grad(output, x, batch, is_grads_batched=True)
     else:
@@ -109,12 +111,12 @@ def test_a_second_derivative_is_right_or_an_error_whatever_is_asked_for(strategy
         (gradient,) = torch.autograd.grad(output, x, upstream(output), create_graph=True)
         penalty = output.sum() + gradient.square().sum()
         for wanted in ([x], [next(network.parameters())], list(network.parameters())):
-            if not _computes(strategy):
+            if not _first_only(strategy):
                 torch.autograd.grad(penalty, wanted, retain_graph=True)
                 continue
             with pytest.raises(RuntimeError, match="differentiate twice"):
                 torch.autograd.grad(penalty, wanted, retain_graph=True)
-    if not _computes(strategy):
+    if not _first_only(strategy):
         return
     x5 = images(2, 4, 5)
     with pytest.raises(RuntimeError, match="differentiate twice"):
@@ -130,11 +132,55 @@ def test_first_derivatives_with_a_graph_are_those_without(strategy: str) -> None
     assert all(torch.equal(one, other) for one, other in zip(*found, strict=True))
 
 
-def test_what_replaces_a_convolution_inside_is_refused(strategy: str) -> None:
+@pytest.mark.parametrize("training", [True, False], ids=["train", "eval"])
+def test_gradients_of_torch_func_are_right_or_refused_in_a_sentence(strategy: str, training: bool) -> None:
+    """In training PyTorch itself refuses the modules' counters, which are written in place."""
+    network, x = small(strategy).train(training), images()
+    parameters = dict(network.named_parameters())
+
+    def loss(parameters: dict[str, Tensor]) -> Tensor:
+        return torch.func.functional_call(network, parameters, (x,)).square().sum()
+
+    if get_strategy(strategy).derivatives != "all":
+        with pytest.raises(NotImplementedError, match=r"gradients of torch\.func .* work with strategy 'naive'"):
+            torch.func.grad(loss)(parameters)
+    elif not training:
+        found = torch.func.grad(loss)(parameters)
+        network(x).square().sum().backward()
+        assert_same(found, {name: parameter.grad for name, parameter in network.named_parameters()})
+    else:
+        with pytest.raises(RuntimeError, match="in-place operation"):
+            torch.func.grad(loss)(parameters)
+
+
+def test_forward_mode_derivatives_are_right_or_refused_in_a_sentence(strategy: str) -> None:
+    network, x = small(strategy).eval(), images()
+    if _first_only(strategy):
+        with pytest.raises(NotImplementedError, match="forward-mode derivatives work with strategies 'naive' and"):
+            torch.func.jvp(network, (x,), (x,))
+        return
+    if torch.__version__ < "2.12" and get_strategy(strategy).derivatives != "all":
+        pytest.skip("before PyTorch 2.12 torch.utils.checkpoint refuses forward-mode differentiation")
+    torch.testing.assert_close(
+        torch.func.jvp(network, (x,), (x,)), torch.func.jvp(small().eval(), (x,), (x,)), rtol=1e-9, atol=1e-9
+    )
+
+
+def test_what_replaces_a_convolution_inside_is_refused_or_called(strategy: str) -> None:
     """`_conv_forward` of one's own, as for images whose borders join."""
     network = small(strategy)
     conv = network.get_submodule("features.denseblock1.denselayer2.conv2")
-    conv._conv_forward = types.MethodType(nn.Conv2d._conv_forward, conv)
+    calls: list[nn.Module] = []
+
+    def forward(conv: nn.Conv2d, *arguments: Any) -> Tensor:
+        calls.append(conv)
+        return nn.Conv2d._conv_forward(conv, *arguments)
+
+    conv._conv_forward = types.MethodType(forward, conv)
+    if get_strategy(strategy).bypasses == "nothing":
+        network(images())
+        assert calls == [conv]
+        return
     with pytest.raises(UnsupportedError, match=r"denselayer2\.conv2, which has a replaced _conv_forward"):
         network(images())
 

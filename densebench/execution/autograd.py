@@ -23,6 +23,7 @@ from densebench.execution.parts import Part, parts_of
 from densebench.execution.plan import StagePlan
 from densebench.execution.precision import casts, without_autocast
 from densebench.execution.requirements import require_dtypes, require_one_device, require_plain, require_shapes
+from densebench.registry import those_with
 from densebench.replay.recording import Tensors
 from densebench.replay.tracks import Pass, Plain, Track, described, replayable, tracks_of
 
@@ -70,13 +71,13 @@ def _refuse_tangents(tensors: Sequence[Tensor | None]) -> None:
     """Forward-mode differentiation would lose them in silence where no gradients are computed: by no node."""
     given = [] if forward_ad._current_level < 0 else [tensor for tensor in tensors if tensor is not None]
     if any(forward_ad.unpack_dual(tensor).tangent is not None for tensor in given):
-        raise NotImplementedError("forward-mode derivatives work with strategies 'naive' and 'checkpointed' only")
+        raise NotImplementedError(f"forward-mode derivatives work with {those_with('autograd')} only")
 
 
 def _refuse_transforms() -> None:
     """PyTorch would say that it wants a `setup_context`, which does not help who has not written this."""
     if torch._C._are_functorch_transforms_active():
-        raise NotImplementedError("with gradients, torch.func and torch.vmap work with strategy 'naive' only")
+        raise NotImplementedError(f"gradients of torch.func (grad, vjp, ...) work with {those_with('all')} only")
 
 
 class _Forward:
@@ -225,9 +226,7 @@ def _backward(ctx: Any, grad: Tensor) -> Sequence[Tensor | None]:
 def _refuse_batches(grad: Tensor) -> None:
     """Of `is_grads_batched` and `vectorize`: kernels take addresses, and what is batched has none."""
     if torch._C._functorch.is_batchedtensor(grad) or torch._C._functorch.is_legacy_batchedtensor(grad):
-        raise NotImplementedError(
-            "is_grads_batched and vectorize=True work with strategies 'naive' and 'checkpointed' only"
-        )
+        raise NotImplementedError(f"is_grads_batched and vectorize=True work with {those_with('autograd')} only")
 
 
 class _Origin(torch.autograd.Function):
@@ -248,8 +247,8 @@ class _FirstDerivatives(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> None:
         raise RuntimeError(
-            "trying to differentiate twice what a strategy computed that has first derivatives only; 'naive' and "
-            "'checkpointed' have second ones: densebench.set_strategy(model, 'naive')"
+            "trying to differentiate twice what a strategy computed that has first derivatives only; second ones "
+            f"come with {those_with('autograd')}: densebench.set_strategy(model, 'naive')"
         )
 
 

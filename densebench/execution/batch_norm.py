@@ -102,6 +102,34 @@ def call_norm(norm: BatchNorm, before: int = 0) -> NormCall:
     return NormCall(norm, by_batch, momentum, norm.eps, mean, var)
 
 
+class NormCalls:
+    """The calls of norms in one run, in order, where layers may share a norm.
+
+    Args:
+        copied: let them hold copies of the running statistics (see `NormCall.copied`), one of those that norms share.
+
+    Attributes:
+        calls: those added so far.
+    """
+
+    def __init__(self, copied: bool) -> None:
+        self.calls: list[NormCall] = []
+        self._copied = copied
+        self._copies: dict[tuple[int, int], NormCall] = {}  # by the tensors
+
+    def add(self, norm: BatchNorm) -> NormCall:
+        """The next call, of this norm."""
+        # A shared norm whose momentum is one over the batches it has seen sees one more a call.
+        before = 0 if norm.momentum is not None else sum(call.norm is norm for call in self.calls)
+        call = call_norm(norm, before)
+        if self._copied:
+            mean, var = call.running
+            held = self._copies.setdefault((id(mean), id(var)), call.copied())
+            call = call._replace(running_mean=held.running_mean, running_var=held.running_var)
+        self.calls.append(call)
+        return call
+
+
 @torch.no_grad()
 def commit_copies(calls: Sequence[NormCall]) -> None:
     """Store the copies of running statistics that the calls have moved, and count the batch."""

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from densebench.execution.plan import Gradients, LayerPlan, StagePlan
+from densebench.registry import those_with
 
 
 class Window:
@@ -105,4 +106,4 @@ def _refuse_maps() -> None:
     if torch._C._are_functorch_transforms_active():
         top = torch._C._functorch.peek_interpreter_stack()
         if top is not None and top.key() == torch._C._functorch.TransformType.Vmap:
-            raise NotImplementedError("torch.vmap works with strategies 'naive' and 'checkpointed' only")
+            raise NotImplementedError(f"torch.vmap works with {those_with('autograd')} only")

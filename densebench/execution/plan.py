@@ -12,7 +12,7 @@ from typing import Any, Protocol, cast
 
 from torch import Tensor
 
-from densebench.execution.batch_norm import NormCall, call_norm
+from densebench.execution.batch_norm import NormCall, NormCalls
 from densebench.execution.convolution import ConvOptions
 from densebench.kernels.norm import Norm
 from densebench.models.dimensions import BatchNorm, Conv
@@ -120,9 +120,8 @@ class StagePlan:
 
     def __init__(self, stage: Stage, whole: bool = False, copied: bool = False) -> None:
         self.parameters: list[Tensor | None] = []
-        self.calls: list[NormCall] = []
-        self._copied = copied
-        self._copies: dict[tuple[int, int], NormCall] = {}  # of the tensors, which norms and layers may share
+        self._norms = NormCalls(copied)
+        self.calls = self._norms.calls
         self.start = stage.block.in_channels
         self.channels = stage.block.out_channels
         self.head = self._unit(stage.head.norm) if whole and stage.head is not None else None
@@ -130,7 +129,7 @@ class StagePlan:
         self.tail = self._tail(stage.tail) if whole and stage.tail is not None else None
 
     def _layer(self, layer: DenseLayer) -> LayerPlan:
-        units = tuple(self._conv_unit(norm, conv) for norm, conv in _norms_and_convs(layer))
+        units = tuple(self._conv_unit(norm, conv) for norm, conv in norms_and_convs(layer))
         drop_rate = layer.drop_rate if layer.training else 0.0
         return LayerPlan(units, layer.in_channels, layer.growth_rate, drop_rate)
 
@@ -175,28 +174,18 @@ class StagePlan:
         return self._conv_unit(norm, cast("Conv", tail.conv)) if isinstance(tail, Transition) else self._unit(norm)
 
     def _unit(self, norm: BatchNorm) -> NormUnit:
-        unit = NormUnit(self._call(norm), len(self.parameters))
+        unit = NormUnit(self._norms.add(norm), len(self.parameters))
         self.parameters += [norm.weight, norm.bias]
         return unit
 
     def _conv_unit(self, norm: BatchNorm, conv: Conv) -> ConvUnit:
-        unit = ConvUnit(self._call(norm), len(self.parameters), ConvOptions.of(conv), conv)
+        unit = ConvUnit(self._norms.add(norm), len(self.parameters), ConvOptions.of(conv), conv)
         self.parameters += [norm.weight, norm.bias, conv.weight]
         return unit
 
-    def _call(self, norm: BatchNorm) -> NormCall:
-        # A norm that layers share, and whose momentum is one over the batches it has seen, sees one more a call.
-        before = 0 if norm.momentum is not None else sum(call.norm is norm for call in self.calls)
-        call = call_norm(norm, before)
-        if self._copied:
-            mean, var = call.running
-            held = self._copies.setdefault((id(mean), id(var)), call.copied())
-            call = call._replace(running_mean=held.running_mean, running_var=held.running_var)
-        self.calls.append(call)
-        return call
 
-
-def _norms_and_convs(layer: DenseLayer) -> Iterator[tuple[BatchNorm, Conv]]:
+def norms_and_convs(layer: DenseLayer) -> Iterator[tuple[BatchNorm, Conv]]:
+    """Of the layer's norm-ReLU-convolutions, in order."""
     yield layer.norm1, layer.conv1
     if layer.bottleneck:
         yield layer.norm2, layer.conv2

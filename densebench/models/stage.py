@@ -8,6 +8,7 @@ not calls `run_head` and `run_tail`. A stage is a view: modules and parameters s
 from __future__ import annotations
 
 import sys
+import threading
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -21,6 +22,8 @@ from densebench.registry import Part, Strategy, UnsupportedError, get_strategy
 
 if TYPE_CHECKING:  # layers import this file: a block called by itself is a stage without head and tail
     from densebench.models.layers import DenseBlock, DenseLayer, Transition
+
+_under_way = threading.local()  # the blocks that strategies run in this thread
 
 
 @dataclass(frozen=True, eq=False)
@@ -118,8 +121,48 @@ class Stage:
         if computes and "torch._dynamo" in sys.modules:
             from densebench.models.uncompiled import run_uncompiled
 
-            return run_uncompiled(strategy.function, self, maps)
-        return strategy.function(self, maps.pop())
+            return run_uncompiled(self, strategy, maps)
+        return self.run_computed(strategy, maps) if computes else self._checked(strategy, maps)
+
+    def run_computed(self, strategy: Strategy, maps: list[Tensor]) -> Tensor:
+        """Run a strategy that bypasses modules, and refuse that it has itself run once more by them.
+
+        Raises:
+            RuntimeError: if it calls the block, or returns other channels than the stage's.
+        """
+        under_way: set[DenseBlock] = _under_way.__dict__.setdefault("blocks", set())
+        if self.block in under_way:
+            raise RuntimeError(
+                f"strategy {strategy.name!r} calls {type(self.block).__name__}, which is run by that strategy: "
+                "stage.run_block(x) runs the block as it is defined, stage.block(x) without end"
+            )
+        under_way.add(self.block)
+        try:
+            return self._checked(strategy, maps)
+        finally:
+            under_way.discard(self.block)
+
+    def _checked(self, strategy: Strategy, maps: list[Tensor]) -> Tensor:
+        """What a strategy returns, if it has the stage's channels; what reads fewer would only say it has."""
+        output: Tensor = strategy.function(self, maps.pop())
+        if strategy.name == "naive" or _is_traced(output):
+            return output
+        expected = self.out_channels
+        if expected is not None and output.shape[1] != expected:
+            raise RuntimeError(
+                f"strategy {strategy.name!r} returned {output.shape[1]} channels from {self.name}, whose stage "
+                f"has {expected}: a strategy runs the head, the block and the tail (stage.run_tail)"
+            )
+        return output
+
+    @property
+    def out_channels(self) -> int | None:
+        """Of the stage's output; None where a part does not say."""
+        if (conv := getattr(self.tail, "conv", None)) is not None:  # a transition's
+            return getattr(conv, "out_channels", None)
+        last = next(reversed(self.block._modules.values()), None)
+        before, new = getattr(last, "in_channels", None), getattr(last, "growth_rate", None)
+        return None if before is None or new is None else before + new
 
     def _run_plain(self, x: Tensor) -> Tensor:
         return self.run_last_of([x.as_subclass(Tensor)])
@@ -162,7 +205,11 @@ class Stage:
                     f"strategy {strategy.name!r} does not call {self.name_of(module)}, which has {reason}; "
                     "remove it, or use strategy 'naive', which calls every module"
                 )
-        objection = strategy.missing() or strategy.objection(self)
+        from densebench.models.structure import irregularity  # it reads layers, which import this file
+
+        part = strategy.bypasses
+        irregular = None if part == "nothing" else irregularity(self, part)
+        objection = strategy.missing() or irregular or strategy.objection(self)
         if objection:
             raise UnsupportedError(f"strategy {strategy.name!r} cannot run {self.name}: {objection}")
 
@@ -170,6 +217,11 @@ class Stage:
 def _is_of_its_own(kind: type[Tensor]) -> bool:
     """Whether tensors of a kind say themselves what functions do with them, as parameters and fake ones do not."""
     return kind is not Tensor and kind.__torch_function__ is not torch._C._disabled_torch_function_impl
+
+
+def _is_traced(x: object) -> bool:
+    """Whether a shape is a part of some graph, and not to be looked at."""
+    return isinstance(x, torch.fx.Proxy) or torch.jit.is_tracing() or torch.compiler.is_compiling()
 
 
 def _refuse_graphs(strategy: Strategy, x: object) -> None:

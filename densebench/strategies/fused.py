@@ -18,7 +18,6 @@ from torch import Tensor
 
 from densebench.execution.autograd import compute
 from densebench.execution.fused_stage import FusedStage
-from densebench.execution.structure import irregularity
 from densebench.kernels import language
 from densebench.models.stage import Stage
 from densebench.registry import UnsupportedError, strategy
@@ -26,10 +25,6 @@ from densebench.registry import UnsupportedError, strategy
 Recompute = Literal["nothing", "bottleneck"]
 DEVICES = ("cpu", "cuda")
 LEAST_CAPABILITY = (8, 0)  # older ones have too few registers and too little shared memory
-
-
-def _objection(stage: Stage) -> str | None:
-    return irregularity(stage, "stage")
 
 
 @functools.cache
@@ -52,7 +47,7 @@ def _lack(device: torch.device) -> str | None:
     "fused",
     summary="norm and ReLU inside the 1x1 kernel, statistics once, backward in one pass",
     bypasses="stage",
-    objection=_objection,
+    derivatives="first",
 )
 def fused(stage: Stage, x: Tensor, recompute: Recompute = "nothing") -> Tensor:
     """Keep the feature buffer and each bottleneck output (or, recomputing it, the buffer alone).
@@ -82,7 +77,7 @@ def fused(stage: Stage, x: Tensor, recompute: Recompute = "nothing") -> Tensor:
     "fused_recompute",
     summary="fused, and bottleneck outputs are recomputed in backward",
     bypasses="stage",
-    objection=_objection,
+    derivatives="first",
 )
 def fused_recompute(stage: Stage, x: Tensor) -> Tensor:
     """Keep the feature buffer alone."""

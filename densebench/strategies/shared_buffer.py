@@ -21,7 +21,6 @@ from densebench.execution.convolution import convolution_backward, convolve
 from densebench.execution.maps import MapShape
 from densebench.execution.plan import ConvUnit, Gradients, LayerPlan, StagePlan
 from densebench.execution.precision import compute_dtype
-from densebench.execution.structure import irregularity
 from densebench.models.stage import Stage
 from densebench.registry import strategy
 
@@ -32,7 +31,7 @@ aten = torch.ops.aten
     "shared_buffer",
     summary="one feature buffer a block, one normalized scratch refilled in backward",
     bypasses="block",
-    objection=lambda stage: irregularity(stage, "block"),
+    derivatives="first",
 )
 def shared_buffer(stage: Stage, x: Tensor) -> Tensor:
     """Keep the feature buffer and each bottleneck output; refill all that is normalized in backward."""
