@@ -106,7 +106,7 @@ class NormCalls:
     """The calls of norms in one run, in order, where layers may share a norm.
 
     Args:
-        copied: let them hold copies of the running statistics (see `NormCall.copied`), one of those that norms share.
+        copied: let them hold copies of the running statistics (see `NormCall.copied`), one where norms share.
 
     Attributes:
         calls: those added so far.
