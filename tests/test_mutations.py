@@ -94,7 +94,7 @@ SITUATIONS: dict[str, Callable[[], Situation]] = {
 def test_right_code_is_accepted(name: str, situation: str) -> None:
     """Correct arithmetic in another order is no fault: a rule that rejects it would be loosened soon."""
     network, inputs, options = SITUATIONS[situation]()
-    with temporary_strategy(name, RIGHT[name]()):
+    with temporary_strategy(name, RIGHT[name]().__call__):
         differences = assert_equivalent(network, name, inputs, **options)
     if name != "rewritten":
         assert any(difference.error > 0 for difference in differences), "nothing was computed differently"
@@ -105,7 +105,7 @@ def test_fault_is_found(name: str) -> None:
     """And the message names a quantity that shows it."""
     fault = FAULTS[name]
     network, inputs, options = SITUATIONS[fault.situation]()
-    with temporary_strategy(name, fault.strategy()), pytest.raises(AssertionError) as caught:
+    with temporary_strategy(name, fault.strategy().__call__), pytest.raises(AssertionError) as caught:
         assert_equivalent(network, name, inputs, **options)
     message = str(caught.value).removeprefix(f"strategy {name!r} differs from 'naive' in ")
     assert re.search(fault.finds, message), message

@@ -142,10 +142,15 @@ def test_gradients_of_torch_func_are_right_or_refused_in_a_sentence(strategy: st
         return torch.func.functional_call(network, parameters, (x,)).square().sum()
 
     if get_strategy(strategy).derivatives != "all":
-        with pytest.raises(NotImplementedError, match=r"gradients of torch\.func .* work with strategy 'naive'"):
+        with pytest.raises(NotImplementedError, match=r"gradients of torch\.func .* work with .*'naive'"):
             torch.func.grad(loss)(parameters)
     elif not training:
-        found = torch.func.grad(loss)(parameters)
+        try:
+            found = torch.func.grad(loss)(parameters)
+        except RuntimeError as error:
+            raise AssertionError(
+                f"{strategy} has derivatives='all'; 'autograd' are those without these"
+            ) from error
         network(x).square().sum().backward()
         assert_same(found, {name: parameter.grad for name, parameter in network.named_parameters()})
     else:
@@ -156,7 +161,7 @@ def test_gradients_of_torch_func_are_right_or_refused_in_a_sentence(strategy: st
 def test_forward_mode_derivatives_are_right_or_refused_in_a_sentence(strategy: str) -> None:
     network, x = small(strategy).eval(), images()
     if _first_only(strategy):
-        with pytest.raises(NotImplementedError, match="forward-mode derivatives work with strategies 'naive' and"):
+        with pytest.raises(NotImplementedError, match=r"forward-mode derivatives work with .*'naive'"):
             torch.func.jvp(network, (x,), (x,))
         return
     if torch.__version__ < "2.12" and get_strategy(strategy).derivatives != "all":

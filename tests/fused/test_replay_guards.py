@@ -215,7 +215,7 @@ def test_tangents_are_not_lost(name: str) -> None:
         with pytest.raises(NotImplementedError, match="forward-mode"):
             torch.func.functional_call(network, {parameter: dual}, (x,))
     for grad in (False, True):
-        with torch.set_grad_enabled(grad), pytest.raises(NotImplementedError, match="'checkpointed' only"):
+        with torch.set_grad_enabled(grad), pytest.raises(NotImplementedError, match="forward-mode"):
             torch.func.jvp(network, (x,), (x,))
 
 
@@ -335,7 +335,7 @@ def test_other_transforms_are_refused(name: str) -> None:
     def loss(parameters: dict[str, Tensor], x: Tensor) -> Tensor:
         return torch.func.functional_call(network, parameters, (x,)).square().sum()
 
-    with pytest.raises(NotImplementedError, match=r"gradients of torch\.func .* work with strategy 'naive' only"):
+    with pytest.raises(NotImplementedError, match=r"gradients of torch\.func .* work with .*'naive'.* only"):
         torch.func.grad(loss)(parameters, x)
     densebench.set_strategy(network, "naive")
     torch.func.grad(loss)(parameters, x)
