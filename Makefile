@@ -1,5 +1,6 @@
 # make bench: environment, benchmarks sized for this machine, report.   make test: environment, tests.
-# make nightly: the tests that take minutes.   make lint: style and types.   Options: PYTHON=python3.12, PROFILE=quick|default|full, DEVICE=cpu|cuda.
+# make nightly: the tests that take minutes.   make lint: style and types.
+# Options: PYTHON=python3.12, PROFILE=quick|default|full, DEVICE=cpu|cuda.
 
 PYTHON ?= python3
 PROFILE ?= quick
