@@ -157,7 +157,7 @@ def advice(found: Mapping[str, Prediction], times: Mapping[str, float]) -> str:
 
 
 def relative_times(found: Mapping[str, Prediction], records: Sequence[Record]) -> tuple[dict[str, float], str]:
-    """Times over naive's, measured where there are records of the network, else of the floors; and which."""
+    """Times over naive's, measured where there are records of the network, else of rooflines; and which."""
     first = next(iter(found.values()), None)
     if first is None:
         return {}, ""
@@ -165,10 +165,10 @@ def relative_times(found: Mapping[str, Prediction], records: Sequence[Record]) -
     if measured is not None:
         return {name: ratio for name, ratio in measured[0].items() if name in found}, measured[1]
     naive = found.get("naive")
-    if naive is None or naive.floor_s == 0:
+    if naive is None or naive.roofline_s == 0:
         return {}, "naive is not among the strategies, so there is nothing to relate times to"
-    times = {name: p.floor_s / naive.floor_s for name, p in found.items()}
-    return times, f"not measured: the floors of bytes and FLOPs on {first.gpu}, {naive.floor_s:.3g} s for naive"
+    times = {name: p.roofline_s / naive.roofline_s for name, p in found.items()}
+    return times, f"not measured: rooflines of bytes and FLOPs on {first.gpu}, {naive.roofline_s:.3g} s for naive"
 
 
 def _measured(first: Prediction, records: Sequence[Record]) -> tuple[dict[str, float], str] | None:

@@ -24,7 +24,8 @@ class Prediction:
         flops_model: 2 x multiply-adds without recomputation; None where the network has no strategies to tell
             it from. `flops_executed` with it.
         bytes_moved: what the step's operations read and write, each once.
-        floor_s: seconds that the step takes at least on `gpu`: each operation at its bandwidth or matrix rate.
+        roofline_s: seconds of the step on `gpu` at its bandwidth or matrix rate, whichever is slower for each
+            operation, with every operand read from memory once.
         timeline: live bytes by category over the step.
         fits, largest_batch: for `device_memory`, `reserved_bytes` of which is left to the driver.
     """
@@ -46,7 +47,7 @@ class Prediction:
     flops_executed: int
     bytes_moved: int
     gpu: str
-    floor_s: float
+    roofline_s: float
     timeline: Timeline = dataclasses.field(repr=False)  # thousands of numbers
     reserved_bytes: int = 0
     device_memory: int | None = None
@@ -61,7 +62,7 @@ class Prediction:
         lines += [f"{_in_mib(count)} {name}" for name, count in parts if count]
         lines.append(
             f"{self.flops_executed / 1e9:,.1f} GFLOP, {self.bytes_moved / 1e9:,.1f} GB read and written: "
-            f"at least {1e3 * self.floor_s:,.1f} ms on {self.gpu}"
+            f"{1e3 * self.roofline_s:,.1f} ms on {self.gpu} by its roofline"
         )
         if self.device_memory is not None and self.largest_batch is not None:
             verdict = "fits" if self.fits else "does not fit"

@@ -143,7 +143,7 @@ class _Question:
             trace.flops,
             trace.bytes_moved,
             self.gpu.name,
-            trace.floor_seconds(self.gpu),
+            trace.roofline_seconds(self.gpu),
             trace.timeline(),
             self._reserved(),
             self.memory,

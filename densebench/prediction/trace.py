@@ -111,8 +111,11 @@ class StepTrace:
         sizes = {name: sum(map(rounded, s)) if cuda else sum(s) for name, s in self.constant_sizes.items()}
         return sizes | {name: int(series[self.peak_event]) for name, series in self.series.items()}
 
-    def floor_seconds(self, gpu: Gpu) -> float:
-        """What no implementation of these operations can beat: each at the GPU's bandwidth and matrix rate."""
+    def roofline_seconds(self, gpu: Gpu) -> float:
+        """Roofline time: each operation at the GPU's bandwidth or matrix rate, every operand from memory once.
+
+        What stays in the GPU's cache from one operation to the next may take less.
+        """
         return sum(
             max(op.bytes_moved / gpu.bandwidth, op.flops / gpu.rate(op.dtype) if op.flops else 0.0)
             for op in self.operations

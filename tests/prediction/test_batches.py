@@ -88,7 +88,7 @@ def test_breakdown_adds_up(every_strategy: str) -> None:
         assert sum(prediction.breakdown.values()) == prediction.peak_bytes
         assert prediction.module.startswith(("features", "classifier"))
         assert prediction.flops_model is not None
-        assert prediction.floor_s > 0
+        assert prediction.roofline_s > 0
         totals = np.sum([np.array(v) for v in prediction.timeline.bytes.values()], axis=0)
         assert totals.max() == pytest.approx(prediction.peak_bytes, rel=0.05, abs=80 * MIB)
 

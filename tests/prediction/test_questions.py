@@ -268,7 +268,7 @@ def test_printed_it_is_a_few_lines() -> None:
     counts = {line.split()[2]: float(line.split()[0].replace(",", "")) for line in lines[2:-2]}
     assert counts == {name: round(c / 2**20, 1) for name, c in prediction.breakdown.items() if c}
     assert list(counts.values()) == sorted(counts.values(), reverse=True)
-    assert lines[-2].endswith(f"on {prediction.gpu}")
+    assert lines[-2].endswith(f"on {prediction.gpu} by its roofline")
     left = "of which 0.5 GiB are left to the driver"
     assert lines[-1] == f"fits in 24.00 GiB, {left}; largest batch: {prediction.largest_batch:,}"
     assert "largest batch" not in str(replace(prediction, device_memory=None))
@@ -303,7 +303,7 @@ def test_times_are_measured_ones_of_the_network() -> None:
     assert (times, source) == ({"naive": 1.0, "fused": 0.7}, "measured on cpu at batch 8, float32")
     assert command.relative_times(images, records[::-1])[0] == times
     times, source = command.relative_times(volumes, records)
-    assert source.startswith("not measured: the floors")
+    assert source.startswith("not measured: rooflines")
     of_volumes = [replace(record, case=replace(record.case, input_shape=(1, 64, 64, 64))) for record in records]
     assert command.relative_times(volumes, of_volumes)[0] == {"naive": 1.0, "fused": 0.7}
 
