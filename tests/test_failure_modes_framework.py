@@ -297,9 +297,10 @@ def test_36_strategy_set_after_compilation(strategy: str, monkeypatch: pytest.Mo
         calls.append(stage.name)
         return registered.function(stage, x)
 
-    monkeypatch.setitem(registry._strategies, strategy, replace(registered, function=counted))
-    set_strategy(network, strategy)
-    actual = _plain_names(step(compiled, images()))
+    with monkeypatch.context() as registration:
+        registration.setitem(registry._strategies, strategy, replace(registered, function=counted))
+        set_strategy(network, strategy)
+        actual = _plain_names(step(compiled, images()))
     torch._dynamo.reset()
     assert calls == ["denseblock1", "denseblock2"]
     assert_same(actual, expected)

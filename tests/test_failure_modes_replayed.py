@@ -24,6 +24,7 @@ from tests.test_failure_modes_shapes import *  # noqa: F403
 from tests.test_failure_modes_state import *  # noqa: F403
 
 STRATEGIES = ["naive", "fused", "fused_recompute"]
+WITH_PLAIN = False  # nothing of it is recorded
 NEVER_RECORDED = ("momentum None", "no image")  # no step is like the last; nothing is computed
 _shared = tracks.Tracks()
 _play = comparison.play
