@@ -33,10 +33,10 @@ def compute(computation: StageComputation, x: Tensor) -> Tensor:
 
     Raises:
         ValueError: if x has another number of dimensions, as PyTorch's norms raise it, or of channels.
-        TypeError: if its dtype is not that of the convolutions, outside autocast.
-        NotImplementedError: under forward-mode differentiation, and where torch.func or torch.vmap transforms
-            it with gradients enabled.
-        RuntimeError: if x, parameters and buffers are not on one device.
+        TypeError: if its dtype is not that of the convolutions and norms, outside autocast.
+        NotImplementedError: under forward-mode differentiation, where torch.func or torch.vmap transforms it with
+            gradients enabled, and for what `requirements.require_plain` refuses.
+        RuntimeError: if x, parameters and buffers are not on one device, or have other shapes than their modules.
     """
     if x.dim() != 2 + computation.plan.spatial_dims:
         raise ValueError(f"expected {2 + computation.plan.spatial_dims}D input (got {x.dim()}D input)")

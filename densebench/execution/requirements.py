@@ -30,9 +30,7 @@ def require_plain(plan: StagePlan) -> None:
                 "operators do; strategy 'naive' calls every operator: densebench.set_strategy(model, 'naive')"
             )
     if any(type(mode).__name__ == "_CloneArgBeforeMutateMode" for mode in _get_current_dispatch_mode_stack()):
-        raise NotImplementedError(
-            "allow_mutation_on_saved_tensors works with strategies 'naive' and 'checkpointed' only"
-        )
+        raise NotImplementedError("allow_mutation_on_saved_tensors works with strategy 'naive' only")
 
 
 def _overrides(kind: type) -> bool:
