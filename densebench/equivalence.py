@@ -107,35 +107,25 @@ def assert_equivalent(
         differences = _compare_errors(run, reference, expected, actual)
     wrong = {difference.name: difference for difference in differences if not difference.within}
     if wrong:
-        other = repr(reference) if isinstance(reference, str) else f"the {type(reference).__name__} given"
-        hint = _hint(wrong, isinstance(reference, str))
-        raise AssertionError(
-            f"strategy {strategy!r} differs from {other} in {_told(wrong, expected, actual)}{hint}"
-        )
+        named = isinstance(reference, str)
+        other = repr(reference) if named else f"the {type(reference).__name__} given"
+        told = _told(wrong, expected, actual, converted=not named)
+        raise AssertionError(f"strategy {strategy!r} differs from {other} in {told}")
     return differences
 
 
-def _told(wrong: dict[str, Difference], expected: Quantities, actual: Quantities) -> str:
+def _told(wrong: dict[str, Difference], expected: Quantities, actual: Quantities, converted: bool) -> str:
     """The worst difference, and the first: where to look, for what comes later inherits it."""
-    worst = max(wrong.values(), key=_excess)
+    worst = max(wrong.values(), key=lambda one: one.error / one.gate if one.error == one.error else float("inf"))
     more = f" ({len(wrong) - 1} more quantities differ)" if len(wrong) > 1 else ""
     first = wrong[next(name for name in in_order_of_computation(expected) if name in wrong)]
     begins = "" if first is worst else f"; the first in the order of computation: {first.name}, {first.error:.2e}"
+    twice = converted and worst.name.endswith(COUNTER)
+    hint = "; checkpoints (memory_efficient) move running statistics twice: switch them off" if twice else ""
     return (
         f"{worst.name}: relative error {worst.error:.2e} against a gate of {worst.gate:.2e}; "
-        f"{_largest_difference(expected[worst.name], actual[worst.name])}{more}{begins}"
+        f"{_largest_difference(expected[worst.name], actual[worst.name])}{more}{begins}{hint}"
     )
-
-
-def _excess(difference: Difference) -> float:
-    """How many gates an error is; NaN is more than any."""
-    return difference.error / difference.gate if difference.error == difference.error else float("inf")
-
-
-def _hint(wrong: dict[str, Difference], is_strategy: bool) -> str:
-    """What is usual where a converted network counts batches differently from its original."""
-    twice = max(wrong.values(), key=_excess).name.endswith(COUNTER) and not is_strategy
-    return "; checkpoints (memory_efficient) move running statistics twice: switch them off" if twice else ""
 
 
 def _compare_exactly(

@@ -112,7 +112,7 @@ def test_inputs_of_another_width_or_dtype(name: str) -> None:
     block = lone_block(name).denseblock1
     with pytest.raises(ValueError, match="input has 6 channels, the dense block takes 5"):
         block(images(2, 8, 6))
-    with pytest.raises(TypeError, match=r"input is torch.float32, the dense block torch.float64; cast one"):
+    with pytest.raises(TypeError, match=r"input is torch.float32, a norm's weight torch.float64; cast one"):
         block(images(2, 8, 5).float())
 
 

@@ -14,7 +14,7 @@ from torch.testing._internal.two_tensor import TwoTensor
 from densebench import UnsupportedError
 from densebench.models.layers import DenseLayer
 from tests.comparison import upstream
-from tests.networks import images, norms, small
+from tests.networks import images, lone_block, norms, small
 
 ON_BUFFERS = ("fused", "fused_recompute", "shared_buffer")  # they take the addresses of parameters and buffers
 
@@ -65,18 +65,28 @@ def test_weights_of_another_shape(variant: str, part: str) -> None:
         "denseblock1.denselayer2.conv2",
         "denseblock1.denselayer2.norm1",
         "transition1.conv",
-        "norm_final",
+        "norm5",
     ],
 )
 @pytest.mark.parametrize("variant", ["naive", *ON_BUFFERS])
 def test_one_part_in_another_dtype(variant: str, part: str) -> None:
     network = small(variant)
-    modules = dict(network.features.named_children())
-    last = next(name for name in reversed(modules) if isinstance(modules[name], nn.BatchNorm2d) or "norm" in name)
-    network.features.get_submodule(last if part == "norm_final" else part).float()
+    network.features.get_submodule(part).float()
     for training in (True, False):
         with pytest.raises((TypeError, RuntimeError), match=r"dtype|[Ff]loat"):
             network.train(training)(images())
+
+
+@pytest.mark.parametrize("variant", ["fused", "fused_recompute"])
+def test_what_autocast_converts_is_not_played_back_without_it(variant: str) -> None:
+    """The same tensors, which compute in the same dtype."""
+    block, x = lone_block(variant).float().eval(), images(channels=5).bfloat16()
+    with torch.no_grad():
+        with torch.autocast("cpu", torch.bfloat16):
+            for _ in range(4):
+                block(x)
+        with pytest.raises(TypeError, match=r"input is torch.bfloat16, a convolution torch.float32; cast one"):
+            block(x)
 
 
 def test_norms_in_float32_beside_half_precision() -> None:

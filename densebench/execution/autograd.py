@@ -20,7 +20,6 @@ from torch.autograd.variable import Variable
 
 from densebench.execution.computation import StageComputation
 from densebench.execution.parts import Part, parts_of
-from densebench.execution.plan import StagePlan
 from densebench.execution.precision import casts, without_autocast
 from densebench.execution.requirements import require_dtypes, require_one_device, require_plain, require_shapes
 from densebench.registry import those_with
@@ -38,12 +37,14 @@ def compute(computation: StageComputation, x: Tensor) -> Tensor:
             gradients enabled, and for what `requirements.require_plain` refuses.
         RuntimeError: if x, parameters and buffers are not on one device, or have other shapes than their modules.
     """
-    if x.dim() != 2 + computation.plan.spatial_dims:
-        raise ValueError(f"expected {2 + computation.plan.spatial_dims}D input (got {x.dim()}D input)")
-    _check_input(computation.plan, x)
+    plan = computation.plan
+    if x.dim() != 2 + plan.spatial_dims:
+        raise ValueError(f"expected {2 + plan.spatial_dims}D input (got {x.dim()}D input)")
+    if x.shape[1] != plan.start:
+        raise ValueError(f"input has {x.shape[1]} channels, the dense block takes {plan.start}")
     values = [x]  # popping hands on the only reference: without gradients `enter` may free x
     del x
-    _refuse_tangents([*values, *computation.plan.parameters])
+    _refuse_tangents([*values, *plan.parameters])
     if not torch.is_grad_enabled():
         forward = _Forward(computation, keep=False)
         forward.run(values)
@@ -53,18 +54,9 @@ def compute(computation: StageComputation, x: Tensor) -> Tensor:
     if values[0].requires_grad:
         forward.origin = _Origin.apply(values[0])
     for part in forward.parts:
-        parameters = computation.plan.parameters[part.parameters]
+        parameters = plan.parameters[part.parameters]
         values.append(_Node.apply(forward, part, values.pop(), *parameters))
     return values.pop()
-
-
-def _check_input(plan: StagePlan, x: Tensor) -> None:
-    """What kernels would read past the end of, or convert without a word where PyTorch raises."""
-    if x.shape[1] != plan.start:
-        raise ValueError(f"input has {x.shape[1]} channels, the dense block takes {plan.start}")
-    weight = plan.parameters[plan.layers[0].units[0].first + 2]
-    if weight is not None and weight.dtype != x.dtype and not casts(x):
-        raise TypeError(f"input is {x.dtype}, the dense block {weight.dtype}; cast one, or use torch.autocast")
 
 
 def _refuse_tangents(tensors: Sequence[Tensor | None]) -> None:
@@ -124,16 +116,17 @@ class _Forward:
         signature = self.computation.signature()
         if signature is None or not replayable(x, others, self.computation.compute):
             return None
-        key = (signature, self.computation.settings(), self.keep, *map(described, inputs))
+        key = (signature, self.computation.settings(), self.keep, self.autocast, *map(described, inputs))
         return tracks_of(self.computation.block).of(key)
 
     def _compute(self, inputs: Tensors) -> tuple[Tensors, list[list[int]]]:
         """The output and what is kept, one after the other; and of how many tensors each step of each part."""
-        require_plain(self.computation.plan)
+        plan = self.computation.plan
+        require_plain(plan)
         require_one_device(inputs)
-        require_shapes(self.computation.plan)
+        require_shapes(plan)
         if not self.autocast:
-            require_dtypes(self.computation.plan, inputs[0])
+            require_dtypes(plan, inputs[0])
         values = inputs[:1]
         inputs.clear()
         kept = [part.forward(self.computation, values, self.keep) for part in self.parts]

@@ -13,7 +13,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from itertools import islice
 
 import torch
 import torch.nn.functional as F
@@ -80,8 +79,7 @@ def settled_layers(layers: Sequence[DenseLayer]) -> list[Settled]:
 
 def settled_first_half(layer: DenseLayer) -> Settled:
     """norm1-ReLU-conv1 of a layer as a function; without a bottleneck that is all of it but its dropout."""
-    calls = NormCalls(copied=True)
-    return Settled(tuple(_Unit.of(norm, conv, calls) for norm, conv in islice(norms_and_convs(layer), 1)))
+    return Settled((_Unit.of(layer.norm1, layer.conv1, NormCalls(copied=True)),))
 
 
 def recomputed(function: Callable[..., Tensor], settled: Sequence[Settled], *inputs: Tensor) -> Tensor:

@@ -3,15 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensor
 from torch.utils._python_dispatch import _get_current_dispatch_mode_stack
 
-if TYPE_CHECKING:
-    from densebench.execution.plan import ConvUnit, NormUnit, StagePlan
+from densebench.execution.plan import ConvUnit, NormUnit, StagePlan
+from densebench.models.stage import overrides_functions
 
 _HALVES = (torch.float16, torch.bfloat16)
 
@@ -24,7 +23,7 @@ def require_plain(plan: StagePlan) -> None:
             `torch.autograd.graph.allow_mutation_on_saved_tensors`, which follows operators by their arguments.
     """
     for tensor in (*plan.parameters, *plan.buffers):
-        if _overrides(type(tensor)):
+        if tensor is not None and _overrides(type(tensor)):
             raise NotImplementedError(
                 f"a parameter or buffer is a {type(tensor).__name__}, a kind of tensor that says itself what "
                 "operators do; strategy 'naive' calls every operator: densebench.set_strategy(model, 'naive')"
@@ -33,11 +32,10 @@ def require_plain(plan: StagePlan) -> None:
         raise NotImplementedError("allow_mutation_on_saved_tensors works with strategy 'naive' only")
 
 
-def _overrides(kind: type) -> bool:
-    if not issubclass(kind, Tensor) or kind in (Tensor, torch.nn.Parameter) or issubclass(kind, FakeTensor):
+def _overrides(kind: type[Tensor]) -> bool:
+    if kind is torch.nn.Buffer or issubclass(kind, FakeTensor):
         return False
-    functions = kind.__torch_function__ is not torch._C._disabled_torch_function_impl
-    return (functions and kind is not torch.nn.Buffer) or kind.__torch_dispatch__ is not Tensor.__torch_dispatch__
+    return overrides_functions(kind) or kind.__torch_dispatch__ is not Tensor.__torch_dispatch__
 
 
 def require_one_device(tensors: Sequence[Tensor | None]) -> None:
@@ -63,12 +61,10 @@ def require_shapes(plan: StagePlan) -> None:
         for name, vector in _vectors(plan, unit):
             if vector is not None and vector.shape != (channels,):
                 raise RuntimeError(f"{name} should contain {channels} elements not {_size(vector)}")
-        if (conv := getattr(unit, "conv", None)) is not None:
-            weight, expected = conv.weight, (conv.out_channels, conv.in_channels, *conv.kernel_size)
-            if weight.shape != expected:
-                raise RuntimeError(
-                    f"the weight of a convolution should be {list(expected)}, and is {list(weight.shape)}"
-                )
+        if isinstance(unit, ConvUnit):
+            conv, shape = unit.conv, unit.weight(plan.parameters).shape
+            if shape != (expected := (conv.out_channels, conv.in_channels, *conv.kernel_size)):
+                raise RuntimeError(f"the weight of a convolution should be {list(expected)}, and is {list(shape)}")
 
 
 def require_dtypes(plan: StagePlan, x: Tensor) -> None:
@@ -82,10 +78,8 @@ def require_dtypes(plan: StagePlan, x: Tensor) -> None:
         for name, vector in _vectors(plan, unit):
             if vector is not None and vector.dtype not in of_norms:
                 raise TypeError(f"input is {x.dtype}, a norm's {name} {vector.dtype}; cast one")
-        conv: ConvUnit | None = getattr(unit, "conv", None)
-        weight = None if conv is None else plan.parameters[unit.first + 2]
-        if weight is not None and weight.dtype != x.dtype:
-            raise TypeError(f"input is {x.dtype}, a convolution {weight.dtype}; cast one, or use torch.autocast")
+        if isinstance(unit, ConvUnit) and (dtype := unit.weight(plan.parameters).dtype) != x.dtype:
+            raise TypeError(f"input is {x.dtype}, a convolution {dtype}; cast one, or use torch.autocast")
 
 
 def _vectors(plan: StagePlan, unit: NormUnit) -> Iterator[tuple[str, Tensor | None]]:

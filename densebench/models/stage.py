@@ -111,7 +111,7 @@ class Stage:
         computes = strategy.bypasses != "nothing"
         if computes:
             _refuse_graphs(strategy, maps[-1])
-            if _is_of_its_own(type(maps[-1])):
+            if overrides_functions(type(maps[-1])):
                 # A kind of tensor of its own (MONAI's MetaTensor): a stage is to it what an operator is.
                 return handle_torch_function(self._run_plain, maps[-1:], maps.pop())
         if computes and not maps[-1].numel():
@@ -145,7 +145,7 @@ class Stage:
     def _checked(self, strategy: Strategy, maps: list[Tensor]) -> Tensor:
         """What a strategy returns, if it has the stage's channels; what reads fewer would only say it has."""
         output: Tensor = strategy.function(self, maps.pop())
-        if strategy.name == "naive" or _is_traced(output):
+        if strategy.name == "naive" or _is_traced(output):  # naive defines it, whatever attributes say
             return output
         expected = self.out_channels
         if expected is not None and output.shape[1] != expected:
@@ -214,7 +214,7 @@ class Stage:
             raise UnsupportedError(f"strategy {strategy.name!r} cannot run {self.name}: {objection}")
 
 
-def _is_of_its_own(kind: type[Tensor]) -> bool:
+def overrides_functions(kind: type[Tensor]) -> bool:
     """Whether tensors of a kind say themselves what functions do with them, as parameters and fake ones do not."""
     return kind is not Tensor and kind.__torch_function__ is not torch._C._disabled_torch_function_impl
 
